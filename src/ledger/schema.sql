@@ -1,0 +1,108 @@
+-- Schema crossfade, the same on both sides. Every statement may be run again.
+CREATE SCHEMA IF NOT EXISTS crossfade;
+GRANT USAGE ON SCHEMA crossfade TO PUBLIC;
+
+-- One random uuid. PostgreSQL empties an unlogged table in crash recovery and at promotion, and keeps it in a clean restart.
+CREATE UNLOGGED TABLE IF NOT EXISTS crossfade.incarnation (id uuid NOT NULL);
+GRANT SELECT ON crossfade.incarnation TO PUBLIC;
+
+-- A commit that wrote nothing flushes nothing: the flushing transaction writes here.
+CREATE TABLE IF NOT EXISTS crossfade.flush (one boolean PRIMARY KEY DEFAULT true CHECK (one), n bigint NOT NULL) WITH (fillfactor = 10);
+INSERT INTO crossfade.flush (n) VALUES (0) ON CONFLICT DO NOTHING;
+
+-- What holds now. Believed only on the side that it names as authority.
+CREATE TABLE IF NOT EXISTS crossfade.migration (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    name text NOT NULL,
+    epoch bigint NOT NULL,
+    phase text NOT NULL,
+    authority text NOT NULL,
+    changed timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE TABLE IF NOT EXISTS crossfade.history (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    epoch bigint NOT NULL,
+    event text NOT NULL,
+    detail jsonb NOT NULL DEFAULT '{}'
+);
+
+-- The migrating tables by number. A number is never used again.
+CREATE TABLE IF NOT EXISTS crossfade.tables (
+    number integer PRIMARY KEY,
+    old_schema text NOT NULL,
+    old_name text NOT NULL,
+    new_schema text NOT NULL,
+    new_name text NOT NULL,
+    UNIQUE (old_schema, old_name)
+);
+
+-- Debts, on the authority, written in the transaction that owes them. `debts`: see src/ledger/debts.rs.
+-- carrier_*: the transaction on the mirror that carries the images; its xid is null where they were given up.
+-- holder_*: a backend of the authority that may still be adding to this debt (statements that cannot be wrapped).
+CREATE SEQUENCE IF NOT EXISTS crossfade.ledger_id;
+CREATE TABLE IF NOT EXISTS crossfade.ledger (
+    id bigint PRIMARY KEY,
+    at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    carrier_xid bigint,
+    carrier_pid integer,
+    carrier_start bigint,
+    carrier_incarnation uuid,
+    holder_pid integer,
+    holder_start bigint,
+    debts bytea NOT NULL,
+    reason text,
+    error text
+) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000, autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_threshold = 1000000);
+
+-- On the mirror: tokens of transactions that inserted into tables without a key, so that such a debt is never paid twice.
+CREATE TABLE IF NOT EXISTS crossfade.applied (token uuid PRIMARY KEY, at timestamptz NOT NULL DEFAULT clock_timestamp());
+
+CREATE OR REPLACE FUNCTION crossfade.owe(carrier_xid bigint, carrier_pid integer, carrier_start bigint, carrier_incarnation uuid, debts bytea, reason text)
+RETURNS bigint LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    debt bigint := nextval('crossfade.ledger_id');
+BEGIN
+    -- A mirrored transaction's commit must be durable: the mirror will have its rows.
+    IF current_setting('synchronous_commit') = 'off' THEN
+        PERFORM set_config('synchronous_commit', 'local', true);
+    END IF;
+    INSERT INTO crossfade.ledger (id, carrier_xid, carrier_pid, carrier_start, carrier_incarnation, debts, reason)
+    VALUES (debt, carrier_xid, carrier_pid, carrier_start, carrier_incarnation, debts, reason);
+    RETURN debt;
+END $$;
+
+-- The incarnation of this side, made anew where a crash or promotion has emptied it.
+CREATE OR REPLACE FUNCTION crossfade.incarnate() RETURNS uuid LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    found_id uuid;
+BEGIN
+    SELECT id INTO found_id FROM crossfade.incarnation LIMIT 1;
+    IF found_id IS NULL THEN
+        LOCK TABLE crossfade.incarnation IN SHARE ROW EXCLUSIVE MODE;
+        SELECT id INTO found_id FROM crossfade.incarnation LIMIT 1;
+        IF found_id IS NULL THEN
+            INSERT INTO crossfade.incarnation VALUES (gen_random_uuid()) RETURNING id INTO found_id;
+        END IF;
+    END IF;
+    RETURN found_id;
+END $$;
+
+-- For a client's statement that runs outside a transaction of ours (CALL, DO, VACUUM ...): registered before it runs.
+CREATE OR REPLACE FUNCTION crossfade.owe_unwrapped(debts bytea, reason text)
+RETURNS bigint LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    debt bigint := nextval('crossfade.ledger_id');
+BEGIN
+    PERFORM set_config('synchronous_commit', 'local', true);
+    INSERT INTO crossfade.ledger (id, holder_pid, holder_start, debts, reason)
+    SELECT debt, pg_backend_pid(), (extract(epoch FROM backend_start) * 1000000)::bigint, debts, reason
+    FROM pg_stat_activity WHERE pid = pg_backend_pid();
+    RETURN debt;
+END $$;
+
+-- ... and released when it has ended: from now on anyone may pay the debt. Only the registered backend itself may.
+CREATE OR REPLACE FUNCTION crossfade.release_unwrapped(debt bigint)
+RETURNS void LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    UPDATE crossfade.ledger SET holder_pid = NULL, holder_start = NULL WHERE id = debt AND holder_pid = pg_backend_pid();
+$$;

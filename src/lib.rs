@@ -1,0 +1,15 @@
+//! Crossfade: a proxy that moves a live application from one PostgreSQL database to another.
+
+pub mod auth;
+pub mod backend;
+pub mod catalog;
+pub mod config;
+pub mod ledger;
+pub mod migrate;
+pub mod mirror;
+pub mod phase;
+pub mod plan;
+pub mod session;
+pub mod sql;
+pub mod switch;
+pub mod wire;

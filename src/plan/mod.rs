@@ -1,0 +1,70 @@
+//! From facts, catalog and phase to a plan: what the session does with a statement. Pure.
+
+use std::sync::Arc;
+
+use crate::catalog::Table;
+use crate::sql::facts::Name;
+
+/// What to do with one statement in a mirrored phase.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Plan {
+    /// Runs on the authority as it is: it writes no migrating table.
+    Pass,
+    /// A write whose images are captured by hidden RETURNING columns.
+    Capture(Arc<Capture>),
+    /// It may write what no image shows: runs on the authority as it is, and is audited or taints.
+    Opaque(Arc<Opaque>),
+    /// TRUNCATE of migrating tables (all that it reaches, cascades included).
+    Truncate(Arc<Vec<Arc<Table>>>),
+    /// COPY FROM STDIN into a migrating table.
+    Copy(Arc<CopyIn>),
+}
+
+/// A write with hidden columns.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Capture {
+    /// The text to splice at `Facts::end`: ` RETURNING <hidden>` or `, <hidden>`. One hidden column, a bytea:
+    /// record_send(ROW(row.tableoid, row.*)).
+    pub splice: String,
+    /// What the statement does to the rows that come back.
+    pub effect: Effect,
+    /// The statement had a RETURNING clause of its own.
+    pub returning: bool,
+    /// The tables that the name may mean (one, unless several schemas have it).
+    pub tables: Vec<Arc<Table>>,
+    /// Triggers or cascades may write more than the images show: the transaction is audited.
+    pub audited: bool,
+}
+
+/// What a captured statement does to the rows that it returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Each row is now as its image says (INSERT, UPDATE that keeps keys).
+    Row,
+    /// Each row is gone; the image is what it was.
+    Gone,
+}
+
+/// A write that images do not show.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Opaque {
+    /// Why, as a metric label: `function`, `call`, `do`, `cte`, `merge`, `copy`, `view`, `rule`, `row-security`, `privilege`, `key-change`, `keyless`, `unparsed`, `ddl`, `prepare`, ...
+    pub reason: &'static str,
+    /// The migrating tables it names as targets; empty: unknown.
+    pub tables: Vec<Arc<Table>>,
+    /// It cannot run inside a transaction block that we open (CALL, DO, VACUUM, CREATE INDEX CONCURRENTLY, ...).
+    pub unwrapped: bool,
+    /// It may change definitions: the catalog is loaded again behind it.
+    pub ddl: bool,
+}
+
+/// COPY FROM STDIN into one migrating table.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CopyIn {
+    /// The table.
+    pub table: Arc<Table>,
+    /// Its column list, if written.
+    pub columns: Option<Vec<String>>,
+    /// As written in the statement.
+    pub name: Name,
+}
