@@ -40,6 +40,7 @@ CREATE TABLE IF NOT EXISTS crossfade.tables (
 -- Debts, on the authority, written in the transaction that owes them. `debts`: see src/ledger/debts.rs.
 -- carrier_*: the transaction on the mirror that carries the images; its xid is null where they were given up.
 -- holder_*: a backend of the authority that may still be adding to this debt (statements that cannot be wrapped).
+-- Their numbers are drawn by the proxies, in blocks of 2^32 from this sequence: nextval in a client's session would change its lastval().
 CREATE SEQUENCE IF NOT EXISTS crossfade.ledger_id;
 CREATE TABLE IF NOT EXISTS crossfade.ledger (
     id bigint PRIMARY KEY,
@@ -58,10 +59,8 @@ CREATE TABLE IF NOT EXISTS crossfade.ledger (
 -- On the mirror: tokens of transactions that inserted into tables without a key, so that such a debt is never paid twice.
 CREATE TABLE IF NOT EXISTS crossfade.applied (token uuid PRIMARY KEY, at timestamptz NOT NULL DEFAULT clock_timestamp());
 
-CREATE OR REPLACE FUNCTION crossfade.owe(carrier_xid bigint, carrier_pid integer, carrier_start bigint, carrier_incarnation uuid, debts bytea, reason text)
-RETURNS bigint LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    debt bigint := nextval('crossfade.ledger_id');
+CREATE OR REPLACE FUNCTION crossfade.owe(debt bigint, carrier_xid bigint, carrier_pid integer, carrier_start bigint, carrier_incarnation uuid, debts bytea, reason text)
+RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     -- A mirrored transaction's commit must be durable: the mirror will have its rows.
     IF current_setting('synchronous_commit') = 'off' THEN
@@ -69,7 +68,6 @@ BEGIN
     END IF;
     INSERT INTO crossfade.ledger (id, carrier_xid, carrier_pid, carrier_start, carrier_incarnation, debts, reason)
     VALUES (debt, carrier_xid, carrier_pid, carrier_start, carrier_incarnation, debts, reason);
-    RETURN debt;
 END $$;
 
 -- The incarnation of this side, made anew where a crash or promotion has emptied it.
@@ -89,16 +87,13 @@ BEGIN
 END $$;
 
 -- For a client's statement that runs outside a transaction of ours (CALL, DO, VACUUM ...): registered before it runs.
-CREATE OR REPLACE FUNCTION crossfade.owe_unwrapped(debts bytea, reason text)
-RETURNS bigint LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-DECLARE
-    debt bigint := nextval('crossfade.ledger_id');
+CREATE OR REPLACE FUNCTION crossfade.owe_unwrapped(debt bigint, debts bytea, reason text)
+RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     PERFORM set_config('synchronous_commit', 'local', true);
     INSERT INTO crossfade.ledger (id, holder_pid, holder_start, debts, reason)
     SELECT debt, pg_backend_pid(), (extract(epoch FROM backend_start) * 1000000)::bigint, debts, reason
     FROM pg_stat_activity WHERE pid = pg_backend_pid();
-    RETURN debt;
 END $$;
 
 -- ... and released when it has ended: from now on anyone may pay the debt. Only the registered backend itself may.

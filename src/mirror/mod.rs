@@ -1,1 +1,7 @@
-//! See ARCHITECTURE.md.
+//! The other side: sessions of the control role that apply images, one per transaction that writes. Never reads for a client.
+
+pub mod conn;
+pub mod flight;
+pub mod health;
+pub mod pool;
+pub mod writes;

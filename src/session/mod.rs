@@ -1,1 +1,335 @@
-//! See ARCHITECTURE.md.
+//! A client's session: its frames go to the authority, the authority's replies come back. In a mirrored phase its writes are captured on the
+//! way and carried to the mirror at COMMIT.
+//!
+//! The life of a statement: `relay` takes the client's frames and asks for a plan, `reply` matches each answer of the server with what was asked
+//! and cuts images out, `commit` settles a transaction on both sides, `carry` moves a session to another authority.
+//! Nothing here reads a catalog or opens a transaction on the mirror by itself: that is `mirror`.
+
+mod books;
+mod carry;
+mod commit;
+pub mod expect;
+mod relay;
+mod reply;
+mod simple;
+
+use std::collections::HashMap;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Instant;
+
+use bytes::{Bytes, BytesMut};
+use tracing::{debug, warn};
+
+use self::books::{Portal, Prepared};
+use self::expect::Queue;
+use crate::auth::Login;
+use crate::backend::connect::Address;
+use crate::mirror::flight::Debts;
+use crate::mirror::pool::Lease;
+use crate::mirror::writes::Writes;
+use crate::phase::Side;
+use crate::shared::{Shared, Worker, World};
+use crate::switch::gate::Pass;
+use crate::wire::conn::Conn;
+use crate::wire::frame::{self, Report};
+use crate::wire::stream::Stream;
+
+/// How a session ended.
+#[derive(Debug)]
+pub enum End {
+    /// The client said goodbye, or closed its connection.
+    Client,
+    /// The client's connection broke, or it sent what is no message.
+    ClientBroke(String),
+    /// The server closed its connection (after a FATAL error that was passed on).
+    Server,
+    /// The server's connection broke.
+    ServerBroke(String),
+    /// A reply that answers nothing that was asked. Nothing more may be passed on.
+    Mismatch(String),
+    /// We end it, and say why.
+    Refused(Report),
+}
+
+/// What was kept of the replies to our own messages.
+#[derive(Debug, Default)]
+struct Kept {
+    rows: Vec<Vec<Option<Bytes>>>,
+    /// A whole ErrorResponse frame.
+    error: Option<Bytes>,
+}
+
+/// The end of a statement that waits for the outcome of its transaction.
+#[derive(Debug, Default)]
+struct Held {
+    /// A whole CommandComplete frame.
+    complete: Option<Bytes>,
+    /// An error was passed on instead.
+    failed: bool,
+}
+
+/// What carries this transaction's images.
+enum Carry {
+    /// Nothing was sent to the mirror yet.
+    Nothing,
+    /// Images were sent ahead of COMMIT, in the transaction of this session on the mirror.
+    Ahead(Box<Lease>),
+    /// The mirror's transaction was given up, for this reason.
+    GivenUp(&'static str),
+}
+
+/// A client's session.
+pub struct Session {
+    worker: Rc<Worker>,
+    shared: Arc<Shared>,
+    client: Conn<Stream>,
+    server: Conn<Stream>,
+    side: Side,
+    login: Login,
+    parameters: Vec<(Bytes, Bytes)>,
+    minor: u16,
+    address: Address,
+    /// What BackendKeyData told the client.
+    cancel_key: Option<Bytes>,
+    queue: Queue,
+    /// Of the last ReadyForQuery: I, T or E.
+    status: u8,
+    /// BEGIN was sent since.
+    begun: bool,
+    /// The open block is ours: the client knows of none.
+    ours: bool,
+    /// Messages of the extended protocol were sent since the last Sync.
+    unsynced: bool,
+    pass: Option<Pass>,
+    world: Arc<World>,
+    /// Bytes of a large frame still to be passed on as they come.
+    from_client: usize,
+    from_server: usize,
+    /// The client has sent a frame of this size, which must be here whole.
+    needed: usize,
+    prepared: HashMap<Bytes, Prepared>,
+    portals: HashMap<Bytes, Portal>,
+    writes: Writes,
+    debts: Option<Debts>,
+    carry: Carry,
+    kept: Kept,
+    held: Held,
+    /// Our own statements that the server session has prepared.
+    ours_prepared: Vec<&'static [u8]>,
+    settings: books::Settings,
+    since: Option<Instant>,
+    limit: usize,
+}
+
+impl Session {
+    /// A session whose client has logged in, on its way to a first authority. Nothing was sent to the client since its login.
+    pub async fn open(worker: Rc<Worker>, startup: crate::wire::startup::Startup, login: Login) -> Result<Session, Report> {
+        let shared = worker.shared.clone();
+        let world = shared.world.load_full();
+        let side = world.phase.authority();
+        let connected = carry::connect(&shared, side, &login, &startup.parameters, startup.minor).await?;
+        let mut client = Conn::new(startup.stream, startup.buf);
+        frame::put(&mut client.out, b'R', |out| bytes::BufMut::put_u32(out, 0));
+        let limit = shared.config.load().limits.client_buffer;
+        let mut session = Session {
+            client,
+            server: Conn::new(connected.stream, connected.buf),
+            side,
+            login,
+            parameters: startup.parameters,
+            minor: startup.minor,
+            address: connected.address,
+            cancel_key: None,
+            queue: Queue::default(),
+            status: b'I',
+            begun: false,
+            ours: false,
+            unsynced: false,
+            pass: None,
+            world,
+            from_client: 0,
+            from_server: 0,
+            needed: 0,
+            prepared: HashMap::new(),
+            portals: HashMap::new(),
+            writes: Writes::default(),
+            debts: None,
+            carry: Carry::Nothing,
+            kept: Kept::default(),
+            held: Held::default(),
+            ours_prepared: Vec::new(),
+            settings: books::Settings::default(),
+            since: None,
+            limit,
+            shared,
+            worker,
+        };
+        session.shared.metrics.servers(side).inc();
+        // The server's greeting (parameters, key, ReadyForQuery) is the answer to a Sync that was never sent.
+        session.queue.push(expect::Expected::client(expect::Kind::Sync));
+        Ok(session)
+    }
+
+    /// Serves the client to the end.
+    pub async fn run(mut self) {
+        let end = self.serve().await.unwrap_or_else(|end| end);
+        self.finish(end).await;
+    }
+
+    async fn serve(&mut self) -> Result<End, End> {
+        loop {
+            self.replies()?;
+            if self.writes.bytes > self.shared.config.load().limits.mirror_buffer {
+                self.send_ahead().await;
+            }
+            self.rest();
+            if !self.requests().await? {
+                if self.client.closed {
+                    return Ok(End::Client);
+                }
+                self.drive().await?;
+            }
+        }
+    }
+
+    /// Between transactions: the phase may move.
+    fn rest(&mut self) {
+        if self.pass.is_some() && self.queue.is_empty() && self.status == b'I' && !self.unsynced && !self.begun && !self.ours {
+            self.pass = None;
+        }
+    }
+
+    /// Moves bytes both ways until some came in, or a full buffer has emptied.
+    async fn drive(&mut self) -> Result<(), End> {
+        let limit = self.limit;
+        let Session { client, server, needed, .. } = self;
+        std::future::poll_fn(|cx| {
+            let crowded = client.out.len() >= limit || server.out.len() >= limit;
+            if let Poll::Ready(Err(error)) = client.poll_flush(cx) {
+                return Poll::Ready(Err(End::ClientBroke(error.to_string())));
+            }
+            if let Poll::Ready(Err(error)) = server.poll_flush(cx) {
+                // It may have said why before it closed: that is read first.
+                debug!(%error, "cannot write to the server");
+                server.out.clear();
+            }
+            let mut moved = crowded && client.out.len() < limit && server.out.len() < limit;
+            if client.out.len() < limit {
+                match server.poll_fill(cx) {
+                    Poll::Ready(Ok(0)) => return Poll::Ready(Err(End::Server)),
+                    Poll::Ready(Ok(_)) => moved = true,
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(End::ServerBroke(error.to_string()))),
+                    Poll::Pending => {}
+                }
+            }
+            if server.out.len() < limit && (client.inb.len() < limit || client.inb.len() < *needed) {
+                match client.poll_fill(cx) {
+                    Poll::Ready(Ok(_)) => moved = true,
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(End::ClientBroke(error.to_string()))),
+                    Poll::Pending => {}
+                }
+            }
+            if moved { Poll::Ready(Ok(())) } else { Poll::Pending }
+        })
+        .await
+    }
+
+    /// Waits until the server has answered all that was sent to it. The client's further messages wait meanwhile.
+    async fn settle(&mut self) -> Result<(), End> {
+        if !self.queue.is_empty() {
+            self.replies()?;
+        }
+        while !self.queue.is_empty() {
+            self.drive_server().await?;
+            self.replies()?;
+        }
+        Ok(())
+    }
+
+    /// Like `drive`, without reading from the client: a client that has gone does not undo what it asked for.
+    async fn drive_server(&mut self) -> Result<(), End> {
+        let limit = self.limit;
+        let Session { client, server, .. } = self;
+        std::future::poll_fn(|cx| {
+            let crowded = client.out.len() >= limit;
+            if let Poll::Ready(Err(_)) = client.poll_flush(cx) {
+                client.out.clear();
+                client.closed = true;
+            }
+            if let Poll::Ready(Err(error)) = server.poll_flush(cx) {
+                debug!(%error, "cannot write to the server");
+                server.out.clear();
+            }
+            if client.out.len() < limit {
+                match server.poll_fill(cx) {
+                    Poll::Ready(Ok(0)) => return Poll::Ready(Err(End::Server)),
+                    Poll::Ready(Ok(_)) => return Poll::Ready(Ok(())),
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(End::ServerBroke(error.to_string()))),
+                    Poll::Pending => {}
+                }
+            }
+            if crowded && client.out.len() < limit { Poll::Ready(Ok(())) } else { Poll::Pending }
+        })
+        .await
+    }
+
+    async fn finish(mut self, end: End) {
+        let user = &self.login.user;
+        let side = self.side;
+        let report = match end {
+            End::Client => {
+                frame::terminate(&mut self.server.out);
+                let _ = tokio::time::timeout(std::time::Duration::from_secs(1), self.server.flush()).await;
+                None
+            }
+            End::ClientBroke(error) => {
+                debug!(%user, %error, "client's connection broke");
+                None
+            }
+            End::Server => {
+                // A last ErrorResponse may still be in the buffer: `replies` has passed on whatever was whole.
+                let _ = self.replies();
+                None
+            }
+            End::ServerBroke(error) => {
+                warn!(%user, %side, %error, "server's connection broke");
+                Some(Report::fatal("08006", format!("the connection to the {side} database broke: {error}"), "Connect again; whether a COMMIT that was under way took place must be looked up, as without a proxy."))
+            }
+            End::Mismatch(what) => {
+                warn!(%user, %side, %what, "a reply that answers nothing that was asked; the session ends");
+                Some(Report::fatal("08P01", format!("the {side} database sent a reply that answers nothing that was asked ({what})"), "Connect again, and report this: it is a defect of crossfade or of the server."))
+            }
+            End::Refused(report) => Some(report),
+        };
+        if let Some(report) = report {
+            report.put(&mut self.client.out);
+        }
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(5), self.client.flush()).await;
+        self.shared.metrics.servers(side).dec();
+        if let Some(key) = &self.cancel_key {
+            self.shared.cancels.remove(key);
+        }
+    }
+}
+
+/// A whole frame with this tag and payload.
+fn whole(tag: u8, payload: &[u8]) -> BytesMut {
+    let mut out = BytesMut::with_capacity(payload.len() + frame::HEAD);
+    frame::put(&mut out, tag, |out| out.extend_from_slice(payload));
+    out
+}
+
+impl From<frame::Malformed> for End {
+    fn from(error: frame::Malformed) -> End {
+        End::Refused(Report { severity: "FATAL", code: "08P01", message: error.to_string(), hint: None })
+    }
+}
+
+impl From<io::Error> for End {
+    fn from(error: io::Error) -> End {
+        End::ServerBroke(error.to_string())
+    }
+}

@@ -1,0 +1,416 @@
+//! One session of the control role on the mirror, which carries one transaction at a time.
+//!
+//! Its transaction is the implicit one of an extended-protocol pipeline: it begins with the first statement and commits with Sync, so
+//! BEGIN and COMMIT cost no statements, and the server never takes the session for idle in transaction. Sync is sent only after every statement
+//! was answered (a commit that is sent with its statements could run after its sender has died).
+
+use std::collections::HashMap;
+use std::io;
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use super::flight::Step;
+use crate::auth::Credentials;
+use crate::backend::connect::{self, ConnectError};
+use crate::catalog::Table;
+use crate::config::Database;
+use crate::phase::Side;
+use crate::plan::image::{self, Row, Statement};
+use crate::wire::conn::Conn;
+use crate::wire::frame::{self, ServerError};
+use crate::wire::stream::Stream;
+
+/// Parameters in one statement at most (the protocol counts them in 16 bits).
+const PARAMETERS: usize = 32_000;
+
+/// Rows in one statement at most. Statements are prepared for powers of two of rows.
+const ROWS: usize = 64;
+
+/// Who carries images: the transaction on the mirror and its backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Carrier {
+    /// xid8 of the mirror's transaction; None: it was given up, or wrote nothing.
+    pub xid: Option<i64>,
+    /// Its backend.
+    pub backend: Backend,
+}
+
+/// A backend of the mirror.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Backend {
+    /// Process id.
+    pub pid: i32,
+    /// backend_start in microseconds since 1970.
+    pub start: i64,
+    /// The mirror's incarnation when it was opened.
+    pub incarnation: [u8; 16],
+}
+
+/// Why the mirror did not take a transaction.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// It answered with an error.
+    #[error("refused: {} ({})", .0.message, .0.code)]
+    Refused(ServerError),
+    /// The connection broke.
+    #[error("connection lost: {0}")]
+    Broken(#[from] io::Error),
+    /// No connection could be made.
+    #[error("{0}")]
+    Connect(#[from] ConnectError),
+    /// No progress for `mirror.timeout`.
+    #[error("no progress for {0:?}")]
+    Timeout(Duration),
+    /// The circuit breaker is open.
+    #[error("known to be down")]
+    Down,
+}
+
+impl Failure {
+    /// For `crossfade_mirror_failures_total{reason}`.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Failure::Refused(_) => "refused",
+            Failure::Broken(_) => "broken",
+            Failure::Connect(_) => "connect",
+            Failure::Timeout(_) => "timeout",
+            Failure::Down => "down",
+        }
+    }
+
+    /// It speaks of the mirror as a whole, not of one row.
+    pub fn opens_breaker(&self) -> bool {
+        matches!(self, Failure::Broken(_) | Failure::Connect(_) | Failure::Timeout(_))
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Verb {
+    Upsert,
+    Delete,
+    Insert,
+    InsertMissing,
+}
+
+/// One session on the mirror.
+pub struct MirrorConn {
+    conn: Conn<Stream>,
+    side: Side,
+    backend: Backend,
+    prepared: HashMap<(u32, Verb, usize), (Bytes, Vec<i16>)>,
+    /// Statements executed since the last Sync: a transaction is open.
+    open: bool,
+    /// The catalog's generation that `prepared` was made for.
+    pub generation: u64,
+}
+
+/// What each awaited answer is for.
+enum Await {
+    /// Any number of rows.
+    Any,
+    /// A delete that must find this many rows, else it is done again.
+    Deleted { step: usize, rows: usize },
+}
+
+impl MirrorConn {
+    /// Logs in as the control role and prepares what every transaction needs.
+    pub async fn open(db: &Database, side: Side, generation: u64) -> Result<MirrorConn, Failure> {
+        let credentials = Credentials { user: db.user.clone(), password: db.password.clone(), scram: None };
+        let parameters = [
+            ("user", db.user.as_str()),
+            ("database", db.database.as_str()),
+            ("application_name", "crossfade mirror"),
+            ("client_encoding", "UTF8"),
+            ("options", "-c session_replication_role=replica -c row_security=off -c synchronous_commit=off -c statement_timeout=0 -c lock_timeout=0 -c search_path=pg_catalog -c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off"),
+        ]
+        .map(|(name, value)| (Bytes::copy_from_slice(name.as_bytes()), Bytes::copy_from_slice(value.as_bytes())));
+        let connected = connect::connect(db, &credentials, &parameters, 0).await?;
+        let mut conn = MirrorConn {
+            conn: Conn::new(connected.stream, connected.buf),
+            side,
+            backend: Backend { pid: 0, start: 0, incarnation: [0; 16] },
+            prepared: HashMap::new(),
+            open: false,
+            generation,
+        };
+        conn.until_ready().await?;
+        conn.backend = conn.identify().await?;
+        frame::parse(&mut conn.conn.out, b"xid", b"SELECT pg_current_xact_id()::text", &[]);
+        frame::sync(&mut conn.conn.out);
+        conn.until_ready().await?;
+        Ok(conn)
+    }
+
+    /// Who this session is on the mirror.
+    pub fn backend(&self) -> Backend {
+        self.backend
+    }
+
+    async fn identify(&mut self) -> Result<Backend, Failure> {
+        frame::query(
+            &mut self.conn.out,
+            b"SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint, replace(crossfade.incarnate()::text, '-', '') FROM pg_stat_activity WHERE pid = pg_backend_pid()",
+        );
+        let row = self.until_ready().await?.ok_or_else(|| io::Error::other("no row in pg_stat_activity"))?;
+        let text = |value: Option<&Bytes>| value.and_then(|v| std::str::from_utf8(v).ok().map(str::to_owned)).unwrap_or_default();
+        let wrong = || io::Error::new(io::ErrorKind::InvalidData, "the mirror did not say who it is");
+        let incarnation = u128::from_str_radix(&text(row.get(2)), 16).map_err(|_| wrong())?.to_be_bytes();
+        let pid = text(row.first()).parse().map_err(|_| wrong())?;
+        let start = text(row.get(1)).parse().map_err(|_| wrong())?;
+        Ok(Backend { pid, start, incarnation })
+    }
+
+    /// Reads up to ReadyForQuery; gives the last row, or the error.
+    async fn until_ready(&mut self) -> Result<Option<Vec<Bytes>>, Failure> {
+        let mut row = None;
+        let mut error = None;
+        loop {
+            let (tag, payload) = self.conn.frame().await?;
+            match tag {
+                b'D' => row = Some(values(&payload)?),
+                b'E' => error = Some(frame::server_error(&payload)),
+                b'Z' => break,
+                _ => {}
+            }
+        }
+        self.open = false;
+        match error {
+            Some(error) => Err(Failure::Refused(error)),
+            None => Ok(row),
+        }
+    }
+
+    /// Executes steps in this session's transaction and waits until all were executed. Nothing is committed.
+    /// On an error the transaction is over, and nothing of it stays.
+    pub async fn execute(&mut self, steps: &[Step], token: Option<[u8; 16]>, timeout: Duration) -> Result<(), Failure> {
+        let mut awaited = Vec::with_capacity(steps.len() + 1);
+        for (number, step) in steps.iter().enumerate() {
+            self.put_step(number, step, &mut awaited);
+        }
+        if let Some(token) = token {
+            frame::parse(&mut self.conn.out, b"", b"INSERT INTO crossfade.applied (token) VALUES ($1) ON CONFLICT DO NOTHING", &[2950]);
+            self.bind_execute(b"", &[1], std::iter::once(Some(&token[..])));
+            awaited.push(Await::Any);
+        }
+        let again = self.answers(&awaited, timeout).await?;
+        for step in again {
+            self.delete_again(&steps[step], timeout).await?;
+        }
+        Ok(())
+    }
+
+    /// The xid8 of the open transaction.
+    pub async fn xid(&mut self, timeout: Duration) -> Result<i64, Failure> {
+        self.bind_execute(b"xid", &[], std::iter::empty());
+        frame::flush(&mut self.conn.out);
+        let mut xid = None;
+        loop {
+            match self.next(timeout).await? {
+                (b'D', payload) => xid = values(&payload)?.first().and_then(|v| std::str::from_utf8(v).ok()?.parse().ok()),
+                (b'C', _) => break,
+                _ => {}
+            }
+        }
+        xid.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the mirror gave no xid").into())
+    }
+
+    /// A delete that found too few rows may have met an insert of a transaction that is over on the authority and not yet here:
+    /// invisible, and DELETE does not wait for it. Inserting the deleted rows waits for it; then they are deleted in a new statement (W7).
+    async fn delete_again(&mut self, step: &Step, timeout: Duration) -> Result<(), Failure> {
+        let Step::Delete(table, rows) = step else { return Ok(()) };
+        let mut awaited = Vec::new();
+        self.put_rows(table, Verb::InsertMissing, rows, &mut |_| awaited.push(Await::Any));
+        self.put_rows(table, Verb::Delete, rows, &mut |_| ());
+        let deletes = chunks(rows.len(), self.per_statement(table, Verb::Delete)).count();
+        awaited.extend((0..deletes).map(|_| Await::Any));
+        self.answers(&awaited, timeout).await.map(|_| ())
+    }
+
+    fn put_step(&mut self, number: usize, step: &Step, awaited: &mut Vec<Await>) {
+        match step {
+            Step::Upsert(table, rows) if image::needs_replace(table, self.side) => {
+                self.put_rows(table, Verb::Delete, rows, &mut |_| awaited.push(Await::Any));
+                self.put_rows(table, Verb::Insert, rows, &mut |_| awaited.push(Await::Any));
+            }
+            Step::Upsert(table, rows) => self.put_rows(table, Verb::Upsert, rows, &mut |_| awaited.push(Await::Any)),
+            Step::Insert(table, rows) => self.put_rows(table, Verb::Insert, rows, &mut |_| awaited.push(Await::Any)),
+            Step::Delete(table, rows) => {
+                self.put_rows(table, Verb::Delete, rows, &mut |rows| awaited.push(Await::Deleted { step: number, rows }));
+            }
+            Step::Truncate(tables) => {
+                let names: Vec<_> = tables.iter().map(|table| table.qualified(self.side)).collect();
+                frame::parse(&mut self.conn.out, b"", format!("TRUNCATE {}", names.join(", ")).as_bytes(), &[]);
+                self.bind_execute(b"", &[], std::iter::empty());
+                awaited.push(Await::Any);
+            }
+        }
+    }
+
+    fn per_statement(&self, table: &Table, verb: Verb) -> usize {
+        let width = match verb {
+            Verb::Delete => table.key.as_ref().map_or(1, |key| key.columns.len()),
+            _ => table.columns.len(),
+        };
+        (PARAMETERS / width.max(1)).clamp(1, ROWS)
+    }
+
+    fn put_rows(&mut self, table: &Table, verb: Verb, rows: &[Row], sent: &mut dyn FnMut(usize)) {
+        let most = self.per_statement(table, verb);
+        let mut rest = rows;
+        for count in chunks(rows.len(), most) {
+            let (now, later) = rest.split_at(count);
+            rest = later;
+            let (name, formats) = self.prepare(table, verb, count);
+            let values: Vec<Option<Bytes>> = now
+                .iter()
+                .flat_map(|row| match verb {
+                    Verb::Delete => image::key_parameters(table, row),
+                    _ => image::parameters(table, self.side, row),
+                })
+                .collect();
+            self.bind_execute(&name, &formats, values.iter().map(Option::as_deref));
+            sent(count);
+        }
+    }
+
+    /// The prepared statement for so many rows, parsed in this flight if it is new.
+    fn prepare(&mut self, table: &Table, verb: Verb, rows: usize) -> (Bytes, Vec<i16>) {
+        let at = (table.number, verb, rows);
+        if let Some(known) = self.prepared.get(&at) {
+            return known.clone();
+        }
+        let Statement { text, parameter_types, formats } = match verb {
+            Verb::Upsert => image::upsert(table, self.side, rows),
+            Verb::Delete => image::delete(table, self.side, rows),
+            Verb::Insert => image::insert(table, self.side, rows),
+            Verb::InsertMissing => image::insert_missing(table, self.side, rows),
+        };
+        let name = Bytes::from(format!("{verb:?}{}x{rows}", table.number));
+        frame::parse(&mut self.conn.out, &name, text.as_bytes(), &parameter_types);
+        self.prepared.insert(at, (name.clone(), formats.clone()));
+        (name, formats)
+    }
+
+    fn bind_execute<'v>(&mut self, name: &[u8], formats: &[i16], values: impl ExactSizeIterator<Item = Option<&'v [u8]>>) {
+        frame::bind(&mut self.conn.out, name, formats, values, 0);
+        frame::execute(&mut self.conn.out);
+        self.open = true;
+    }
+
+    /// Waits for all answers; gives the steps whose deletes found too few rows.
+    async fn answers(&mut self, awaited: &[Await], timeout: Duration) -> Result<Vec<usize>, Failure> {
+        frame::flush(&mut self.conn.out);
+        let mut again = Vec::new();
+        for one in awaited {
+            loop {
+                let (tag, payload) = self.next(timeout).await?;
+                if tag != b'C' {
+                    continue;
+                }
+                if let Await::Deleted { step, rows } = *one
+                    && affected(&payload) < rows
+                    && again.last() != Some(&step)
+                {
+                    again.push(step);
+                }
+                break;
+            }
+        }
+        Ok(again)
+    }
+
+    /// The next answer within the time-out. An error ends the transaction: the session is made ready for another one.
+    async fn next(&mut self, timeout: Duration) -> Result<(u8, Bytes), Failure> {
+        let (tag, payload) = tokio::time::timeout(timeout, self.conn.frame()).await.map_err(|_| Failure::Timeout(timeout))??;
+        if tag == b'E' {
+            let error = frame::server_error(&payload);
+            // A statement that failed to parse is not there, and neither are those parsed behind it in this flight.
+            self.forget().await?;
+            return Err(Failure::Refused(error));
+        }
+        Ok((tag, payload))
+    }
+
+    async fn forget(&mut self) -> Result<(), Failure> {
+        self.prepared.clear();
+        frame::sync(&mut self.conn.out);
+        self.until_ready().await?;
+        frame::query(&mut self.conn.out, b"DEALLOCATE ALL");
+        frame::parse(&mut self.conn.out, b"xid", b"SELECT pg_current_xact_id()::text", &[]);
+        frame::sync(&mut self.conn.out);
+        self.until_ready().await?;
+        self.until_ready().await?;
+        Ok(())
+    }
+
+    /// Sends COMMIT without waiting for its answer. Everything before it has been answered.
+    pub async fn send_commit(&mut self) -> Result<(), Failure> {
+        frame::sync(&mut self.conn.out);
+        self.conn.flush().await?;
+        Ok(())
+    }
+
+    /// Waits for the answer to COMMIT.
+    pub async fn committed(&mut self) -> Result<(), Failure> {
+        self.until_ready().await.map(|_| ())
+    }
+
+    /// Gives the open transaction up; the session can carry another one.
+    pub async fn roll_back(&mut self) -> Result<(), Failure> {
+        if self.open {
+            frame::parse(&mut self.conn.out, b"", b"ROLLBACK", &[]);
+            self.bind_execute(b"", &[], std::iter::empty());
+            frame::sync(&mut self.conn.out);
+            self.until_ready().await?;
+        }
+        Ok(())
+    }
+}
+
+/// `total` rows as chunks of powers of two, none larger than `most`.
+fn chunks(total: usize, most: usize) -> impl Iterator<Item = usize> {
+    let mut left = total;
+    std::iter::from_fn(move || {
+        let largest = left.min(most);
+        (largest > 0).then(|| {
+            let count = 1 << largest.ilog2();
+            left -= count;
+            count
+        })
+    })
+}
+
+/// The number of rows in a command tag such as `DELETE 3`.
+fn affected(payload: &[u8]) -> usize {
+    let tag = payload.strip_suffix(b"\0").unwrap_or(payload);
+    let digits = tag.rsplit(|&byte| byte == b' ').next().unwrap_or_default();
+    std::str::from_utf8(digits).ok().and_then(|digits| digits.parse().ok()).unwrap_or(0)
+}
+
+fn values(payload: &Bytes) -> Result<Vec<Bytes>, Failure> {
+    let mut fields = frame::Fields::new(payload);
+    let wrong = |error| Failure::Broken(io::Error::new(io::ErrorKind::InvalidData, error));
+    let count = fields.int16().map_err(wrong)?;
+    (0..count).map(|_| Ok(payload.slice_ref(fields.value().map_err(wrong)?.unwrap_or_default()))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_sent_in_powers_of_two() {
+        assert_eq!(chunks(13, 64).collect::<Vec<_>>(), [8, 4, 1]);
+        assert_eq!(chunks(150, 64).collect::<Vec<_>>(), [64, 64, 16, 4, 2]);
+        assert_eq!(chunks(5, 1).collect::<Vec<_>>(), [1; 5]);
+        assert_eq!(chunks(0, 64).count(), 0);
+    }
+
+    #[test]
+    fn tags_say_how_many_rows() {
+        assert_eq!(affected(b"DELETE 3\0"), 3);
+        assert_eq!(affected(b"INSERT 0 12\0"), 12);
+        assert_eq!(affected(b"TRUNCATE TABLE\0"), 0);
+    }
+}

@@ -1,0 +1,213 @@
+//! From a transaction's writes to the steps that the mirror executes, and to the debts that the authority keeps. Pure.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use bytes::BytesMut;
+
+use crate::catalog::Table;
+use crate::ledger::debts::{Debt, Values, encode};
+use crate::plan::image::{Row, key_of};
+use super::writes::Op;
+
+/// One step on the mirror.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    /// These rows are now so.
+    Upsert(Arc<Table>, Vec<Row>),
+    /// These rows are gone.
+    Delete(Arc<Table>, Vec<Row>),
+    /// These rows were added (no key).
+    Insert(Arc<Table>, Vec<Row>),
+    /// These tables are empty.
+    Truncate(Arc<Vec<Arc<Table>>>),
+}
+
+/// The steps for these writes. Where a key was written several times only its last state travels; vanished keys come before rows
+/// (another row may take a unique value that they held). Tables whose equal keys may differ in bytes keep the authority's order.
+pub fn steps(ops: Vec<Op>) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let mut segment = Vec::new();
+    for op in ops {
+        if let Op::Truncate(tables) = op {
+            settle(std::mem::take(&mut segment), &mut steps);
+            steps.push(Step::Truncate(tables));
+        } else {
+            segment.push(op);
+        }
+    }
+    settle(segment, &mut steps);
+    steps
+}
+
+fn settle(ops: Vec<Op>, steps: &mut Vec<Step>) {
+    if ops.len() == 1 {
+        steps.extend(ops.into_iter().map(single));
+        return;
+    }
+    let mut tables: BTreeMap<u32, Vec<Op>> = BTreeMap::new();
+    for op in ops {
+        tables.entry(table_of(&op).number).or_default().push(op);
+    }
+    for ops in tables.into_values() {
+        let table = table_of(&ops[0]).clone();
+        match &table.key {
+            Some(key) if key.bytewise => last_states(&table, ops, steps),
+            _ => in_order(ops, steps),
+        }
+    }
+}
+
+fn table_of(op: &Op) -> &Arc<Table> {
+    match op {
+        Op::Upsert(table, _) | Op::Delete(table, _) | Op::Insert(table, _) => table,
+        Op::Truncate(tables) => &tables[0],
+    }
+}
+
+fn single(op: Op) -> Step {
+    match op {
+        Op::Upsert(table, row) => Step::Upsert(table, vec![row]),
+        Op::Delete(table, row) => Step::Delete(table, vec![row]),
+        Op::Insert(table, row) => Step::Insert(table, vec![row]),
+        Op::Truncate(tables) => Step::Truncate(tables),
+    }
+}
+
+fn last_states(table: &Arc<Table>, ops: Vec<Op>, steps: &mut Vec<Step>) {
+    let mut at: HashMap<Values, usize> = HashMap::with_capacity(ops.len());
+    let mut states: Vec<Option<(bool, Row)>> = Vec::with_capacity(ops.len());
+    for op in ops {
+        let (present, row) = match op {
+            Op::Upsert(_, row) | Op::Insert(_, row) => (true, row),
+            Op::Delete(_, row) => (false, row),
+            Op::Truncate(_) => continue,
+        };
+        if let Some(before) = at.insert(key_of(table, &row), states.len()) {
+            states[before] = None;
+        }
+        states.push(Some((present, row)));
+    }
+    let (rows, gone): (Vec<_>, Vec<_>) = states.into_iter().flatten().partition(|(present, _)| *present);
+    let bare = |states: Vec<(bool, Row)>| states.into_iter().map(|(_, row)| row).collect::<Vec<_>>();
+    if !gone.is_empty() {
+        steps.push(Step::Delete(table.clone(), bare(gone)));
+    }
+    if !rows.is_empty() {
+        steps.push(Step::Upsert(table.clone(), bare(rows)));
+    }
+}
+
+fn in_order(ops: Vec<Op>, steps: &mut Vec<Step>) {
+    let from = steps.len();
+    for op in ops {
+        let next = single(op);
+        match (steps[from..].last_mut(), next) {
+            // Rows of a table without a key may go over together; equal keys that differ in bytes may not meet in one statement.
+            (Some(Step::Insert(_, rows)), Step::Insert(_, more)) => rows.extend(more),
+            (_, next) => steps.push(next),
+        }
+    }
+}
+
+/// The debts of a transaction, bounded: past `limit` bytes those of a table collapse into the whole table.
+#[derive(Debug)]
+pub struct Debts {
+    tables: BTreeMap<u32, Owed>,
+    bytes: usize,
+    limit: usize,
+    token: [u8; 16],
+}
+
+#[derive(Debug)]
+enum Owed {
+    Keys(HashSet<Values>),
+    Rows(Vec<Values>),
+    Whole { taint: bool },
+}
+
+impl Debts {
+    /// None yet. `token` names the transaction in `crossfade.applied` where it inserts rows without a key.
+    pub fn new(limit: usize, token: [u8; 16]) -> Debts {
+        Debts { tables: BTreeMap::new(), bytes: 0, limit, token }
+    }
+
+    /// The keys of one more write.
+    pub fn add(&mut self, op: &Op) {
+        match op {
+            Op::Upsert(table, row) | Op::Delete(table, row) => {
+                let key = key_of(table, row);
+                let size = size_of(&key);
+                let owed = self.tables.entry(table.number).or_insert_with(|| Owed::Keys(HashSet::new()));
+                if let Owed::Keys(keys) = owed
+                    && keys.insert(key)
+                {
+                    self.bytes += size;
+                }
+                self.bound(table.number);
+            }
+            Op::Insert(table, row) => {
+                let size = size_of(&row.values);
+                if let Owed::Rows(rows) = self.tables.entry(table.number).or_insert_with(|| Owed::Rows(Vec::new())) {
+                    rows.push(row.values.clone());
+                    self.bytes += size;
+                }
+                self.bound(table.number);
+            }
+            Op::Truncate(tables) => tables.iter().for_each(|table| self.whole(table.number, false)),
+        }
+    }
+
+    fn bound(&mut self, table: u32) {
+        if self.bytes > self.limit && !matches!(self.tables.get(&table), Some(Owed::Whole { .. })) {
+            self.whole(table, false);
+            self.bytes = 0;
+        }
+    }
+
+    fn whole(&mut self, table: u32, taint: bool) {
+        let taint = taint || matches!(self.tables.get(&table), Some(Owed::Whole { taint: true }));
+        self.tables.insert(table, Owed::Whole { taint });
+    }
+
+    /// A write out of sight may have changed this table.
+    pub fn taint(&mut self, table: u32) {
+        self.whole(table, true);
+    }
+
+    /// The token, where rows without a key are among the writes.
+    pub fn token(&self) -> Option<[u8; 16]> {
+        self.tables.values().any(|owed| matches!(owed, Owed::Rows(_))).then_some(self.token)
+    }
+
+    /// Nothing is owed.
+    pub fn is_empty(&self) -> bool {
+        self.tables.is_empty()
+    }
+
+    /// Tainted tables only, or all others only, for the ledger.
+    pub fn encode(&self, taints: bool) -> BytesMut {
+        let mut out = BytesMut::new();
+        for (&table, owed) in &self.tables {
+            match owed {
+                Owed::Whole { taint: true } if taints => encode(&Debt::Taint { table }, &mut out),
+                Owed::Whole { taint: true } => {}
+                _ if taints => {}
+                Owed::Whole { taint: false } => encode(&Debt::Table { table }, &mut out),
+                Owed::Keys(keys) => {
+                    keys.iter().for_each(|key| encode(&Debt::Key { table, key: key.clone() }, &mut out));
+                }
+                Owed::Rows(rows) => {
+                    for values in rows {
+                        encode(&Debt::Row { table, token: self.token, values: values.clone() }, &mut out);
+                    }
+                }
+            }
+        }
+        out
+    }
+}
+
+fn size_of(values: &Values) -> usize {
+    16 + values.iter().flatten().map(|value| value.len() + 32).sum::<usize>()
+}

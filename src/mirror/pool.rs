@@ -1,0 +1,65 @@
+//! A worker's sessions on the mirror: one for each transaction that is sending images, a bounded number in all.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::conn::{Failure, MirrorConn};
+use crate::config::Database;
+use crate::phase::Side;
+
+/// The sessions of one worker on one side.
+pub struct Pool {
+    side: Side,
+    idle: RefCell<Vec<MirrorConn>>,
+    places: std::sync::Arc<Semaphore>,
+}
+
+/// A session in use. Given back with `Lease::release`; dropped otherwise, which closes it: what it carried is undone.
+pub struct Lease {
+    /// The session.
+    pub conn: MirrorConn,
+    pool: Rc<Pool>,
+    place: OwnedSemaphorePermit,
+}
+
+impl Pool {
+    /// At most `limit` sessions.
+    pub fn new(side: Side, limit: usize) -> Rc<Pool> {
+        Rc::new(Pool { side, idle: RefCell::new(Vec::new()), places: std::sync::Arc::new(Semaphore::new(limit.max(1))) })
+    }
+
+    /// A session, within the time-out. `generation` is that of the catalog: statements prepared for another one are not used.
+    pub async fn lease(self: &Rc<Self>, db: &Database, generation: u64, timeout: Duration) -> Result<Lease, Failure> {
+        let take = async {
+            let place = self.places.clone().acquire_owned().await.map_err(|_| Failure::Down)?;
+            let idle = loop {
+                match self.idle.borrow_mut().pop() {
+                    Some(conn) if conn.generation != generation => drop(conn),
+                    found => break found,
+                }
+            };
+            let conn = match idle {
+                Some(conn) => conn,
+                None => MirrorConn::open(db, self.side, generation).await?,
+            };
+            Ok(Lease { conn, pool: self.clone(), place })
+        };
+        tokio::time::timeout(timeout, take).await.map_err(|_| Failure::Timeout(timeout))?
+    }
+
+    /// Closes the sessions that are not in use (the mirror failed: they may be dead without knowing it).
+    pub fn clear(&self) {
+        self.idle.borrow_mut().clear();
+    }
+}
+
+impl Lease {
+    /// Back into the pool: no transaction is open on it.
+    pub fn release(self) {
+        self.pool.idle.borrow_mut().push(self.conn);
+        drop(self.place);
+    }
+}

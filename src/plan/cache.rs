@@ -1,0 +1,90 @@
+//! Plans by shape, bounded by bytes.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use quick_cache::sync::Cache;
+use quick_cache::{DefaultHashBuilder, Lifecycle, Weighter};
+
+use super::Plan;
+use crate::sql::facts::Facts;
+
+/// A statement's facts and plan. `facts.end` is that of the text it was first read from, and of no other.
+#[derive(Clone, Debug)]
+pub struct Planned {
+    /// What it is.
+    pub facts: Facts,
+    /// What is done with it.
+    pub plan: Plan,
+}
+
+/// What a plan depends on beside the shape.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// The shape.
+    pub shape: Bytes,
+    /// The world: catalog, phase.
+    pub generation: u64,
+    /// The client's encoding is the mirror's.
+    pub encoding_matches: bool,
+    /// The role, where roles differ in what they may read.
+    pub role: Option<Arc<str>>,
+}
+
+#[derive(Clone)]
+struct Size;
+
+/// What a cached plan costs beyond its shape, roughly.
+const COST: usize = 1024;
+
+impl Weighter<Key, Arc<Planned>> for Size {
+    fn weight(&self, key: &Key, _: &Arc<Planned>) -> u64 {
+        (key.shape.len() * 3 + COST) as u64
+    }
+}
+
+/// The cache.
+pub struct Plans {
+    cache: Cache<Key, Arc<Planned>, Size, DefaultHashBuilder, Unobserved>,
+    hits: AtomicU64,
+    misses: AtomicU64,
+}
+
+#[derive(Clone, Default)]
+struct Unobserved;
+
+impl Lifecycle<Key, Arc<Planned>> for Unobserved {
+    type RequestState = ();
+    fn begin_request(&self) -> Self::RequestState {}
+    fn on_evict(&self, (): &mut (), _: Key, _: Arc<Planned>) {}
+}
+
+impl Plans {
+    /// At most so many bytes.
+    pub fn new(bytes: usize) -> Plans {
+        let items = bytes / (2 * COST);
+        Plans {
+            cache: Cache::with(items.max(16), bytes as u64, Size, DefaultHashBuilder::default(), Unobserved),
+            hits: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+        }
+    }
+
+    /// The plan, made by `make` where it is not known.
+    pub fn get(&self, key: Key, make: impl FnOnce() -> Planned) -> Arc<Planned> {
+        if let Some(planned) = self.cache.get(&key) {
+            self.hits.fetch_add(1, Ordering::Relaxed);
+            return planned;
+        }
+        self.misses.fetch_add(1, Ordering::Relaxed);
+        let planned = Arc::new(make());
+        self.cache.insert(key, planned.clone());
+        planned
+    }
+
+    /// Hits, misses and bytes.
+    pub fn counts(&self) -> (u64, u64, u64) {
+        (self.hits.load(Ordering::Relaxed), self.misses.load(Ordering::Relaxed), self.cache.weight())
+    }
+}

@@ -1,0 +1,374 @@
+//! What runs beside the sessions: clearing debts, repair, probing a mirror that is down, reading definitions again, following the file.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use notify::Watcher;
+use tokio::sync::{mpsc, watch};
+use tokio_postgres::Client;
+use tracing::{debug, error, info, warn};
+
+use super::Stop;
+use crate::ledger::clear::{ClearError, Clearing, flush_and_clear};
+use crate::migrate::{self, Pair};
+use crate::migrate::repair::Repair;
+use crate::phase::Side;
+use crate::shared::{Paid, Shared, World, lock};
+use crate::switch::mover;
+
+/// How often debts that were paid are cleared.
+const CLEAR: Duration = Duration::from_millis(200);
+
+/// How often debts that are owed are looked for.
+const REPAIR: Duration = Duration::from_secs(1);
+
+/// SIGHUP reads the file again, SIGTERM and SIGINT drain, the second of them ends at once.
+pub fn signals(stop: watch::Sender<Stop>, path: PathBuf, shared: Arc<Shared>) {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut hangup), Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::hangup()), signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return error!("signals cannot be received");
+    };
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = hangup.recv() => reload(&shared, &path),
+                _ = terminate.recv() => further(&stop),
+                _ = interrupt.recv() => further(&stop),
+            }
+        }
+    });
+}
+
+fn further(stop: &watch::Sender<Stop>) {
+    stop.send_modify(|stop| *stop = if *stop == Stop::No { Stop::Drain } else { Stop::Now });
+}
+
+/// Starts all jobs.
+pub fn start(shared: &Arc<Shared>, path: PathBuf) {
+    tokio::spawn(clear(shared.clone()));
+    tokio::spawn(repair(shared.clone()));
+    for side in Side::BOTH {
+        tokio::spawn(probe(shared.clone(), side));
+    }
+    tokio::spawn(refresh(shared.clone()));
+    tokio::spawn(observe(shared.clone()));
+    tokio::spawn(follow(shared.clone(), path));
+    tokio::spawn(move_phase(shared.clone()));
+}
+
+/// The two control connections of a job, opened anew where they were lost or the authority has changed.
+#[derive(Default)]
+struct Hands {
+    open: Option<(Side, Client, Client)>,
+}
+
+impl Hands {
+    /// To the authority and to the mirror.
+    async fn get(&mut self, shared: &Shared, name: &str) -> Result<Option<(&Client, &Client)>, crate::config::control::ConnectError> {
+        let phase = shared.world.load().phase;
+        let Some(mirror) = phase.mirror() else {
+            self.open = None;
+            return Ok(None);
+        };
+        if self.open.as_ref().is_none_or(|(side, a, b)| *side != mirror || a.is_closed() || b.is_closed()) {
+            let config = shared.config.load_full();
+            let authority = Shared::database(&config, mirror.other()).connect(name).await?;
+            self.open = Some((mirror, authority, Shared::database(&config, mirror).connect(name).await?));
+        }
+        Ok(self.open.as_ref().map(|(_, authority, mirror)| (authority, mirror)))
+    }
+}
+
+/// Debts whose mirror transactions have answered COMMIT: one flushed commit on the mirror, then their ledger rows go, in batches.
+async fn clear(shared: Arc<Shared>) {
+    let mut hands = Hands::default();
+    loop {
+        tokio::time::sleep(CLEAR).await;
+        let paid = shared.paid.take();
+        if paid.is_empty() {
+            continue;
+        }
+        if let Err((rest, error)) = clear_batch(&shared, &mut hands, paid).await {
+            debug!(%error, "debts could not be cleared yet");
+            hands.open = None;
+            // They may be cleared by any later flush in the same incarnation.
+            rest.into_iter().for_each(|paid| shared.paid.push(paid));
+            tokio::time::sleep(CLEAR * 2).await;
+        }
+    }
+}
+
+async fn clear_batch(shared: &Shared, hands: &mut Hands, mut paid: Vec<Paid>) -> Result<(), (Vec<Paid>, String)> {
+    let (authority, mirror) = match hands.get(shared, "crossfade clear").await {
+        Ok(Some(clients)) => clients,
+        // The phase has no mirror any more: its move has emptied the ledger.
+        Ok(None) => return Ok(()),
+        Err(error) => return Err((paid, error.to_string())),
+    };
+    while let Some(first) = paid.first() {
+        let incarnation = first.incarnation;
+        let (now, later): (Vec<_>, Vec<_>) = paid.iter().copied().partition(|paid| paid.incarnation == incarnation);
+        let ids: Vec<i64> = now.iter().map(|paid| paid.id).collect();
+        match flush_and_clear(mirror, authority, &ids, &uuid(incarnation), Clearing::Lazy).await {
+            Ok(_) => {}
+            // What was answered in another incarnation may be lost: it is owed, and repair looks at it.
+            Err(ClearError::Reincarnated) => shared.owed.notify_one(),
+            Err(error) => return Err((paid, error.to_string())),
+        }
+        paid = later;
+    }
+    Ok(())
+}
+
+fn uuid(bytes: [u8; 16]) -> String {
+    let digits = format!("{:032x}", u128::from_be_bytes(bytes));
+    format!("{}-{}-{}-{}-{}", &digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..])
+}
+
+/// Pays what is owed.
+async fn repair(shared: Arc<Shared>) {
+    let mut worker: Option<(u64, Repair)> = None;
+    loop {
+        tokio::select! {
+            () = shared.owed.notified() => {}
+            () = tokio::time::sleep(REPAIR) => {}
+        }
+        let world = shared.world.load_full();
+        let Some(mirror) = world.phase.mirror().filter(|mirror| shared.health.get(*mirror).up()) else {
+            worker = None;
+            continue;
+        };
+        if worker.as_ref().is_none_or(|(generation, repair)| *generation != world.generation || repair.pair.is_broken()) {
+            worker = match open_repair(&shared, mirror).await {
+                Ok(repair) => Some((world.generation, repair)),
+                Err(error) => {
+                    debug!(%error, "repair cannot begin");
+                    None
+                }
+            };
+        }
+        let Some((_, repair)) = &mut worker else { continue };
+        match repair.pass().await {
+            Ok(summary) => {
+                if summary.repaired_rows > 0 {
+                    info!(rows = summary.repaired_rows, cleared = summary.cleared, owed = summary.owed, "repaired");
+                }
+                for (table, error) in summary.refused {
+                    warn!(%table, %error, "the mirror refuses rows; their debts stay");
+                }
+            }
+            Err(error) => {
+                debug!(%error, "repair was interrupted");
+                worker = None;
+            }
+        }
+    }
+}
+
+async fn open_repair(shared: &Shared, mirror: Side) -> Result<Repair, Box<dyn std::error::Error + Send + Sync>> {
+    let config = shared.config.load_full();
+    let world = shared.world.load_full();
+    let authority = Shared::database(&config, mirror.other()).connect("crossfade repair").await?;
+    let second = Shared::database(&config, mirror).connect("crossfade repair").await?;
+    let pair = Pair::new(mirror.other(), authority, second, migrate::Settings::default()).await?;
+    Ok(Repair::new(pair, world.catalog.clone()))
+}
+
+/// Finds out when a mirror that failed is back.
+async fn probe(shared: Arc<Shared>, side: Side) {
+    loop {
+        shared.health.get(side).tripped().await;
+        let mut pause = Duration::from_millis(100);
+        loop {
+            let config = shared.config.load_full();
+            let timeout = config.mirror.timeout;
+            let open = crate::mirror::conn::MirrorConn::open(Shared::database(&config, side), side, 0);
+            match tokio::time::timeout(timeout, open).await {
+                Ok(Ok(_)) => break,
+                Ok(Err(error)) => debug!(%side, %error, "the mirror is still down"),
+                Err(_) => debug!(%side, "the mirror still does not answer"),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(2));
+        }
+        // Definitions that were taken from the authority while the mirror was down are read before anything is sent to it.
+        if let Err(error) = read_again(&shared).await {
+            debug!(%error, "definitions cannot be read yet");
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            continue;
+        }
+        shared.health.get(side).restore();
+        shared.owed.notify_one();
+        info!(%side, "the mirror is back");
+    }
+}
+
+/// Reads the definitions again where they have changed.
+async fn refresh(shared: Arc<Shared>) {
+    let mut known: Option<(String, String)> = None;
+    let mut hands = Hands::default();
+    loop {
+        let told = tokio::select! {
+            () = shared.stale.notified() => true,
+            () = tokio::time::sleep(Duration::from_secs(5)) => false,
+        };
+        let Some(mirror) = shared.world.load().phase.mirror() else { continue };
+        if !shared.health.get(mirror).up() {
+            continue;
+        }
+        let Ok(Some((authority, other))) = hands.get(&shared, "crossfade catalog").await else { continue };
+        let prints = async { Some((crate::catalog::fingerprint(authority).await.ok()?, crate::catalog::fingerprint(other).await.ok()?)) };
+        let Some(prints) = prints.await else { continue };
+        let changed = known.as_ref().is_some_and(|known| *known != prints);
+        if told || changed {
+            match read_again(&shared).await {
+                Ok(()) => known = Some(prints),
+                Err(error) => warn!(%error, "definitions cannot be read again"),
+            }
+        } else {
+            known = Some(prints);
+        }
+    }
+}
+
+async fn read_again(shared: &Shared) -> Result<(), mover::MoveError> {
+    let _switching = shared.switching.lock().await;
+    let world = shared.world.load_full();
+    if world.phase.mirror().is_none() {
+        return Ok(());
+    }
+    let config = shared.config.load_full();
+    let (catalog, whole) = mover::load_catalog(&config, world.phase.authority()).await?;
+    if !whole {
+        return Err(mover::MoveError::Closed("the mirror's definitions cannot be read".into()));
+    }
+    shared.world.store(Arc::new(World { generation: world.generation + 1, catalog: Arc::new(catalog), ..(*world).clone() }));
+    Ok(())
+}
+
+/// Keeps the metrics that are read from the databases.
+async fn observe(shared: Arc<Shared>) {
+    let mut hands: Option<(Side, Client)> = None;
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let world = shared.world.load_full();
+        let (hits, misses, bytes) = shared.plans.counts();
+        let metrics = &shared.metrics;
+        metrics.plan_hits.inc_by(hits.saturating_sub(metrics.plan_hits.get()));
+        metrics.plan_misses.inc_by(misses.saturating_sub(metrics.plan_misses.get()));
+        metrics.plan_cache_bytes.set(bytes as i64);
+        let up = world.phase.mirror().is_none_or(|mirror| shared.health.get(mirror).up());
+        metrics.mirror_up.set(i64::from(up));
+        if world.phase.mirror().is_none() {
+            metrics.set_debts(&[]);
+            metrics.tainted_tables.set(0);
+            metrics.debt_in_flight.set(0);
+            continue;
+        }
+        let authority = world.phase.authority();
+        if hands.as_ref().is_none_or(|(side, client)| *side != authority || client.is_closed()) {
+            let config = shared.config.load_full();
+            hands = Shared::database(&config, authority).connect("crossfade status").await.ok().map(|client| (authority, client));
+        }
+        let Some((_, client)) = &hands else { continue };
+        if let Err(error) = read_debts(&shared, &world, client).await {
+            debug!(%error, "the ledger cannot be read");
+            hands = None;
+        }
+    }
+}
+
+async fn read_debts(shared: &Shared, world: &World, client: &Client) -> Result<(), migrate::Error> {
+    let mirror = world.phase.authority().other();
+    let counts = migrate::debt::counts(client, world.phase.authority(), None).await?;
+    let _ = mirror;
+    let metrics = &shared.metrics;
+    let label = |number: u32| world.catalog.tables.get(&number).map_or_else(|| format!("table {number}"), |table| table.label());
+    let owed: Vec<(String, i64)> = counts.tables.iter().map(|(number, debt)| (label(*number), debt.owed() as i64)).collect();
+    metrics.set_debts(&owed);
+    metrics.tainted_tables.set(counts.tables.values().filter(|debt| debt.taints > 0).count() as i64);
+    metrics.debt_in_flight.set(counts.in_flight as i64);
+    metrics.debt_oldest_seconds.set(counts.oldest.as_secs_f64());
+    metrics.ledger_bytes.set(counts.bytes as i64);
+    Ok(())
+}
+
+/// Follows the file: an edit in place, a rename over it, a symbolic link that changes (ConfigMaps).
+async fn follow(shared: Arc<Shared>, path: PathBuf) {
+    let (sender, mut events) = mpsc::unbounded_channel();
+    let watcher = notify::recommended_watcher(move |_| {
+        let _ = sender.send(());
+    });
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(std::path::Path::new("."));
+    let mut watcher = watcher.ok();
+    if let Some(watcher) = &mut watcher
+        && let Err(error) = watcher.watch(folder, notify::RecursiveMode::NonRecursive)
+    {
+        warn!(%error, "the file's folder cannot be watched; it is looked at every second");
+    }
+    let mut last = std::fs::read(&path).ok();
+    loop {
+        tokio::select! {
+            _ = events.recv(), if watcher.is_some() => tokio::time::sleep(Duration::from_millis(20)).await,
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+        }
+        while events.try_recv().is_ok() {}
+        let now = std::fs::read(&path).ok();
+        if now != last && now.is_some() {
+            last = now;
+            reload(&shared, &path);
+        }
+    }
+}
+
+/// Reads the file again; a bad one changes nothing.
+fn reload(shared: &Shared, path: &std::path::Path) {
+    match crate::config::load(path) {
+        Ok(config) => {
+            info!(phase = %config.phase, "the file was read again");
+            shared.config.store(Arc::new(config));
+            *lock(&shared.config_error) = None;
+            shared.wanted.notify_one();
+        }
+        Err(error) => {
+            shared.metrics.config_reload_failures.inc();
+            error!(%error, "the file is not used; what was read before stays in force");
+            *lock(&shared.config_error) = Some(error.to_string());
+        }
+    }
+}
+
+/// Moves the phase to what the file says, one step at a time; what is in the way is said once.
+async fn move_phase(shared: Arc<Shared>) {
+    let mut said = String::new();
+    loop {
+        let want = shared.config.load().phase;
+        if want != shared.world.load().phase {
+            let _switching = shared.switching.lock().await;
+            match mover::step(&shared, want).await {
+                Ok(_) => {
+                    said.clear();
+                    *lock(&shared.waiting) = None;
+                    continue;
+                }
+                Err(error) => {
+                    let error = error.to_string();
+                    *lock(&shared.waiting) = Some(error.clone());
+                    if error != said {
+                        warn!(%want, %error, "the phase cannot move yet; it is tried again every second");
+                        said = error;
+                    }
+                }
+            }
+        } else {
+            *lock(&shared.waiting) = None;
+        }
+        tokio::select! {
+            () = shared.wanted.notified() => {}
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! Accepting clients, and the threads that serve them.
+//!
+//! Each thread runs its own single-threaded runtime: a session's client, its server and its mirror are woken on one core, and no task moves.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::{mpsc, watch};
+use tracing::{debug, info, warn};
+
+use super::{RunError, Stop};
+use crate::auth::client::authenticate;
+use crate::backend::connect;
+use crate::config::Config;
+use crate::phase::Side;
+use crate::session::Session;
+use crate::shared::{Shared, Worker};
+use crate::wire::frame::Report;
+use crate::wire::startup::{Accepted, Startup, accept};
+use crate::wire::tls::ServerTls;
+
+/// The certificate for clients, if the file names one.
+pub fn tls(config: &Config) -> Result<Option<Arc<ServerTls>>, RunError> {
+    match &config.tls {
+        None => Ok(None),
+        Some(tls) => Ok(Some(Arc::new(ServerTls::load(tls)?))),
+    }
+}
+
+/// Binds a port.
+pub async fn bind(address: SocketAddr) -> Result<TcpListener, RunError> {
+    let listen = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(1024)
+    };
+    listen().map_err(|error| RunError::Listen { address, error })
+}
+
+/// Clients of this proxy, counted from accept to end.
+#[derive(Default)]
+struct Counts {
+    clients: AtomicUsize,
+    logins: AtomicUsize,
+}
+
+struct Counted<'a>(&'a AtomicUsize);
+
+impl<'a> Counted<'a> {
+    fn within(counter: &'a AtomicUsize, limit: usize) -> Option<Counted<'a>> {
+        let counted = Counted(counter);
+        (counter.fetch_add(1, Ordering::SeqCst) < limit).then_some(counted)
+    }
+}
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// Serves clients until it is told to stop, then lets transactions end.
+pub async fn serve(listener: TcpListener, tls: Option<Arc<ServerTls>>, shared: Arc<Shared>, mut stopping: watch::Receiver<Stop>) -> Result<(), RunError> {
+    let config = shared.config.load_full();
+    let threads = match config.limits.threads {
+        0 => std::thread::available_parallelism().map_or(2, usize::from),
+        threads => threads,
+    };
+    let counts = Arc::new(Counts::default());
+    let mut senders = Vec::new();
+    for number in 0..threads {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        senders.push(sender);
+        thread(number, receiver, shared.clone(), tls.clone(), counts.clone(), config.mirror.connections.div_ceil(threads)).map_err(RunError::Threads)?;
+    }
+    info!(listen = %config.listen, threads, "serving clients");
+    shared.ready.store(true, Ordering::SeqCst);
+    let mut turn = 0;
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    turn = (turn + 1) % senders.len();
+                    // The stream is registered anew in the runtime of its thread.
+                    if let Ok(stream) = stream.into_std() {
+                        let _ = senders[turn].send(stream);
+                    }
+                }
+                Err(error) => {
+                    warn!(%error, "a connection could not be accepted");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            },
+            _ = stopping.wait_for(|stop| *stop != Stop::No) => break,
+        }
+    }
+    drop(listener);
+    shared.ready.store(false, Ordering::SeqCst);
+    info!("no new clients are served; transactions under way may end");
+    shared.gate.close();
+    let ended = async {
+        shared.gate.drained().await;
+        while !shared.paid.is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::select! {
+        () = ended => {}
+        _ = stopping.wait_for(|stop| *stop == Stop::Now) => {}
+    }
+    Ok(())
+}
+
+fn thread(
+    number: usize,
+    mut streams: mpsc::UnboundedReceiver<std::net::TcpStream>,
+    shared: Arc<Shared>,
+    tls: Option<Arc<ServerTls>>,
+    counts: Arc<Counts>,
+    mirrors: usize,
+) -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new().name(format!("sessions-{number}")).spawn(move || {
+        let local = tokio::task::LocalSet::new();
+        let worker = Rc::new(Worker::new(shared, mirrors));
+        runtime.block_on(local.run_until(async move {
+            while let Some(stream) = streams.recv().await {
+                let (worker, tls, counts) = (worker.clone(), tls.clone(), counts.clone());
+                tokio::task::spawn_local(async move {
+                    match TcpStream::from_std(stream) {
+                        Ok(stream) => client(worker, stream, tls, counts).await,
+                        Err(error) => warn!(%error, "a connection could not be served"),
+                    }
+                });
+            }
+        }));
+    })?;
+    Ok(())
+}
+
+/// One connection from its first byte to its last.
+async fn client(worker: Rc<Worker>, tcp: TcpStream, tls: Option<Arc<ServerTls>>, counts: Arc<Counts>) {
+    let shared = worker.shared.clone();
+    let config = shared.config.load_full();
+    let Some(login_place) = Counted::within(&counts.logins, config.limits.logins) else {
+        debug!("too many connections that have not logged in; one was closed");
+        return;
+    };
+    let greeted = tokio::time::timeout(config.limits.login, accept(tcp, tls.as_deref())).await;
+    let mut startup = match greeted {
+        Ok(Ok(Accepted::Session(startup))) => startup,
+        Ok(Ok(Accepted::Cancel { key, stream })) => {
+            cancel(&shared, &key).await;
+            drop(stream);
+            return;
+        }
+        Ok(Ok(Accepted::Closed)) => return,
+        Ok(Err(error)) => return debug!(%error, "a connection did not become a session"),
+        Err(_) => return debug!("a connection did not say what it wants in time"),
+    };
+    let Some(_place) = Counted::within(&counts.clients, config.limits.clients) else {
+        let hint = "Raise limits.clients in crossfade's file, or close some connections.";
+        return refuse(startup, &Report::fatal("53300", "sorry, too many clients already", hint)).await;
+    };
+    if let Some(report) = unsuited(&shared, &config, &startup) {
+        return refuse(startup, &report).await;
+    }
+    let login = match tokio::time::timeout(config.limits.login, authenticate(&mut startup, config.auth, &shared.verifiers)).await {
+        Ok(Ok(login)) => login,
+        Ok(Err(error)) => return debug!(%error, "a login failed"),
+        Err(_) => return debug!("a login took too long"),
+    };
+    drop(login_place);
+    let user = login.user.clone();
+    shared.metrics.clients.inc();
+    match Session::open(worker, startup, login).await {
+        Ok(session) => session.run().await,
+        Err((startup, report)) => {
+            warn!(user = %String::from_utf8_lossy(&user), message = %report.message, "no session for a client");
+            refuse(*startup, &report).await;
+        }
+    }
+    shared.metrics.clients.dec();
+}
+
+/// What this phase does not offer.
+fn unsuited(shared: &Shared, config: &Config, startup: &Startup) -> Option<Report> {
+    let phase = shared.world.load().phase;
+    let replication = startup.parameter("replication").is_some_and(|value| !matches!(&value[..], b"false" | b"off" | b"no" | b"0"));
+    if replication && phase != crate::phase::Phase::Old {
+        return Some(Report::fatal("0A000", format!("replication connections are not served in phase {phase}"), "Connect to the database directly for replication; crossfade passes it on in phase old only."));
+    }
+    let database = startup.database();
+    let ours = database == Shared::database(config, Side::Old).database.as_bytes();
+    if !ours && config.other_databases == crate::config::OtherDatabases::Refuse {
+        return Some(Report::fatal("3D000", format!("database {:?} does not take part in this migration", String::from_utf8_lossy(&database)), format!("Connect to {:?}, or set other_databases: pass.", config.old.database)));
+    }
+    None
+}
+
+async fn refuse(mut startup: Startup, report: &Report) {
+    use tokio::io::AsyncWriteExt;
+    let mut out = bytes::BytesMut::new();
+    report.put(&mut out);
+    let _ = tokio::time::timeout(Duration::from_secs(5), startup.stream.write_all(&out)).await;
+    let _ = startup.stream.shutdown().await;
+}
+
+async fn cancel(shared: &Shared, key: &bytes::Bytes) {
+    let Some((side, address, server_key)) = shared.cancels.get(key) else { return };
+    let config = shared.config.load_full();
+    let asked = connect::cancel(Shared::database(&config, side), &address, &server_key).await;
+    if let Err(error) = asked {
+        debug!(%error, "a CancelRequest could not be passed on");
+    }
+}

@@ -1,0 +1,185 @@
+//! The proxy as a process: threads that run sessions, jobs beside them, an end in good order.
+
+pub mod http;
+mod jobs;
+mod listen;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::sync::{Notify, watch};
+use tracing::{info, warn};
+
+use crate::auth::verifiers::Verifiers;
+use crate::catalog::{Catalog, Sides};
+use crate::config::{Config, ConfigError};
+use crate::metrics::Metrics;
+use crate::migrate;
+use crate::phase::{Phase, Side};
+use crate::plan::cache::Plans;
+use crate::shared::{Cancels, PaidQueue, Shared, World};
+use crate::switch::gate::Gate;
+use crate::switch::mover::{self, MoveError};
+use crate::switch::rows::{self, Holds, Verdict};
+
+/// Why the proxy could not run.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The file.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A port.
+    #[error("cannot listen on {address}: {error}; is another process there?")]
+    Listen {
+        /// Which address.
+        address: std::net::SocketAddr,
+        /// Why.
+        error: std::io::Error,
+    },
+    /// TLS towards clients.
+    #[error("{0}")]
+    Tls(#[from] crate::wire::tls::TlsError),
+    /// Metrics.
+    #[error("metrics: {0}")]
+    Metrics(#[from] crate::metrics::MetricError),
+    /// The runtime.
+    #[error("threads cannot be started: {0}")]
+    Threads(std::io::Error),
+}
+
+/// How far the end has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// Serving.
+    No,
+    /// No new clients; transactions under way end.
+    Drain,
+    /// At once.
+    Now,
+}
+
+/// Runs the proxy until it is told to stop.
+pub async fn run(path: &Path) -> Result<(), RunError> {
+    let config = crate::config::load(path)?;
+    let tls = listen::tls(&config)?;
+    // The ports first: a second proxy by mistake must end before it touches a database.
+    let listener = listen::bind(config.listen).await?;
+    let admin = match config.admin {
+        Some(address) => Some(listen::bind(address).await?),
+        None => None,
+    };
+    let shared = Arc::new(share(config)?);
+    let (stop, stopping) = watch::channel(Stop::No);
+    if let Some(admin) = admin {
+        tokio::spawn(http::serve(admin, shared.clone(), stopping.clone()));
+    }
+    jobs::signals(stop.clone(), path.to_owned(), shared.clone());
+    if !settle_phase(&shared, stopping.clone()).await {
+        return Ok(());
+    }
+    jobs::start(&shared, path.to_owned());
+    listen::serve(listener, tls, shared, stopping).await
+}
+
+fn share(config: Config) -> Result<Shared, RunError> {
+    let verifiers = Verifiers::new(&config.users, vec![config.old.clone(), config.new.clone()]);
+    let plans = Plans::new(config.limits.plan_cache);
+    let world = World { epoch: 0, phase: Phase::Old, generation: 0, catalog: Arc::new(Catalog::default()) };
+    Ok(Shared {
+        config: ArcSwap::from_pointee(config),
+        world: ArcSwap::from_pointee(world),
+        gate: Arc::new(Gate::default()),
+        health: Sides::default(),
+        paid: PaidQueue::default(),
+        metrics: Metrics::new()?,
+        plans,
+        cancels: Cancels::default(),
+        verifiers,
+        next_debt: AtomicI64::new(0),
+        stale: Notify::new(),
+        owed: Notify::new(),
+        wanted: Notify::new(),
+        switching: tokio::sync::Mutex::new(()),
+        ready: std::sync::atomic::AtomicBool::new(false),
+        config_error: Default::default(),
+        waiting: Default::default(),
+    })
+}
+
+/// Finds out which phase holds before any client is served; tries until a database that can tell is there. False: told to stop meanwhile.
+async fn settle_phase(shared: &Arc<Shared>, mut stopping: watch::Receiver<Stop>) -> bool {
+    loop {
+        match learn(shared).await {
+            Ok(()) => return true,
+            Err(error) => warn!(%error, "the phase that holds is not known yet; clients wait"),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            _ = stopping.wait_for(|stop| *stop != Stop::No) => return false,
+        }
+    }
+}
+
+async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
+    let config = shared.config.load_full();
+    let old = config.old.connect("crossfade").await;
+    let new = config.new.connect("crossfade").await;
+    let row = async |client: &Result<tokio_postgres::Client, _>, side| match client {
+        Ok(client) => rows::read(client, side).await.map(Some),
+        Err(_) => Ok(None),
+    };
+    let (old_row, new_row) = (row(&old, Side::Old).await?, row(&new, Side::New).await?);
+    let verdict = rows::judge(old_row.flatten(), new_row.flatten());
+    let holds = match verdict {
+        // Without a word from old nothing is known: a row there may point anywhere.
+        Verdict::Fresh if old_row.is_none() => return Err(MoveError::Closed("old cannot be reached".into())),
+        Verdict::Fresh => Holds { epoch: 0, phase: Phase::Old },
+        Verdict::Holds(holds) => holds,
+        Verdict::Unclaimed(holds) => {
+            let side = holds.phase.authority();
+            let client = Shared::database(&config, side).connect("crossfade").await?;
+            rows::write(&client, side, &config.name, holds, "claim").await?;
+            holds
+        }
+    };
+    let authority = holds.phase.authority();
+    let client = Shared::database(&config, authority).connect("crossfade").await?;
+    if holds.phase.mirror().is_some() {
+        migrate::install(&client, authority).await?;
+        let (catalog, whole) = mover::load_catalog(&config, authority).await?;
+        if !whole {
+            shared.health.get(authority.other()).trip();
+            shared.stale.notify_one();
+        }
+        shared.world.store(Arc::new(World { epoch: holds.epoch, phase: holds.phase, generation: 1, catalog: Arc::new(catalog) }));
+    } else {
+        shared.world.store(Arc::new(World { epoch: holds.epoch, phase: holds.phase, generation: 1, catalog: Arc::new(Catalog::default()) }));
+    }
+    draw_debt_numbers(shared, &client).await;
+    shared.metrics.set_phase(holds.phase, holds.epoch);
+    info!(phase = %holds.phase, epoch = holds.epoch, "this phase holds");
+    Ok(())
+}
+
+/// Numbers of debts are drawn in blocks of 2^32, one block for each start of a proxy: nextval in a client's session would change its lastval().
+/// Where the schema cannot be had (a control role without rights, in phase old) the clock serves until it can.
+pub(crate) async fn draw_debt_numbers(shared: &Shared, authority: &tokio_postgres::Client) {
+    let block = match migrate::install(authority, shared.world.load().phase.authority()).await {
+        Ok(()) => authority.query_one("SELECT nextval('crossfade.ledger_id')", &[]).await.map(|row| row.get::<_, i64>(0)).ok(),
+        Err(error) => {
+            warn!(%error, "schema crossfade is not installed; phases with a mirror need it");
+            None
+        }
+    };
+    if let Some(block) = block {
+        shared.next_debt.store(block << 32, std::sync::atomic::Ordering::SeqCst);
+    }
+}
+
+/// The file's path, absolute, so that a change of directory does not matter.
+pub fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}

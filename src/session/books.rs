@@ -1,0 +1,107 @@
+//! What a session remembers of its client: prepared statements, portals, settings whose names the server does not list. No I/O.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::plan::cache::Planned;
+
+/// A prepared statement of the client.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// Its text, without the NUL. None: too long to keep; it goes through as an unknown write.
+    pub text: Option<Bytes>,
+    /// Number and OIDs of declared parameter types, as they stood in Parse.
+    pub types: Bytes,
+    /// Its plan in a world, and where the hidden column is spliced.
+    pub planned: Option<(u64, bool, Arc<Planned>, usize)>,
+    /// What the server session has under this name.
+    pub there: There,
+}
+
+/// What a server session has prepared under a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum There {
+    /// Nothing: it was prepared on another server session.
+    Nothing,
+    /// The client's own text.
+    Plain,
+    /// The text with this splice.
+    Spliced(String),
+}
+
+/// A portal of the client.
+#[derive(Clone, Debug)]
+pub struct Portal {
+    /// The statement's plan; None in phases without a mirror.
+    pub planned: Option<Arc<Planned>>,
+    /// The hidden column comes in binary.
+    pub binary: bool,
+}
+
+/// Names of settings that pg_settings does not list, and that must be asked for by name when a session is carried over.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// Custom settings (with a dot) that a statement may have set.
+    pub custom: BTreeSet<String>,
+    /// client_encoding, as ParameterStatus last said.
+    pub client_encoding: String,
+    /// standard_conforming_strings is off: backslashes escape, and our lexer does not read such text.
+    pub escapes: bool,
+    /// SQL PREPARE was used.
+    pub sql_prepared: bool,
+    /// The session may run as another role than it logged in as.
+    pub role_changed: bool,
+}
+
+impl Settings {
+    /// Looks at a text that may set something, cheaply: in phases without a mirror no statement is read.
+    pub fn glance(&mut self, text: &[u8]) {
+        let start = text.iter().position(|b| !b.is_ascii_whitespace()).unwrap_or(0);
+        let word = &text[start..text.len().min(start + 7)];
+        let is = |keyword: &[u8]| word.len() >= keyword.len() && word[..keyword.len()].eq_ignore_ascii_case(keyword);
+        if is(b"set") || text.len() < 64 * 1024 && memchr::memmem::find(text, b"set_config").is_some() {
+            self.collect(text);
+        }
+        if is(b"prepare") {
+            self.sql_prepared = true;
+        }
+    }
+
+    /// The text may drop prepared statements (DEALLOCATE, DISCARD).
+    pub fn forgets(text: &[u8]) -> bool {
+        let start = text.iter().position(|b| !b.is_ascii_whitespace()).unwrap_or(0);
+        let word = &text[start..text.len().min(start + 7)];
+        word.eq_ignore_ascii_case(b"dealloc") || word.eq_ignore_ascii_case(b"discard")
+    }
+
+    /// Every word with a dot in a statement that sets something may be a custom setting: asking for one too many costs nothing.
+    fn collect(&mut self, text: &[u8]) {
+        let text = String::from_utf8_lossy(&text[..text.len().min(64 * 1024)]);
+        let words = text.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == '.' || c == '$'));
+        let dotted = words.filter(|word| word.contains('.') && !word.starts_with(|c: char| c.is_ascii_digit() || c == '.'));
+        for word in dotted.take(64) {
+            if self.custom.len() < 1024 {
+                self.custom.insert(word.trim_end_matches('.').to_lowercase());
+            }
+        }
+        self.role_changed |= text.to_ascii_lowercase().contains("role") || text.to_ascii_lowercase().contains("authorization");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn custom_settings_are_remembered_by_name() {
+        let mut settings = Settings::default();
+        settings.glance(b" SET app.user_id = '7'");
+        settings.glance(b"select set_config('My.Tenant', $1, false)");
+        settings.glance(b"SELECT a.b FROM a");
+        settings.glance(b"set role admin");
+        assert_eq!(settings.custom.iter().map(String::as_str).collect::<Vec<_>>(), ["app.user_id", "my.tenant"]);
+        assert!(settings.role_changed && !settings.sql_prepared);
+    }
+}

@@ -1,0 +1,164 @@
+//! A session moves to another authority: logged in there as the same client, with its settings and prepared statements.
+
+use bytes::Bytes;
+use tracing::{debug, warn};
+
+use super::books::There;
+use super::expect::{Expected, Kind, Queue, To};
+use super::{End, Kept, Session};
+use crate::auth::Login;
+use crate::backend::connect::{self, ConnectError, Connected};
+use crate::phase::Side;
+use crate::shared::Shared;
+use crate::wire::conn::Conn;
+use crate::wire::frame::{self, Report};
+
+/// State that cannot move: whoever has it is ended, and connects again.
+const STUCK: &[u8] = b"SELECT CASE \
+    WHEN EXISTS (SELECT FROM pg_catalog.pg_listening_channels()) THEN 'LISTEN' \
+    WHEN EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable) THEN 'a cursor WITH HOLD' \
+    WHEN EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace = pg_catalog.pg_my_temp_schema() AND relkind = 'r') THEN 'a temporary table' \
+    WHEN EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND pid = pg_catalog.pg_backend_pid()) THEN 'a session advisory lock' \
+    END";
+
+/// What SET and set_config have left behind.
+const SETTINGS: &[u8] = b"SELECT name, setting FROM pg_catalog.pg_settings WHERE source = 'session' \
+    AND name NOT IN ('transaction_isolation', 'transaction_read_only', 'transaction_deferrable', 'session_authorization', 'role', 'is_superuser')";
+
+/// What SQL PREPARE has left behind.
+const PREPARED: &[u8] = b"SELECT statement FROM pg_catalog.pg_prepared_statements WHERE from_sql";
+
+/// Logs a client in on a side, as itself.
+pub(super) async fn connect(shared: &Shared, side: Side, login: &Login, parameters: &[(Bytes, Bytes)], minor: u16) -> Result<Connected, Report> {
+    let config = shared.config.load_full();
+    let mut db = Shared::database(&config, side).clone();
+    if side == Side::Old && login.database != db.database {
+        // Another database of old: passed through.
+        db.database = login.database.clone();
+    }
+    let parameters: Vec<_> = parameters.iter().map(|(name, value)| match &name[..] {
+        b"database" => (name.clone(), Bytes::from(db.database.clone().into_bytes())),
+        _ => (name.clone(), value.clone()),
+    }).collect();
+    connect::connect(&db, &login.credentials, &parameters, minor).await.map_err(|error| refusal(side, &error))
+}
+
+fn refusal(side: Side, error: &ConnectError) -> Report {
+    if let ConnectError::Refused(frame) = error {
+        let said = frame::server_error(&frame[frame::HEAD.min(frame.len())..]);
+        let code = match said.code.as_str() {
+            "28P01" => "28P01",
+            "28000" => "28000",
+            "3D000" => "3D000",
+            "53300" => "53300",
+            "57P03" => "57P03",
+            _ => "08006",
+        };
+        return Report { severity: "FATAL", code, message: said.message, hint: Some(format!("This is what the {side} database answered to crossfade's login as the client.")) };
+    }
+    Report::fatal("08006", format!("cannot reach the {side} database: {error}"), format!("Look whether the {side} database is up and whether its address in crossfade's file is right."))
+}
+
+impl Session {
+    /// Between two transactions: leave the old authority for the one that holds now.
+    pub(super) async fn carry_over(&mut self) -> Result<(), End> {
+        let side = self.world.phase.authority();
+        debug!(user = %self.login.user, %side, "a session moves to another authority");
+        let (settings, prepared) = self.what_moves().await?;
+        let connected = connect(&self.shared, side, &self.login, &self.parameters, self.minor).await.map_err(End::Refused)?;
+        frame::terminate(&mut self.server.out);
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(1), self.server.flush()).await;
+        self.shared.metrics.servers(self.side).dec();
+        self.shared.metrics.servers(side).inc();
+        self.server = Conn::new(connected.stream, connected.buf);
+        self.address = connected.address;
+        self.side = side;
+        self.queue = Queue::default();
+        self.ours_prepared.clear();
+        for prepared in self.prepared.values_mut() {
+            prepared.there = There::Nothing;
+        }
+        self.portals.clear();
+        // The greeting: its parameters go to the client (they may differ), its key stays with us.
+        self.queue.push(Expected::of(Kind::Sync, To::Us));
+        self.settle().await?;
+        for (name, value) in settings {
+            let set = match name.as_str() {
+                "session_authorization" => format!("SET SESSION AUTHORIZATION {}", literal(&value)),
+                "role" => format!("SET ROLE {}", literal(&value)),
+                _ => format!("SELECT pg_catalog.set_config({}, {}, false)", literal(&name), literal(&value)),
+            };
+            self.ask_ours(set.as_bytes()).await?;
+            if self.kept.error.take().is_some() {
+                warn!(setting = %name, %side, "a session's setting could not be carried over");
+            }
+        }
+        for statement in prepared {
+            self.ask_ours(statement.as_bytes()).await?;
+            if self.kept.error.take().is_some() {
+                warn!(%side, "a statement of SQL PREPARE could not be carried over");
+            }
+        }
+        Ok(())
+    }
+
+    /// Settings by name, and texts of SQL PREPARE.
+    async fn what_moves(&mut self) -> Result<(Vec<(String, String)>, Vec<String>), End> {
+        self.ask_ours(STUCK).await?;
+        let stuck = self.first();
+        if let Some(what) = stuck {
+            return Err(End::Refused(Report::fatal(
+                "57P01",
+                format!("terminating connection: the application moves to the {} database, and this session has {what}, which cannot move along", self.world.phase.authority()),
+                "Connect again: the new session is served by the new authority.",
+            )));
+        }
+        self.ask_ours(SETTINGS).await?;
+        let mut settings: Vec<(String, String)> = self.kept.rows.iter().filter_map(|row| Some((text(row, 0)?, text(row, 1)?))).collect();
+        for name in self.settings.custom.clone() {
+            self.ask_ours(format!("SELECT pg_catalog.current_setting({}, true)", literal(&name)).as_bytes()).await?;
+            if let Some(value) = self.first() {
+                settings.push((name, value));
+            }
+        }
+        if self.settings.role_changed {
+            for name in ["session_authorization", "role"] {
+                self.ask_ours(format!("SELECT pg_catalog.current_setting('{name}')").as_bytes()).await?;
+                if let Some(value) = self.first().filter(|value| value != "none") {
+                    settings.push((name.to_owned(), value));
+                }
+            }
+        }
+        let mut prepared = Vec::new();
+        if self.settings.sql_prepared {
+            self.ask_ours(PREPARED).await?;
+            prepared = self.kept.rows.iter().filter_map(|row| text(row, 0)).collect();
+        }
+        Ok((settings, prepared))
+    }
+
+    fn first(&self) -> Option<String> {
+        self.kept.rows.first().and_then(|row| text(row, 0))
+    }
+
+    /// A Query of ours; its rows or its error are in `kept`.
+    pub(super) async fn ask_ours(&mut self, query: &[u8]) -> Result<(), End> {
+        self.kept = Kept::default();
+        frame::query(&mut self.server.out, query);
+        self.queue.push(Expected::of(Kind::Query, To::Us));
+        self.settle().await
+    }
+}
+
+fn text(row: &[Option<Bytes>], at: usize) -> Option<String> {
+    row.get(at)?.as_ref().map(|value| String::from_utf8_lossy(value).into_owned())
+}
+
+/// A string constant that reads the same whatever standard_conforming_strings says.
+fn literal(value: &str) -> String {
+    if value.contains('\\') {
+        format!("E'{}'", value.replace('\\', "\\\\").replace('\'', "''"))
+    } else {
+        format!("'{}'", value.replace('\'', "''"))
+    }
+}

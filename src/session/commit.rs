@@ -1,0 +1,459 @@
+//! Two databases and one outcome: images are executed on the mirror, then the debts and COMMIT go to the authority, then the mirror commits.
+//! docs/protocols.md gives the argument; each step here is a step there.
+
+use bytes::Bytes;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tracing::{debug, warn};
+
+use super::expect::{Done, Expected, Kind, To};
+use super::{Carry, End, Held, Kept, Session};
+use crate::config::Commit;
+use crate::mirror::conn::{Backend, Carrier, Failure};
+use crate::mirror::flight::steps;
+use crate::mirror::pool::Lease;
+use crate::mirror::writes::Op;
+use crate::plan::Opaque;
+use crate::shared::{Paid, Shared};
+use crate::wire::frame::{self, Report};
+
+/// OIDs of owe's parameters: id, xid, pid, start, incarnation, debts, reason.
+const OWE_TYPES: [u32; 7] = [20, 20, 23, 20, 2950, 17, 25];
+const OWE: &[u8] = b"SELECT crossfade.owe($1, $2, $3, $4, $5, $6, $7)";
+
+/// While the proxy holds a transaction for longer than this, the server is kept from taking it for idle.
+const BUSY: Duration = Duration::from_millis(5);
+
+/// What has become of a transaction's images before the authority commits.
+enum Executed {
+    /// Executed on the mirror, by this transaction.
+    On(Box<Lease>, Carrier),
+    /// Not on the mirror: owed. `backend` may still be at work.
+    Owed(Option<Backend>, &'static str),
+}
+
+/// A transaction that is about to commit: its debts stand in the ledger's flight.
+struct Settled {
+    executed: Executed,
+    id: i64,
+}
+
+impl Session {
+    /// COMMIT as a Query.
+    pub(super) async fn commit_simple(&mut self, text: &Bytes, chain: bool) -> Result<(), End> {
+        self.held = Held::default();
+        self.commit_held(text, chain).await?;
+        if let Some(complete) = self.held.complete.take() {
+            self.client.out.extend_from_slice(&complete);
+        }
+        frame::ready(&mut self.client.out, self.status);
+        Ok(())
+    }
+
+    /// COMMIT as a Query whose end is held back.
+    pub(super) async fn commit_held(&mut self, text: &Bytes, chain: bool) -> Result<(), End> {
+        self.settle().await?;
+        let settled = self.before_commit().await?;
+        self.put_query(text, "", 0);
+        self.queue.push(Expected { kind: Kind::Query, to: To::Client, hold: true, done: Done::End { chain } });
+        self.answered(settled).await?;
+        if self.queue.skipping() {
+            // The ledger refused: the server has passed over COMMIT.
+            self.undo_refused().await?;
+        }
+        Ok(())
+    }
+
+    /// COMMIT in the extended protocol: `frame` is the client's Execute.
+    pub(super) async fn commit_extended(&mut self, frame: Bytes, chain: bool) -> Result<(), End> {
+        frame::flush(&mut self.server.out);
+        self.settle().await?;
+        self.held = Held::default();
+        let settled = self.before_commit().await?;
+        self.server.out.extend_from_slice(&frame);
+        self.queue.push(Expected { kind: Kind::Execute, to: To::Client, hold: true, done: Done::End { chain } });
+        frame::flush(&mut self.server.out);
+        self.answered(settled).await?;
+        if let Some(complete) = self.held.complete.take() {
+            self.client.out.extend_from_slice(&complete);
+        }
+        if let Some(error) = self.kept.error.take() {
+            self.client.out.extend_from_slice(&error);
+        }
+        Ok(())
+    }
+
+    /// The end of a block of ours around a Query: COMMIT, or ROLLBACK where the statement failed. Then the client gets its end.
+    pub(super) async fn commit_ours(&mut self) -> Result<(), End> {
+        self.finish_ours().await?;
+        if let Some(error) = self.kept.error.take() {
+            self.client.out.extend_from_slice(&error);
+        } else if let Some(complete) = self.held.complete.take() {
+            self.client.out.extend_from_slice(&complete);
+        }
+        frame::ready(&mut self.client.out, b'I');
+        Ok(())
+    }
+
+    /// The end of a block of ours around a pipeline: the client has sent Sync.
+    pub(super) async fn commit_pipeline(&mut self) -> Result<(), End> {
+        if !self.queue.is_empty() {
+            frame::flush(&mut self.server.out);
+            self.settle().await?;
+        }
+        if self.queue.skipping() {
+            self.sync_ours().await?;
+        }
+        self.finish_ours().await?;
+        if let Some(error) = self.kept.error.take() {
+            self.client.out.extend_from_slice(&error);
+        }
+        frame::ready(&mut self.client.out, b'I');
+        Ok(())
+    }
+
+    async fn finish_ours(&mut self) -> Result<(), End> {
+        self.kept = Kept::default();
+        if self.status == b'E' {
+            return self.roll_back_ours().await;
+        }
+        let settled = self.before_commit().await?;
+        self.put_ours(b"crossfade_commit", b"COMMIT", &[], &[], To::Us);
+        frame::sync(&mut self.server.out);
+        self.queue.push(Expected::of(Kind::Sync, To::Us));
+        self.answered(settled).await?;
+        if self.status != b'I' {
+            let error = self.kept.error.take();
+            self.roll_back_ours().await?;
+            self.kept.error = error;
+        }
+        self.ours = false;
+        self.over();
+        Ok(())
+    }
+
+    async fn roll_back_ours(&mut self) -> Result<(), End> {
+        self.put_query(b"ROLLBACK", "", 0);
+        self.queue.push(Expected::of(Kind::Query, To::Us));
+        self.settle().await?;
+        self.ours = false;
+        self.over();
+        Ok(())
+    }
+
+    async fn sync_ours(&mut self) -> Result<(), End> {
+        frame::sync(&mut self.server.out);
+        self.queue.push(Expected::of(Kind::Sync, To::Us));
+        self.settle().await
+    }
+
+    /// The ledger refused the debts of a COMMIT that came as a Query: the transaction is rolled back and the client told why.
+    async fn undo_refused(&mut self) -> Result<(), End> {
+        self.sync_ours().await?;
+        let error = self.kept.error.take();
+        self.roll_back_ours().await?;
+        if let Some(error) = error {
+            self.client.out.extend_from_slice(&error);
+            self.held = Held { complete: None, failed: true };
+        }
+        Ok(())
+    }
+
+    /// Images to the mirror, executed and awaited; then the debts into the authority's flight. COMMIT follows in the same flight.
+    async fn before_commit(&mut self) -> Result<Option<Settled>, End> {
+        self.kept = Kept::default();
+        if self.status == b'E' || self.writes.is_empty() {
+            return Ok(None);
+        }
+        let started = Instant::now();
+        let ops = std::mem::take(&mut self.writes.ops);
+        ops.iter().for_each(|op| self.debts().add(op));
+        let tainted = std::mem::take(&mut self.writes.tainted);
+        tainted.iter().for_each(|&table| self.debts().taint(table));
+        let executed = self.execute_on_mirror(ops).await;
+        self.shared.metrics.mirror_commit_seconds.observe(started.elapsed().as_secs_f64());
+        if let Executed::Owed(_, reason) = &executed
+            && self.shared.config.load().mirror.strict
+            && *reason != "taint"
+        {
+            return Err(End::Refused(Report::fatal("58000", format!("the mirror did not take the transaction ({reason}), and mirror.strict is on"), "Nothing was committed. Look at `crossfade status`; connect again once the mirror is up, or set mirror.strict: false.")));
+        }
+        let id = self.put_debts(&executed);
+        Ok(Some(Settled { executed, id }))
+    }
+
+    /// The ledger rows of this transaction, into the flight of COMMIT.
+    fn put_debts(&mut self, executed: &Executed) -> i64 {
+        let id = self.shared.debt_id();
+        let (debts, taints) = (self.debts().encode(false), self.debts().encode(true));
+        let carried = matches!(executed, Executed::On(..));
+        let best_effort = self.shared.config.load().mirror.commit == Commit::BestEffort;
+        if !debts.is_empty() && !(carried && best_effort) {
+            let (xid, backend, reason) = match executed {
+                Executed::On(_, carrier) => (carrier.xid, Some(carrier.backend), None),
+                Executed::Owed(backend, reason) => (None, *backend, Some(*reason)),
+            };
+            self.put_owe(id, xid, backend, &debts, reason);
+        }
+        if !taints.is_empty() {
+            let reason = self.writes.reason.unwrap_or("opaque");
+            let id = self.shared.debt_id();
+            self.put_owe(id, None, None, &taints, Some(reason));
+        }
+        id
+    }
+
+    fn put_owe(&mut self, id: i64, xid: Option<i64>, backend: Option<Backend>, debts: &[u8], reason: Option<&str>) {
+        let id = id.to_be_bytes();
+        let xid = xid.map(i64::to_be_bytes);
+        let pid = backend.map(|backend| backend.pid.to_be_bytes());
+        let start = backend.map(|backend| backend.start.to_be_bytes());
+        let incarnation = backend.map(|backend| backend.incarnation);
+        let values = [
+            Some(&id[..]),
+            xid.as_ref().map(|v| &v[..]),
+            pid.as_ref().map(|v| &v[..]),
+            start.as_ref().map(|v| &v[..]),
+            incarnation.as_ref().map(|v| &v[..]),
+            Some(debts),
+            reason.map(str::as_bytes),
+        ];
+        self.put_ours(b"crossfade_owe", OWE, &OWE_TYPES, &values, To::Us);
+    }
+
+    /// Waits for the authority's answer to COMMIT and settles the mirror by it.
+    async fn answered(&mut self, settled: Option<Settled>) -> Result<(), End> {
+        let outcome = self.settle().await;
+        let Some(Settled { executed, id }) = settled else { return outcome };
+        // COMMIT may answer ROLLBACK; an error says that nothing was committed; a lost connection says nothing: then the mirror is rolled back,
+        // and if the authority did commit, the ledger has it.
+        let committed = outcome.is_ok() && self.status != b'E' && self.kept.error.is_none() && !self.held_failed();
+        self.settled(executed, id, committed);
+        outcome
+    }
+
+    fn held_failed(&self) -> bool {
+        let rolled_back = self.held.complete.as_ref().is_some_and(|frame| frame[frame::HEAD..].starts_with(b"ROLLBACK"));
+        self.held.failed || rolled_back
+    }
+
+    fn settled(&mut self, executed: Executed, id: i64, committed: bool) {
+        let shared = self.shared.clone();
+        match executed {
+            Executed::On(lease, carrier) if committed => {
+                shared.paid.carrying.fetch_add(1, Ordering::SeqCst);
+                tokio::task::spawn_local(commit_mirror(shared, lease, carrier, id));
+            }
+            Executed::On(mut lease, _) => {
+                tokio::task::spawn_local(async move {
+                    if lease.conn.roll_back().await.is_ok() {
+                        lease.release();
+                    }
+                });
+            }
+            Executed::Owed(..) if committed => shared.owed.notify_one(),
+            Executed::Owed(..) => {}
+        }
+    }
+
+    /// Executes what is held on the mirror. The server of the authority is kept from ending the transaction as idle meanwhile.
+    async fn execute_on_mirror(&mut self, ops: Vec<Op>) -> Executed {
+        if ops.is_empty() && matches!(self.carry, Carry::Nothing) {
+            return Executed::Owed(None, "taint");
+        }
+        match self.send_to_mirror(ops, true).await {
+            Ok((lease, xid)) => {
+                let backend = lease.conn.backend();
+                Executed::On(lease, Carrier { xid, backend })
+            }
+            Err((backend, reason)) => Executed::Owed(backend, reason),
+        }
+    }
+
+    /// Sends writes ahead of COMMIT: the transaction has grown past `limits.mirror_buffer`.
+    pub(super) async fn send_ahead(&mut self) {
+        let ops = self.writes.spill();
+        ops.iter().for_each(|op| self.debts().add(op));
+        self.carry = match self.send_to_mirror(ops, false).await {
+            Ok((lease, _)) => Carry::Ahead(lease),
+            Err((_, reason)) => Carry::GivenUp(reason),
+        };
+    }
+
+    async fn send_to_mirror(&mut self, ops: Vec<Op>, last: bool) -> Result<(Box<Lease>, Option<i64>), (Option<Backend>, &'static str)> {
+        let lease = match std::mem::replace(&mut self.carry, Carry::Nothing) {
+            Carry::GivenUp(reason) => {
+                self.carry = Carry::GivenUp(reason);
+                return Err((None, reason));
+            }
+            Carry::Ahead(lease) => Some(lease),
+            Carry::Nothing => None,
+        };
+        for op in &ops {
+            self.count_image(op);
+        }
+        let token = if last { self.debts().token() } else { None };
+        let mut flight = Box::pin(carry_out(self.worker.clone(), self.world.clone(), lease, ops, token, last));
+        // Nothing else is owed by the authority now: a Flush that it reads keeps its idle-in-transaction timers from running.
+        let outcome = tokio::select! {
+            biased;
+            outcome = &mut flight => outcome,
+            () = tokio::time::sleep(BUSY) => {
+                frame::flush(&mut self.server.out);
+                let _ = self.server.flush().await;
+                flight.await
+            }
+        };
+        outcome.map_err(|(backend, failure)| {
+            self.degrade(&failure);
+            (backend, failure.reason())
+        })
+    }
+
+    fn count_image(&self, op: &Op) {
+        let table = match op {
+            Op::Upsert(table, _) | Op::Delete(table, _) | Op::Insert(table, _) => table,
+            Op::Truncate(tables) => &tables[0],
+        };
+        self.shared.metrics.mirror_images.with_label_values(&[&table.label()]).inc();
+    }
+
+    /// The mirror did not take the transaction: counted, and later ones do not wait for a mirror that is down.
+    fn degrade(&self, failure: &Failure) {
+        let Some(mirror) = self.world.phase.mirror() else { return };
+        self.shared.metrics.mirror_failures.with_label_values(&[failure.reason()]).inc();
+        if failure.opens_breaker() {
+            self.worker.pools.get(mirror).clear();
+            if self.shared.health.get(mirror).trip() {
+                warn!(side = %mirror, error = %failure, "the mirror failed; writes are owed until it is back");
+            }
+        } else if !matches!(failure, Failure::Down) {
+            warn!(side = %mirror, error = %failure, "the mirror refused a transaction; its rows are owed");
+        }
+    }
+
+    /// The mirror's part of this transaction is given up; what it has written is owed.
+    pub(super) fn give_up(&mut self, reason: &'static str) {
+        if let Carry::Ahead(mut lease) = std::mem::replace(&mut self.carry, Carry::GivenUp(reason)) {
+            tokio::task::spawn_local(async move {
+                if lease.conn.roll_back().await.is_ok() {
+                    lease.release();
+                }
+            });
+        }
+    }
+
+    /// The transaction ended without a COMMIT of ours.
+    pub(super) fn undo_carry(&mut self) {
+        self.give_up("rolled-back");
+        self.carry = Carry::Nothing;
+    }
+
+    /// Before a statement that cannot run in a block of ours (CALL, DO): what it may write is owed beforehand, held by its backend.
+    pub(super) async fn register_unwrapped(&mut self, opaque: &Opaque) -> Result<i64, End> {
+        self.note_opaque(opaque);
+        let tainted = std::mem::take(&mut self.writes.tainted);
+        tainted.iter().for_each(|&table| self.debts().taint(table));
+        let taints = self.debts().encode(true);
+        self.debts = None;
+        let id = self.shared.debt_id();
+        self.kept = Kept::default();
+        let number = id.to_be_bytes();
+        let values = [Some(&number[..]), Some(&taints[..]), Some(opaque.reason.as_bytes())];
+        self.put_ours(b"crossfade_unwrapped", b"SELECT crossfade.owe_unwrapped($1, $2, $3)", &[20, 17, 25], &values, To::Us);
+        self.sync_ours().await?;
+        if let Some(error) = self.kept.error.take() {
+            let error = frame::server_error(&error[frame::HEAD..]);
+            warn!(message = %error.message, "the ledger refused a debt");
+            return Err(End::Refused(Report::fatal("58000", format!("crossfade cannot note what this statement may write: {}", error.message), "Nothing was run. Run `crossfade check`, then connect again.")));
+        }
+        Ok(id)
+    }
+
+    /// ... and when it has ended, anyone may pay.
+    pub(super) async fn finish_unwrapped(&mut self, debt: i64) -> Result<(), End> {
+        self.settle().await?;
+        if self.status == b'I' {
+            let number = debt.to_be_bytes();
+            self.put_ours(b"crossfade_release", b"SELECT crossfade.release_unwrapped($1)", &[20], &[Some(&number[..])], To::Us);
+            let status = self.status;
+            self.sync_ours().await?;
+            self.status = status;
+            self.shared.owed.notify_one();
+        }
+        if let Some(complete) = self.held.complete.take() {
+            self.client.out.extend_from_slice(&complete);
+        }
+        frame::ready(&mut self.client.out, self.status);
+        debug!(debt, "an unwrapped statement has ended");
+        Ok(())
+    }
+}
+
+/// Images over to the mirror, in a transaction that stays open.
+async fn carry_out(
+    worker: std::rc::Rc<crate::shared::Worker>,
+    world: std::sync::Arc<crate::shared::World>,
+    lease: Option<Box<Lease>>,
+    ops: Vec<Op>,
+    token: Option<[u8; 16]>,
+    last: bool,
+) -> Result<(Box<Lease>, Option<i64>), (Option<Backend>, Failure)> {
+    let Some(mirror) = world.phase.mirror() else { return Err((None, Failure::Down)) };
+    let config = worker.shared.config.load_full();
+    let timeout = config.mirror.timeout;
+    let mut lease = match lease {
+        Some(lease) => lease,
+        None => {
+            if !worker.shared.health.get(mirror).up() {
+                return Err((None, Failure::Down));
+            }
+            let pool = worker.pools.get(mirror);
+            let db = Shared::database(&config, mirror);
+            Box::new(pool.lease(db, world.generation, timeout).await.map_err(|failure| (None, failure))?)
+        }
+    };
+    let backend = lease.conn.backend();
+    // A session that answered with an error has undone its transaction; one that did not answer may still be at work.
+    let failed = |failure: Failure| match failure {
+        Failure::Refused(_) => (None, failure),
+        _ => (Some(backend), failure),
+    };
+    match lease.conn.execute(&steps(ops), token, timeout).await {
+        Ok(()) => {}
+        Err(failure) => {
+            if matches!(failure, Failure::Refused(_)) {
+                lease.release();
+            }
+            return Err(failed(failure));
+        }
+    }
+    let xid = if last { Some(lease.conn.xid(timeout).await.map_err(failed)?) } else { None };
+    Ok((lease, xid))
+}
+
+/// The authority has committed: so does the mirror. Nobody waits; the debt is cleared after the next flush there.
+async fn commit_mirror(shared: std::sync::Arc<Shared>, mut lease: Box<Lease>, carrier: Carrier, id: i64) {
+    let timeout = shared.config.load().mirror.timeout.max(Duration::from_secs(10));
+    let committed = tokio::time::timeout(timeout, async {
+        lease.conn.send_commit().await?;
+        lease.conn.committed().await
+    })
+    .await;
+    shared.paid.carrying.fetch_sub(1, Ordering::SeqCst);
+    match committed {
+        Ok(Ok(())) => {
+            shared.paid.push(Paid { id, incarnation: carrier.backend.incarnation });
+            lease.release();
+        }
+        Ok(Err(failure)) => {
+            debug!(error = %failure, "COMMIT on the mirror failed; its debt stays");
+            shared.owed.notify_one();
+        }
+        Err(_) => {
+            debug!("COMMIT on the mirror was not answered; its debt stays");
+            shared.owed.notify_one();
+        }
+    }
+}

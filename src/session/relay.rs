@@ -1,0 +1,646 @@
+//! The client's frames on their way to the authority.
+
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+
+use super::books::{Portal, Prepared, Settings, There};
+use super::expect::{Cut, Done, Expected, Kind, To};
+use super::{Carry, End, Session};
+use crate::mirror::flight::Debts;
+use crate::plan::cache::{Key, Planned};
+use crate::plan::{Opaque, Plan, plan};
+use crate::sql;
+use crate::sql::facts::Verb;
+use crate::wire::conn::pass;
+use crate::wire::frame::{self, Fields, HEAD, Head};
+
+/// Larger frames are passed on as they come, where nothing needs to look inside.
+const STREAMED: usize = 64 * 1024;
+
+/// What is decided for one statement.
+pub(super) enum Way {
+    /// As it is.
+    Plain,
+    /// With the hidden column.
+    Cut(Rc<Cut>),
+}
+
+impl Session {
+    /// Works through the frames that the client has sent. False: more bytes are needed.
+    pub(super) async fn requests(&mut self) -> Result<bool, End> {
+        let mut any = false;
+        loop {
+            if self.from_client > 0 {
+                let count = self.from_client.min(self.client.inb.len());
+                pass(&mut self.client.inb, &mut self.server.out, count);
+                self.from_client -= count;
+                if self.from_client > 0 {
+                    return Ok(false);
+                }
+            }
+            if self.server.out.len() >= self.limit || self.client.out.len() >= self.limit {
+                return Ok(any);
+            }
+            let Some(head) = frame::head(&self.client.inb)? else { return Ok(any) };
+            if self.client.inb.len() < head.total && !self.streams(head) {
+                self.needed = head.total;
+                return Ok(any);
+            }
+            self.needed = 0;
+            any = true;
+            if head.tag == b'X' {
+                self.client.inb.advance(head.total.min(self.client.inb.len()));
+                return Err(End::Client);
+            }
+            if self.pass.is_none() {
+                self.begin().await?;
+            }
+            if self.world.phase.mirror().is_some() {
+                self.mirrored(head).await?;
+            } else {
+                self.unmirrored(head);
+            }
+        }
+    }
+
+    /// The first message of a transaction: wait while the phase moves, then see the world as it is now.
+    async fn begin(&mut self) -> Result<(), End> {
+        let pass = match self.shared.gate.try_enter() {
+            Some(pass) => pass,
+            None => self.shared.gate.clone().enter().await,
+        };
+        self.pass = Some(pass);
+        let current = self.shared.world.load();
+        if !Arc::ptr_eq(&current, &self.world) {
+            self.world = current.clone();
+            drop(current);
+            if self.world.phase.authority() != self.side {
+                self.carry_over().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The frame may be passed on before it is here whole.
+    fn streams(&self, head: Head) -> bool {
+        if head.total <= STREAMED || self.client.inb.len() < STREAMED {
+            return false;
+        }
+        let mirrored = self.world.phase.mirror().is_some();
+        let limit = self.shared.config.load().limits.statement;
+        match head.tag {
+            b'd' | b'F' | b'p' => true,
+            b'B' => !mirrored || self.bound(head).is_none_or(|planned| !matches!(planned.plan, Plan::Capture(_))),
+            b'Q' | b'P' => !mirrored || head.total > limit,
+            _ => !mirrored,
+        }
+    }
+
+    /// The plan of the statement that a Bind names, from what is there of it.
+    fn bound(&self, head: Head) -> Option<Arc<Planned>> {
+        let payload = &self.client.inb[HEAD..head.total.min(self.client.inb.len())];
+        let mut fields = Fields::new(payload);
+        fields.string().ok()?;
+        let name = fields.string().ok()?;
+        self.prepared.get(name)?.planned.as_ref().map(|(_, _, planned, _)| planned.clone())
+    }
+
+    /// In phases without a mirror frames pass as they are; only what is owed for them is noted.
+    fn unmirrored(&mut self, head: Head) {
+        let there = head.total.min(self.client.inb.len());
+        match head.tag {
+            b'Q' => {
+                self.since = Some(Instant::now());
+                let frame = &self.client.inb[HEAD..there];
+                self.settings.glance(frame);
+                let done = if Settings::forgets(frame) { done_of_text(frame) } else { Done::Nothing };
+                self.queue.push(Expected { done, ..Expected::client(Kind::Query) });
+                self.unsynced = false;
+            }
+            b'P' => {
+                self.note_parse(head, There::Plain);
+                self.extended(Kind::Parse);
+            }
+            b'B' => {
+                self.prepare_again_if_needed(head);
+                self.extended(Kind::Bind);
+            }
+            b'D' => self.extended(Kind::Describe),
+            b'E' => {
+                self.since.get_or_insert_with(Instant::now);
+                self.extended(Kind::Execute);
+            }
+            b'C' => {
+                self.forget(head);
+                self.extended(Kind::Close);
+            }
+            b'S' => {
+                self.queue.push(Expected::client(Kind::Sync));
+                self.unsynced = false;
+            }
+            b'F' => self.queue.push(Expected::client(Kind::Call)),
+            _ => {}
+        }
+        self.forward(head);
+    }
+
+    fn extended(&mut self, kind: Kind) {
+        self.queue.push(Expected::client(kind));
+        self.unsynced = true;
+    }
+
+    /// Passes the frame on as it is; what has not come yet follows as it comes.
+    pub(super) fn forward(&mut self, head: Head) {
+        let there = head.total.min(self.client.inb.len());
+        pass(&mut self.client.inb, &mut self.server.out, there);
+        self.from_client = head.total - there;
+    }
+
+    /// Remembers a Parse: the statement may have to be prepared again, on another server or with a hidden column.
+    fn note_parse(&mut self, head: Head, there: There) {
+        let payload = &self.client.inb[HEAD..head.total.min(self.client.inb.len())];
+        let mut fields = Fields::new(payload);
+        let Ok(name) = fields.string() else { return };
+        let name = Bytes::copy_from_slice(name);
+        let whole = self.client.inb.len() >= head.total;
+        let text = if whole { fields.string().ok().map(Bytes::copy_from_slice) } else { None };
+        let types = Bytes::copy_from_slice(if whole { fields.rest() } else { b"\0\0" });
+        if let Some(text) = &text {
+            self.settings.glance(text);
+        }
+        // A second Parse of a name that is taken fails; which of the two the server has is then unknown: an unknown write.
+        let text = if name.is_empty() || !self.prepared.contains_key(&name) { text } else { None };
+        self.prepared.insert(name, Prepared { text, types, planned: None, there });
+    }
+
+    /// A statement that was prepared on another server session is prepared here before its first Bind.
+    fn prepare_again_if_needed(&mut self, head: Head) {
+        let Some(name) = self.name_in(head, b'B') else { return };
+        let Some(prepared) = self.prepared.get_mut(&name) else { return };
+        if prepared.there == There::Plain {
+            return;
+        }
+        let spliced = prepared.there != There::Nothing;
+        let Some(text) = prepared.text.clone() else { return };
+        let types = prepared.types.clone();
+        prepared.there = There::Plain;
+        self.put_parse(&name, &text, "", 0, &types, spliced, To::Nobody);
+    }
+
+    /// The statement's name in a Bind, or in a Describe or Close of a statement; None for portals.
+    fn name_in(&self, head: Head, tag: u8) -> Option<Bytes> {
+        let payload = &self.client.inb[HEAD..head.total.min(self.client.inb.len())];
+        let mut fields = Fields::new(payload);
+        if tag == b'B' {
+            fields.string().ok()?;
+        } else if fields.byte().ok()? != b'S' {
+            return None;
+        }
+        fields.string().ok().map(Bytes::copy_from_slice)
+    }
+
+    /// Sends Parse with a splice; `replace`: a statement of this name is there.
+    #[allow(clippy::too_many_arguments)]
+    fn put_parse(&mut self, name: &Bytes, text: &Bytes, splice: &str, end: usize, types: &Bytes, replace: bool, to: To) {
+        if replace && !name.is_empty() {
+            frame::close_statement(&mut self.server.out, name);
+            self.queue.push(Expected::of(Kind::Close, To::Nobody));
+        }
+        frame::put(&mut self.server.out, b'P', |out| {
+            out.put_slice(name);
+            out.put_u8(0);
+            put_spliced(out, text, splice, end);
+            out.put_u8(0);
+            out.put_slice(types);
+        });
+        self.queue.push(Expected::of(Kind::Parse, to));
+    }
+
+    // ---- mirrored phases ----
+
+    async fn mirrored(&mut self, head: Head) -> Result<(), End> {
+        match head.tag {
+            b'Q' if self.client.inb.len() < head.total => {
+                // Too long to be read: it may write anything.
+                self.opaque_too_long().await?;
+                self.queue.push(Expected::client(Kind::Query));
+                self.forward(head);
+            }
+            b'Q' => {
+                let frame = self.take(head);
+                let text = frame.strip_suffix(b"\0").map_or_else(|| frame.clone(), |text| frame.slice_ref(text));
+                self.simple(text).await?;
+            }
+            b'P' => self.parse(head).await?,
+            b'B' => self.bind(head).await?,
+            b'D' => self.describe(head),
+            b'E' => self.execute(head).await?,
+            b'C' => {
+                self.forget(head);
+                self.extended(Kind::Close);
+                self.forward(head);
+            }
+            b'S' => {
+                self.unsynced = false;
+                self.sync(head).await?;
+            }
+            b'F' => {
+                self.opaque_too_long().await?;
+                self.queue.push(Expected::client(Kind::Call));
+                self.forward(head);
+            }
+            _ => self.forward(head),
+        }
+        Ok(())
+    }
+
+    /// The payload of a frame that is here whole.
+    pub(super) fn take(&mut self, head: Head) -> Bytes {
+        let mut frame = self.client.inb.split_to(head.total).freeze();
+        frame.advance(HEAD);
+        frame
+    }
+
+    /// A statement that nobody reads: every table may be written.
+    async fn opaque_too_long(&mut self) -> Result<(), End> {
+        self.settle().await?;
+        self.note_opaque(&Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false });
+        Ok(())
+    }
+
+    /// The plan of a text in this world, and where its hidden column goes.
+    pub(super) fn plan_for(&self, text: &[u8]) -> (Arc<Planned>, usize) {
+        let limit = self.shared.config.load().limits.statement;
+        if self.settings.escapes || text.len() > limit {
+            let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", limit) };
+            let plan = Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
+            return (Arc::new(Planned { facts, plan }), text.len());
+        }
+        let shape = sql::shape(text);
+        let encoding_matches = self.settings.client_encoding == "UTF8";
+        let role = (!self.world.catalog.no_select.get(self.side).is_empty()).then(|| Arc::from(self.login.user.as_str()));
+        let key = Key { shape: shape.text.into(), generation: self.world.generation, encoding_matches, role: role.clone() };
+        let planned = self.shared.plans.get(key, || {
+            let facts = sql::read(text, limit);
+            let plan = plan(&facts, &self.world.catalog, self.side, role.as_deref(), encoding_matches);
+            Planned { facts, plan }
+        });
+        (planned, shape.end)
+    }
+
+    /// Parse: the text is read, and spliced where it is a write to be captured.
+    async fn parse(&mut self, head: Head) -> Result<(), End> {
+        self.unsynced = true;
+        if self.client.inb.len() < head.total {
+            self.note_parse(head, There::Plain);
+            self.queue.push(Expected::client(Kind::Parse));
+            self.forward(head);
+            return Ok(());
+        }
+        self.note_parse(head, There::Plain);
+        let payload = self.take(head);
+        let mut fields = Fields::new(&payload);
+        let name = payload.slice_ref(fields.string()?);
+        let text = payload.slice_ref(fields.string()?);
+        let types = payload.slice_ref(fields.rest());
+        let (planned, end) = self.plan_for(&text);
+        let splice = splice(&planned).unwrap_or_default().to_owned();
+        self.put_parse(&name, &text, &splice, end, &types, false, To::Client);
+        if let Some(prepared) = self.prepared.get_mut(&name) {
+            prepared.planned = Some((self.world.generation, self.settings.client_encoding == "UTF8", planned, end));
+            prepared.there = if splice.is_empty() { There::Plain } else { There::Spliced(splice) };
+        }
+        Ok(())
+    }
+
+    /// The plan of a prepared statement in this world; the server's copy is made to fit.
+    fn current(&mut self, name: &Bytes) -> Option<Arc<Planned>> {
+        let prepared = self.prepared.get(name)?.clone();
+        let Some(text) = prepared.text else {
+            let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", 1) };
+            let plan = Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
+            return Some(Arc::new(Planned { facts, plan }));
+        };
+        let utf8 = self.settings.client_encoding == "UTF8";
+        let (planned, end) = match prepared.planned {
+            Some((generation, encoding, planned, end)) if generation == self.world.generation && encoding == utf8 => (planned, end),
+            _ => self.plan_for(&text),
+        };
+        let wanted = match splice(&planned) {
+            Some(splice) => There::Spliced(splice.to_owned()),
+            None => There::Plain,
+        };
+        if prepared.there != wanted {
+            let splice = splice(&planned).unwrap_or_default().to_owned();
+            self.put_parse(name, &text, &splice, end, &prepared.types, prepared.there != There::Nothing, To::Nobody);
+        }
+        if let Some(prepared) = self.prepared.get_mut(name) {
+            prepared.planned = Some((self.world.generation, utf8, planned.clone(), end));
+            prepared.there = wanted;
+        }
+        Some(planned)
+    }
+
+    async fn bind(&mut self, head: Head) -> Result<(), End> {
+        let Some(name) = self.name_in(head, b'B') else {
+            self.extended(Kind::Bind);
+            self.forward(head);
+            return Ok(());
+        };
+        let portal = {
+            let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
+            Bytes::copy_from_slice(fields.string()?)
+        };
+        let planned = self.current(&name);
+        if let Some(planned) = &planned {
+            self.open_block_for(planned).await?;
+        }
+        self.unsynced = true;
+        self.queue.push(Expected::client(Kind::Bind));
+        let capture = planned.as_ref().and_then(|planned| match &planned.plan {
+            Plan::Capture(capture) => Some(capture.clone()),
+            _ => None,
+        });
+        let mut binary = false;
+        match capture {
+            Some(capture) => {
+                let payload = self.take(head);
+                binary = put_bind(&mut self.server.out, &payload, capture.returning)?;
+            }
+            None => self.forward(head),
+        }
+        self.portals.insert(portal, Portal { planned, binary });
+        Ok(())
+    }
+
+    /// Before a write outside any block: a block of ours, so that its images, its debts and its commit have one transaction.
+    async fn open_block_for(&mut self, planned: &Planned) -> Result<(), End> {
+        match &planned.plan {
+            Plan::Pass => return Ok(()),
+            Plan::Opaque(opaque) if opaque.unwrapped => return Ok(()),
+            _ => {}
+        }
+        if !self.queue.is_empty() && !self.unsynced {
+            // Whether a block is open is known only when the messages before the last Sync were answered.
+            self.settle().await?;
+        }
+        if !self.in_block() {
+            self.begin_ours();
+        }
+        Ok(())
+    }
+
+    /// A transaction block is open, the client's or ours.
+    pub(super) fn in_block(&self) -> bool {
+        self.status != b'I' || self.begun || self.ours
+    }
+
+    /// BEGIN, unseen by the client. Behind statements of the same pipeline it takes their transaction over.
+    pub(super) fn begin_ours(&mut self) {
+        self.put_ours(b"crossfade_begin", b"BEGIN", &[], &[], To::Nobody);
+        self.ours = true;
+    }
+
+    /// Executes a statement of ours, prepared once per server session.
+    pub(super) fn put_ours(&mut self, name: &'static [u8], text: &[u8], types: &[u32], values: &[Option<&[u8]>], to: To) {
+        if !self.ours_prepared.contains(&name) {
+            frame::parse(&mut self.server.out, name, text, types);
+            self.queue.push(Expected::of(Kind::Parse, to.clone()));
+            self.ours_prepared.push(name);
+        }
+        frame::bind(&mut self.server.out, name, &[1], values.iter().copied(), 0);
+        self.queue.push(Expected::of(Kind::Bind, to.clone()));
+        frame::execute(&mut self.server.out);
+        self.queue.push(Expected::of(Kind::Execute, to));
+    }
+
+    fn describe(&mut self, head: Head) {
+        let cut = {
+            let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
+            match (fields.byte(), fields.string()) {
+                (Ok(b'S'), Ok(name)) => {
+                    let name = Bytes::copy_from_slice(name);
+                    self.current(&name).and_then(|planned| way(&planned, false).cut())
+                }
+                (Ok(b'P'), Ok(name)) => self
+                    .portals
+                    .get(name)
+                    .and_then(|portal| portal.planned.as_ref().and_then(|planned| way(planned, portal.binary).cut())),
+                _ => None,
+            }
+        };
+        self.unsynced = true;
+        self.queue.push(Expected::of(Kind::Describe, cut.map_or(To::Client, To::Cut)));
+        self.forward(head);
+    }
+
+    async fn execute(&mut self, head: Head) -> Result<(), End> {
+        self.since.get_or_insert_with(Instant::now);
+        self.unsynced = true;
+        let portal = {
+            let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
+            fields.string().ok().and_then(|name| self.portals.get(name)).cloned()
+        };
+        let Some((planned, binary)) = portal.and_then(|portal| Some((portal.planned?, portal.binary))) else {
+            self.queue.push(Expected::client(Kind::Execute));
+            self.forward(head);
+            return Ok(());
+        };
+        if let Verb::Commit { chain } = planned.facts.verb
+            && self.in_block()
+        {
+            let frame = self.client.inb.split_to(head.total).freeze();
+            return self.commit_extended(frame, chain).await;
+        }
+        self.note_statement(&planned);
+        let to = way(&planned, binary).cut().map_or(To::Client, To::Cut);
+        let done = done(&planned);
+        self.begun |= done == Done::Begin;
+        self.queue.push(Expected { kind: Kind::Execute, to, hold: false, done });
+        self.forward(head);
+        Ok(())
+    }
+
+    /// What a statement that is about to run means for the transaction's books.
+    pub(super) fn note_statement(&mut self, planned: &Planned) {
+        let class = match &planned.plan {
+            Plan::Pass => "pass",
+            Plan::Capture(_) | Plan::Truncate(_) | Plan::Copy(_) => "write",
+            Plan::Opaque(_) => "opaque",
+        };
+        self.shared.metrics.statements.with_label_values(&[class, self.side.name()]).inc();
+        match &planned.plan {
+            Plan::Pass => {}
+            Plan::Capture(capture) if capture.audited => {
+                self.note_opaque(&Opaque { reason: "trigger", tables: capture.tables.clone(), unwrapped: false, ddl: false });
+            }
+            Plan::Capture(_) => {}
+            Plan::Opaque(opaque) => self.note_opaque(opaque),
+            Plan::Truncate(_) => {}
+            Plan::Copy(copy) => {
+                let copy = Opaque { reason: "copy", tables: vec![copy.table.clone()], unwrapped: false, ddl: false };
+                self.note_opaque(&copy);
+            }
+        }
+    }
+
+    /// A write out of sight: counted, and its tables are tainted when the transaction commits.
+    pub(super) fn note_opaque(&mut self, opaque: &Opaque) {
+        self.shared.metrics.opaque_writes.with_label_values(&[opaque.reason]).inc();
+        let catalog = self.world.catalog.clone();
+        let named: Vec<u32> = opaque.tables.iter().map(|table| table.number).collect();
+        let tables = if named.is_empty() { catalog.tables.keys().copied().collect() } else { named };
+        for table in tables {
+            self.writes.taint(table, opaque.reason);
+        }
+        if opaque.ddl {
+            self.shared.stale.notify_one();
+        }
+    }
+
+    fn forget(&mut self, head: Head) {
+        if let Some(name) = self.name_in(head, b'C') {
+            self.prepared.remove(&name);
+        } else {
+            let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
+            if let (Ok(b'P'), Ok(name)) = (fields.byte(), fields.string()) {
+                self.portals.remove(name);
+            }
+        }
+    }
+
+    async fn sync(&mut self, head: Head) -> Result<(), End> {
+        self.portals.remove(&b""[..]);
+        if !self.ours {
+            self.queue.push(Expected::client(Kind::Sync));
+            self.forward(head);
+            return Ok(());
+        }
+        self.client.inb.advance(head.total);
+        self.commit_pipeline().await
+    }
+
+    /// How long a statement took, from the client's message to ReadyForQuery.
+    pub(super) fn observe(&self, took: Duration) {
+        self.shared.metrics.statement_seconds.with_label_values(&["all", self.side.name()]).observe(took.as_secs_f64());
+    }
+
+    /// The transaction is over; whatever was not settled is undone on the mirror.
+    pub(super) fn over(&mut self) {
+        self.portals.clear();
+        if !self.writes.is_empty() || !matches!(self.carry, Carry::Nothing) || self.debts.is_some() {
+            self.writes = Default::default();
+            self.debts = None;
+            self.undo_carry();
+        } else {
+            self.writes = Default::default();
+        }
+    }
+
+    /// The transaction's debts so far.
+    pub(super) fn debts(&mut self) -> &mut Debts {
+        let limit = self.shared.config.load().limits.mirror_buffer / 4;
+        self.debts.get_or_insert_with(|| Debts::new(limit, rand::random()))
+    }
+}
+
+impl Way {
+    fn cut(self) -> Option<Rc<Cut>> {
+        match self {
+            Way::Plain => None,
+            Way::Cut(cut) => Some(cut),
+        }
+    }
+}
+
+pub(super) fn way(planned: &Planned, binary: bool) -> Way {
+    match &planned.plan {
+        Plan::Capture(capture) => Way::Cut(Rc::new(Cut { capture: capture.clone(), binary })),
+        _ => Way::Plain,
+    }
+}
+
+/// What is spliced into the statement.
+pub(super) fn splice(planned: &Planned) -> Option<&str> {
+    match &planned.plan {
+        Plan::Capture(capture) => Some(&capture.splice),
+        _ => None,
+    }
+}
+
+/// What a statement changes in our books when it completes.
+pub(super) fn done(planned: &Planned) -> Done {
+    if let Plan::Truncate(tables) = &planned.plan {
+        return Done::Truncate(tables.clone());
+    }
+    match &planned.facts.verb {
+        Verb::Begin { .. } => Done::Begin,
+        Verb::Commit { chain } | Verb::Rollback { chain } => Done::End { chain: *chain },
+        Verb::PrepareTransaction => Done::End { chain: false },
+        Verb::Savepoint(name) => Done::Savepoint(name.clone().into_bytes()),
+        Verb::Release(name) => Done::Release(name.clone().into_bytes()),
+        Verb::RollbackTo(name) => Done::RollbackTo(name.clone().into_bytes()),
+        Verb::Deallocate(name) => Done::Deallocate(name.clone().map(String::into_bytes)),
+        Verb::Discard(what) if what == "all" => Done::Deallocate(None),
+        _ => Done::Nothing,
+    }
+}
+
+/// The same, in phases in which no statement is planned, for texts that drop prepared statements.
+fn done_of_text(payload: &[u8]) -> Done {
+    let text = payload.strip_suffix(b"\0").unwrap_or(payload);
+    match sql::read(text, 64 * 1024).verb {
+        Verb::Deallocate(name) => Done::Deallocate(name.map(String::into_bytes)),
+        Verb::Discard(what) if what == "all" => Done::Deallocate(None),
+        _ => Done::Nothing,
+    }
+}
+
+pub(super) fn put_spliced(out: &mut BytesMut, text: &[u8], splice: &str, end: usize) {
+    if splice.is_empty() {
+        out.put_slice(text);
+    } else {
+        out.put_slice(&text[..end]);
+        out.put_slice(splice.as_bytes());
+        out.put_slice(&text[end..]);
+    }
+}
+
+/// Bind with a format for the hidden column: none and one format hold for all columns, more are one each. True: it comes in binary.
+fn put_bind(out: &mut BytesMut, payload: &[u8], returning: bool) -> Result<bool, End> {
+    let mut fields = Fields::new(payload);
+    fields.string()?;
+    fields.string()?;
+    for _ in 0..fields.int16()? {
+        fields.int16()?;
+    }
+    for _ in 0..fields.int16()? {
+        fields.value()?;
+    }
+    let head = payload.len() - fields.rest().len();
+    let count = fields.int16()?;
+    let formats = fields.take(usize::try_from(count).map_err(|_| frame::Malformed::Short)? * 2)?;
+    let binary = match count {
+        0 => !returning,
+        1 => !returning || formats == [0, 1],
+        _ => true,
+    };
+    frame::put(out, b'B', |out| {
+        out.put_slice(&payload[..head]);
+        if count > 1 {
+            out.put_i16(count + 1);
+            out.put_slice(formats);
+            out.put_i16(1);
+        } else if !returning {
+            out.put_i16(1);
+            out.put_i16(1);
+        } else {
+            out.put_i16(count);
+            out.put_slice(formats);
+        }
+    });
+    Ok(binary)
+}

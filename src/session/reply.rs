@@ -1,0 +1,308 @@
+//! The authority's replies: each is matched with what was asked, passed on, kept for us, or cut.
+
+use std::rc::Rc;
+
+use bytes::{Buf, Bytes, BytesMut};
+use tracing::debug;
+
+use super::expect::{Cut, Done, Fit, Kind, To, fit};
+use super::{End, Session, whole};
+use crate::catalog::Table;
+use crate::mirror::writes::{Op, RolledBack};
+use crate::plan::{Effect, image};
+use crate::wire::conn::pass;
+use crate::wire::frame::{self, HEAD};
+
+/// Frames larger than this are passed on as they come, where nothing needs to look inside.
+const STREAMED: usize = 64 * 1024;
+
+/// What happens to one frame.
+enum Verdict {
+    /// It goes to the client as it is.
+    Forward,
+    /// The client does not see it.
+    Drop,
+    /// The client gets this instead.
+    Replace(BytesMut),
+}
+
+impl Session {
+    /// Works through the frames that the server has sent. Runs of frames that go to the client as they are move in one piece.
+    pub(super) fn replies(&mut self) -> Result<(), End> {
+        if self.from_server > 0 {
+            let count = self.from_server.min(self.server.inb.len());
+            pass(&mut self.server.inb, &mut self.client.out, count);
+            self.from_server -= count;
+            if self.from_server > 0 {
+                return Ok(());
+            }
+        }
+        let mut run = 0;
+        while let Some(head) = frame::head(&self.server.inb[run..]).map_err(|e| End::Mismatch(e.to_string()))? {
+            let there = self.server.inb.len() - run;
+            if there < head.total {
+                if head.total > STREAMED && self.forwards(head.tag) {
+                    pass(&mut self.server.inb, &mut self.client.out, run + there);
+                    self.from_server = head.total - there;
+                    return Ok(());
+                }
+                break;
+            }
+            if matches!(head.tag, b'D' | b'd') && self.forwards(head.tag) {
+                run += head.total;
+                continue;
+            }
+            match self.judge(head.tag, run, head.total)? {
+                Verdict::Forward => run += head.total,
+                Verdict::Drop => {
+                    self.pass_run(&mut run);
+                    self.server.inb.advance(head.total);
+                }
+                Verdict::Replace(instead) => {
+                    self.pass_run(&mut run);
+                    self.server.inb.advance(head.total);
+                    self.client.out.extend_from_slice(&instead);
+                }
+            }
+        }
+        self.pass_run(&mut run);
+        Ok(())
+    }
+
+    fn pass_run(&mut self, run: &mut usize) {
+        if *run > 0 {
+            pass(&mut self.server.inb, &mut self.client.out, std::mem::take(run));
+        }
+    }
+
+    /// A row or COPY data that goes to the client untouched.
+    fn forwards(&self, tag: u8) -> bool {
+        matches!(tag, b'D' | b'd' | b'V')
+            && self.queue.front().is_some_and(|owed| {
+                matches!(owed.to, To::Client) && fit(owed.kind, tag) == Fit::Part || tag == b'd' && matches!(owed.to, To::Cut(_))
+            })
+    }
+
+    fn judge(&mut self, tag: u8, at: usize, total: usize) -> Result<Verdict, End> {
+        match tag {
+            b'S' => {
+                self.parameter_status(at, total);
+                return Ok(Verdict::Forward);
+            }
+            b'A' => return Ok(Verdict::Forward),
+            b'N' => {
+                let ours = self.queue.front().is_some_and(|owed| matches!(owed.to, To::Us | To::Nobody));
+                return Ok(if ours { Verdict::Drop } else { Verdict::Forward });
+            }
+            b'K' => return Ok(self.backend_key(at, total)),
+            b'E' => return Ok(self.error(at, total)),
+            _ => {}
+        }
+        let Some(owed) = self.queue.front() else {
+            return Err(End::Mismatch(format!("{:?} while nothing was asked", char::from(tag))));
+        };
+        let (kind, to, hold) = (owed.kind, owed.to.clone(), owed.hold);
+        let fit = fit(kind, tag);
+        if fit == Fit::Wrong {
+            return Err(End::Mismatch(format!("{:?} in answer to {kind:?}", char::from(tag))));
+        }
+        if tag == b'G' {
+            self.queue.copy_in();
+        }
+        let payload = at + HEAD..at + total;
+        if tag == b'C' {
+            self.complete();
+        }
+        if fit == Fit::Last {
+            self.queue.pop();
+        }
+        if tag == b'Z' {
+            return Ok(self.ready(at + HEAD, &to, hold));
+        }
+        Ok(match to {
+            To::Client if tag == b'C' && hold => {
+                self.held.complete = Some(Bytes::copy_from_slice(&self.server.inb[at..at + total]));
+                Verdict::Drop
+            }
+            To::Client => Verdict::Forward,
+            To::Nobody => Verdict::Drop,
+            To::Us => {
+                if tag == b'D' {
+                    let row = row(&self.server.inb[payload])?;
+                    self.kept.rows.push(row);
+                }
+                Verdict::Drop
+            }
+            To::Cut(cut) => self.cut(tag, at, total, kind, hold, &cut)?,
+        })
+    }
+
+    fn ready(&mut self, at: usize, to: &To, hold: bool) -> Verdict {
+        self.status = self.server.inb[at];
+        self.begun = false;
+        if self.status == b'I' {
+            self.over();
+        }
+        if let Some(since) = self.since.take() {
+            self.observe(since.elapsed());
+        }
+        match to {
+            To::Client | To::Cut(_) if !hold => Verdict::Forward,
+            _ => Verdict::Drop,
+        }
+    }
+
+    fn parameter_status(&mut self, at: usize, total: usize) {
+        let mut fields = frame::Fields::new(&self.server.inb[at + HEAD..at + total]);
+        if let (Ok(name), Ok(value)) = (fields.string(), fields.string()) {
+            match name {
+                b"client_encoding" => self.settings.client_encoding = String::from_utf8_lossy(value).into_owned(),
+                b"standard_conforming_strings" => self.settings.escapes = value == b"off",
+                _ => {}
+            }
+        }
+    }
+
+    /// The client keeps the key that it was first told; on another authority only our own books change.
+    fn backend_key(&mut self, at: usize, total: usize) -> Verdict {
+        let key = Bytes::copy_from_slice(&self.server.inb[at + HEAD..at + total]);
+        let first = self.cancel_key.is_none();
+        let client = self.cancel_key.get_or_insert_with(|| key.clone()).clone();
+        self.shared.cancels.set(client, self.side, self.address.clone(), key);
+        if first { Verdict::Forward } else { Verdict::Drop }
+    }
+
+    fn error(&mut self, at: usize, total: usize) -> Verdict {
+        let failed = self.queue.fail();
+        match failed {
+            Some(owed) => {
+                if owed.hold {
+                    self.held.failed = true;
+                }
+                if matches!(owed.to, To::Us) {
+                    self.kept.error = Some(Bytes::copy_from_slice(&self.server.inb[at..at + total]));
+                    return Verdict::Drop;
+                }
+                Verdict::Forward
+            }
+            None => Verdict::Forward,
+        }
+    }
+
+    /// A statement is complete: our books follow.
+    fn complete(&mut self) {
+        let Some(owed) = self.queue.front() else { return };
+        match owed.done.clone() {
+            Done::Nothing => {}
+            Done::Begin => self.status = b'T',
+            Done::End { chain } => {
+                self.status = if chain { b'T' } else { b'I' };
+                self.begun = false;
+                self.over();
+            }
+            Done::Savepoint(name) => self.writes.savepoint(&name),
+            Done::Release(name) => self.writes.release(&name),
+            Done::RollbackTo(name) => {
+                if self.writes.rollback_to(&name) == RolledBack::Spilled {
+                    self.give_up("rolled-back");
+                }
+            }
+            Done::Truncate(tables) => self.writes.push(Op::Truncate(tables)),
+            Done::Deallocate(None) => {
+                self.prepared.retain(|name, _| name.is_empty());
+                self.ours_prepared.clear();
+            }
+            Done::Deallocate(Some(name)) => {
+                self.prepared.remove(&name[..]);
+            }
+        }
+    }
+
+    fn cut(&mut self, tag: u8, at: usize, total: usize, kind: Kind, hold: bool, cut: &Rc<Cut>) -> Result<Verdict, End> {
+        let payload = at + HEAD..at + total;
+        let wrong = |error: frame::Malformed| End::Mismatch(format!("a reply with hidden columns: {error}"));
+        Ok(match tag {
+            b'T' if !cut.capture.returning && kind == Kind::Describe => {
+                let mut no_data = BytesMut::new();
+                frame::no_data(&mut no_data);
+                Verdict::Replace(no_data)
+            }
+            b'T' => match frame::cut_description(&self.server.inb[payload]).map_err(wrong)? {
+                Some(rest) if cut.capture.returning => Verdict::Replace(whole(b'T', &rest)),
+                _ => Verdict::Drop,
+            },
+            b'D' => {
+                let frame = self.server.inb[payload].to_vec();
+                let (count, kept, hidden) = frame::cut_row(&frame).map_err(wrong)?;
+                if let Some(hidden) = hidden {
+                    self.capture(cut, hidden);
+                }
+                if cut.capture.returning {
+                    let mut row = BytesMut::with_capacity(kept.len() + 8);
+                    frame::put(&mut row, b'D', |out| {
+                        bytes::BufMut::put_i16(out, count - 1);
+                        out.extend_from_slice(kept);
+                    });
+                    Verdict::Replace(row)
+                } else {
+                    Verdict::Drop
+                }
+            }
+            b'C' if hold => {
+                self.held.complete = Some(Bytes::copy_from_slice(&self.server.inb[at..at + total]));
+                Verdict::Drop
+            }
+            b's' => {
+                // The rest of the rows, and their images, may never be fetched.
+                for table in cut.capture.tables.clone() {
+                    self.writes.taint(table.number, "suspended");
+                }
+                Verdict::Forward
+            }
+            _ => Verdict::Forward,
+        })
+    }
+
+    /// One row as the authority left it.
+    fn capture(&mut self, cut: &Cut, hidden: &[u8]) {
+        let fields = match image::hidden(hidden, cut.binary) {
+            Ok(fields) => fields,
+            Err(error) => {
+                debug!(%error, "an image that cannot be read");
+                return self.lost(cut, "image");
+            }
+        };
+        let Some(table) = self.world.catalog.by_oid.get(self.side).get(&fields.tableoid).cloned() else {
+            // A temporary table of the same name, or a partition that the catalog does not know yet.
+            self.shared.stale.notify_one();
+            return self.lost(cut, "unknown-table");
+        };
+        match image::row(&table, self.side, &fields) {
+            Ok(row) => self.writes.push(op(cut.capture.effect, table, row)),
+            Err(_) => {
+                self.shared.stale.notify_one();
+                self.writes.taint(table.number, "definition");
+            }
+        }
+    }
+
+    fn lost(&mut self, cut: &Cut, reason: &'static str) {
+        for table in &cut.capture.tables {
+            self.writes.taint(table.number, reason);
+        }
+    }
+}
+
+fn op(effect: Effect, table: std::sync::Arc<Table>, row: image::Row) -> Op {
+    match (effect, table.key.is_some()) {
+        (Effect::Row, true) => Op::Upsert(table, row),
+        (Effect::Row, false) => Op::Insert(table, row),
+        (Effect::Gone, _) => Op::Delete(table, row),
+    }
+}
+
+fn row(payload: &[u8]) -> Result<Vec<Option<Bytes>>, End> {
+    let mut fields = frame::Fields::new(payload);
+    let count = fields.int16()?;
+    (0..count).map(|_| Ok(fields.value()?.map(Bytes::copy_from_slice))).collect()
+}

@@ -1,0 +1,157 @@
+//! Query messages in mirrored phases: one statement or several, with the rules of an implicit transaction kept.
+
+use std::sync::Arc;
+
+use bytes::{BufMut, Bytes};
+
+use super::expect::{Done, Expected, Kind, To};
+use super::relay::{Way, done, put_spliced, splice, way};
+use super::{End, Held, Session};
+use crate::plan::Plan;
+use crate::plan::cache::Planned;
+use crate::sql;
+use crate::sql::facts::Verb;
+use crate::wire::frame;
+
+impl Session {
+    /// One Query message.
+    pub(super) async fn simple(&mut self, text: Bytes) -> Result<(), End> {
+        self.since = Some(std::time::Instant::now());
+        self.unsynced = false;
+        self.settings.glance(&text);
+        if !self.queue.is_empty() {
+            self.settle().await?;
+        }
+        let (planned, end) = self.plan_for(&text);
+        if planned.facts.verb != Verb::Other || self.settings.escapes {
+            return self.one(&text, &planned, end).await;
+        }
+        let statements = sql::split(&text);
+        if statements.len() < 2 {
+            return self.one(&text, &planned, end).await;
+        }
+        let parts: Vec<Bytes> = statements.iter().map(|statement| text.slice(statement.range.clone())).collect();
+        let plans: Vec<_> = parts.iter().map(|part| self.plan_for(part)).collect();
+        let quiet = plans.iter().all(|(planned, _)| planned.plan == Plan::Pass && done(planned) == Done::Nothing);
+        if quiet {
+            self.put_query(&text, "", 0);
+            self.queue.push(Expected::client(Kind::Query));
+            return Ok(());
+        }
+        self.several(&parts, &plans).await
+    }
+
+    pub(super) fn put_query(&mut self, text: &[u8], splice: &str, end: usize) {
+        frame::put(&mut self.server.out, b'Q', |out| {
+            put_spliced(out, text, splice, end);
+            out.put_u8(0);
+        });
+    }
+
+    /// Sends one statement; its end is held back where `hold`.
+    fn send(&mut self, text: &[u8], planned: &Planned, end: usize, hold: bool) {
+        self.note_statement(planned);
+        self.put_query(text, splice(planned).unwrap_or_default(), end);
+        let to = match way(planned, false) {
+            Way::Plain => To::Client,
+            Way::Cut(cut) => To::Cut(cut),
+        };
+        let done = done(planned);
+        self.begun |= done == Done::Begin;
+        self.queue.push(Expected { kind: Kind::Query, to, hold, done });
+    }
+
+    /// A Query of one statement.
+    async fn one(&mut self, text: &Bytes, planned: &Arc<Planned>, end: usize) -> Result<(), End> {
+        match &planned.plan {
+            Plan::Pass => {
+                if let Verb::Commit { chain } = planned.facts.verb
+                    && self.in_block()
+                {
+                    return self.commit_simple(text, chain).await;
+                }
+                self.note_sql_prepared(planned);
+                self.send(text, planned, end, false);
+                Ok(())
+            }
+            Plan::Opaque(opaque) if opaque.unwrapped && !self.in_block() => {
+                let debt = self.register_unwrapped(opaque).await?;
+                self.send(text, planned, end, true);
+                self.writes = Default::default();
+                self.finish_unwrapped(debt).await
+            }
+            _ if self.in_block() => {
+                self.send(text, planned, end, false);
+                Ok(())
+            }
+            _ => {
+                self.begin_ours();
+                self.held = Held::default();
+                self.send(text, planned, end, true);
+                self.settle().await?;
+                self.commit_ours().await
+            }
+        }
+    }
+
+    fn note_sql_prepared(&mut self, planned: &Planned) {
+        if matches!(planned.facts.verb, Verb::Prepare(_)) {
+            self.settings.sql_prepared = true;
+        }
+    }
+
+    /// A Query of several statements: one implicit transaction, until a BEGIN or COMMIT among them says otherwise.
+    /// They are sent one by one; the client sees their replies and one ReadyForQuery.
+    async fn several(&mut self, parts: &[Bytes], plans: &[(Arc<Planned>, usize)]) -> Result<(), End> {
+        for (part, (planned, end)) in parts.iter().zip(plans) {
+            let verb = &planned.facts.verb;
+            self.held = Held::default();
+            match verb {
+                Verb::Begin { .. } if self.ours => {
+                    // The implicit transaction becomes the client's block.
+                    self.ours = false;
+                    frame::complete(&mut self.client.out, b"BEGIN");
+                    continue;
+                }
+                Verb::Commit { .. } | Verb::Rollback { .. } if self.in_block() => {
+                    self.end_among_several(part, planned, *end).await?;
+                }
+                _ => {
+                    if !self.in_block() && !matches!(verb, Verb::Begin { .. }) {
+                        self.begin_ours();
+                    }
+                    self.send(part, planned, *end, true);
+                    self.settle().await?;
+                }
+            }
+            if let Some(complete) = self.held.complete.take() {
+                self.client.out.extend_from_slice(&complete);
+            }
+            if self.held.failed {
+                break;
+            }
+        }
+        self.held = Held { complete: None, failed: self.held.failed };
+        if self.ours {
+            return self.commit_ours().await;
+        }
+        frame::ready(&mut self.client.out, self.status);
+        Ok(())
+    }
+
+    async fn end_among_several(&mut self, part: &Bytes, planned: &Planned, end: usize) -> Result<(), End> {
+        let ours = std::mem::take(&mut self.ours);
+        match planned.facts.verb {
+            Verb::Commit { chain } => self.commit_held(part, chain).await?,
+            _ => {
+                self.send(part, planned, end, true);
+                self.settle().await?;
+            }
+        }
+        if ours {
+            // PostgreSQL warns that there is no transaction in progress; the effect is the same.
+            self.ours = false;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,165 @@
+//! What all sessions and jobs of one proxy share, handed to them as a value.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use tokio::sync::Notify;
+
+use crate::auth::verifiers::Verifiers;
+use crate::backend::connect::Address;
+use crate::catalog::{Catalog, Sides};
+use crate::config::{Config, Database};
+use crate::metrics::Metrics;
+use crate::mirror::health::Health;
+use crate::mirror::pool::Pool;
+use crate::phase::{Phase, Side};
+use crate::plan::cache::Plans;
+use crate::switch::gate::Gate;
+
+/// What holds at a moment: a transaction sees one world from its first statement to its end.
+#[derive(Clone, Debug)]
+pub struct World {
+    /// Number of the move that made it so.
+    pub epoch: u64,
+    /// The phase.
+    pub phase: Phase,
+    /// Counts the loads of the catalog.
+    pub generation: u64,
+    /// The migrating tables. Empty in phases without a mirror until it is first needed.
+    pub catalog: Arc<Catalog>,
+}
+
+/// A debt whose mirror transaction has answered COMMIT: cleared after the next flush there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Paid {
+    /// Its number in the ledger.
+    pub id: i64,
+    /// The mirror's incarnation in which COMMIT was answered.
+    pub incarnation: [u8; 16],
+}
+
+/// Debts that wait for the next flush.
+#[derive(Debug, Default)]
+pub struct PaidQueue {
+    waiting: Mutex<Vec<Paid>>,
+    /// Mirror transactions whose COMMIT is under way.
+    pub carrying: AtomicI64,
+}
+
+impl PaidQueue {
+    /// One more.
+    pub fn push(&self, paid: Paid) {
+        lock(&self.waiting).push(paid);
+    }
+
+    /// All that wait, taken out.
+    pub fn take(&self) -> Vec<Paid> {
+        std::mem::take(&mut lock(&self.waiting))
+    }
+
+    /// Nothing waits and nothing is under way.
+    pub fn is_empty(&self) -> bool {
+        self.carrying.load(Ordering::SeqCst) == 0 && lock(&self.waiting).is_empty()
+    }
+}
+
+/// Where the CancelRequests of clients go.
+#[derive(Debug, Default)]
+pub struct Cancels {
+    targets: Mutex<HashMap<Bytes, (Side, Address, Bytes)>>,
+}
+
+impl Cancels {
+    /// The client with this key is now served by that backend.
+    pub fn set(&self, client: Bytes, side: Side, address: Address, key: Bytes) {
+        lock(&self.targets).insert(client, (side, address, key));
+    }
+
+    /// The client has gone.
+    pub fn remove(&self, client: &Bytes) {
+        lock(&self.targets).remove(client);
+    }
+
+    /// Where a CancelRequest with this key goes.
+    pub fn get(&self, client: &Bytes) -> Option<(Side, Address, Bytes)> {
+        lock(&self.targets).get(client).cloned()
+    }
+}
+
+/// Shared by all.
+pub struct Shared {
+    /// The file, as it was last read without an error.
+    pub config: ArcSwap<Config>,
+    /// What holds.
+    pub world: ArcSwap<World>,
+    /// Where transactions wait while the phase moves.
+    pub gate: Arc<Gate>,
+    /// Each side as mirror.
+    pub health: Sides<Health>,
+    /// Debts that wait for a flush.
+    pub paid: PaidQueue,
+    /// Metrics.
+    pub metrics: Metrics,
+    /// Plans by shape.
+    pub plans: Plans,
+    /// CancelRequests.
+    pub cancels: Cancels,
+    /// Secrets of clients.
+    pub verifiers: Verifiers,
+    /// The next debt's number. Numbers are drawn by the proxy, in blocks from a sequence: nextval in a client's session would change its lastval().
+    pub next_debt: AtomicI64,
+    /// A table's definition is no longer what the catalog says.
+    pub stale: Notify,
+    /// There is something to repair.
+    pub owed: Notify,
+    /// The file may want another phase.
+    pub wanted: Notify,
+    /// Held by whoever changes the world.
+    pub switching: tokio::sync::Mutex<()>,
+    /// Clients are served.
+    pub ready: AtomicBool,
+    /// Why the last file was refused.
+    pub config_error: Mutex<Option<String>>,
+    /// Why the phase is not yet what the file says.
+    pub waiting: Mutex<Option<String>>,
+}
+
+impl Shared {
+    /// The number of a new debt.
+    pub fn debt_id(&self) -> i64 {
+        self.next_debt.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The configuration of that side.
+    pub fn database(config: &Config, side: Side) -> &Database {
+        match side {
+            Side::Old => &config.old,
+            Side::New => &config.new,
+        }
+    }
+}
+
+/// What the sessions of one thread share.
+pub struct Worker {
+    /// What all share.
+    pub shared: Arc<Shared>,
+    /// Sessions on each side as mirror.
+    pub pools: Sides<Rc<Pool>>,
+}
+
+impl Worker {
+    /// With so many mirror sessions at most on each side.
+    pub fn new(shared: Arc<Shared>, connections: usize) -> Worker {
+        let pools = Sides { old: Pool::new(Side::Old, connections), new: Pool::new(Side::New, connections) };
+        Worker { shared, pools }
+    }
+}
+
+/// A mutex whose holder panicked still guards a value that is whole: each critical section here is one operation.
+pub fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
