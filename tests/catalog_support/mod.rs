@@ -102,9 +102,9 @@ impl Drop for Server {
     }
 }
 
-/// A value as it is, in binary.
+/// A value as it is, in the format of the protocol that it has (1 binary, 0 text).
 #[derive(Debug)]
-pub struct Raw(pub Option<Bytes>);
+struct Raw(Option<Bytes>, i16);
 
 impl ToSql for Raw {
     fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
@@ -130,7 +130,7 @@ impl ToSql for Raw {
     }
 
     fn encode_format(&self, _: &Type) -> Format {
-        Format::Binary
+        if self.1 == 1 { Format::Binary } else { Format::Text }
     }
 }
 
@@ -141,12 +141,13 @@ pub async fn run(
     parameters: Vec<Option<Bytes>>,
 ) -> Result<Vec<tokio_postgres::Row>, tokio_postgres::Error> {
     assert_eq!(statement.parameter_types.len(), parameters.len());
-    assert!(statement.formats.iter().all(|format| *format == 1));
+    assert_eq!(statement.formats.len(), parameters.len());
     let kind =
         |oid: &u32| Type::from_oid(*oid).unwrap_or_else(|| Type::new("_".into(), *oid, Kind::Simple, "_".into()));
     let kinds: Vec<Type> = statement.parameter_types.iter().map(kind).collect();
     let prepared = client.prepare_typed(&statement.text, &kinds).await?;
-    let raw: Vec<Raw> = parameters.into_iter().map(Raw).collect();
+    let raw: Vec<Raw> =
+        parameters.into_iter().zip(&statement.formats).map(|(value, format)| Raw(value, *format)).collect();
     let parameters: Vec<&(dyn ToSql + Sync)> = raw.iter().map(|value| value as _).collect();
     client.query(&prepared, &parameters).await
 }
