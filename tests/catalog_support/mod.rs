@@ -1,0 +1,153 @@
+//! A PostgreSQL server of a test's own, ended when it is dropped, and sessions on it.
+
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use tokio_postgres::types::{Format, IsNull, Kind, ToSql, Type};
+use tokio_postgres::{Client, NoTls};
+
+/// A server that listens on a Unix socket in its own directory.
+pub struct Server {
+    process: Child,
+    directory: tempfile::TempDir,
+}
+
+fn binaries() -> PathBuf {
+    if let Ok(directory) = std::env::var("PG_BIN") {
+        return directory.into();
+    }
+    let found = std::fs::read_dir("/usr/lib/postgresql").expect("PostgreSQL in /usr/lib/postgresql, or PG_BIN");
+    let mut versions: Vec<PathBuf> = found.map(|entry| entry.unwrap().path().join("bin")).collect();
+    versions.sort();
+    versions.pop().expect("a version of PostgreSQL")
+}
+
+/// PostgreSQL refuses to run as root.
+fn unprivileged(program: PathBuf) -> Command {
+    let root = Command::new("id").arg("-u").output().unwrap().stdout == b"0\n";
+    if !root {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups"]).arg(program);
+    command
+}
+
+impl Server {
+    /// A new cluster, encoding UTF8.
+    pub async fn start() -> Server {
+        let directory = tempfile::Builder::new().prefix("crossfade").tempdir().unwrap();
+        let _ = Command::new("chown").arg("postgres").arg(directory.path()).status();
+        let data = directory.path().join("data");
+        let made = unprivileged(binaries().join("initdb"))
+            .args(["-U", "postgres", "--auth=trust", "-E", "UTF8", "--locale=C.UTF-8", "-N", "-D"])
+            .arg(&data)
+            .current_dir(directory.path())
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "initdb: {}", String::from_utf8_lossy(&made.stderr));
+        let process = unprivileged(binaries().join("postgres"))
+            .args(["-c", "listen_addresses=", "-c", "fsync=off", "-c", "max_connections=30", "-D"])
+            .arg(&data)
+            .arg("-k")
+            .arg(directory.path())
+            .current_dir(directory.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let server = Server { process, directory };
+        let started = Instant::now();
+        while server.connect("postgres").await.is_err() {
+            assert!(started.elapsed() < Duration::from_secs(60), "the server did not start");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        server
+    }
+
+    async fn connect(&self, database: &str) -> Result<Client, tokio_postgres::Error> {
+        let mut config = tokio_postgres::Config::new();
+        config.host_path(self.directory.path()).user("postgres").dbname(database);
+        let (client, connection) = config.connect(NoTls).await?;
+        tokio::spawn(connection);
+        Ok(client)
+    }
+
+    /// A session of the superuser.
+    pub async fn client(&self, database: &str) -> Client {
+        self.connect(database).await.unwrap()
+    }
+
+    /// Two new databases, with schema `crossfade` where `installed`.
+    pub async fn pair(&self, installed: bool) -> (Client, Client) {
+        let admin = self.client("postgres").await;
+        admin.batch_execute("CREATE DATABASE old TEMPLATE template0").await.unwrap();
+        admin.batch_execute("CREATE DATABASE new TEMPLATE template0").await.unwrap();
+        let pair = (self.client("old").await, self.client("new").await);
+        if installed {
+            for client in [&pair.0, &pair.1] {
+                client.batch_execute(include_str!("../../src/ledger/schema.sql")).await.unwrap();
+            }
+        }
+        pair
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = Command::new("kill").args(["-INT", &self.process.id().to_string()]).status();
+        let _ = self.process.wait();
+    }
+}
+
+/// A value as it is, in the format of the protocol that it has (1 binary, 0 text).
+#[derive(Debug)]
+struct Raw(Option<Bytes>, i16);
+
+impl ToSql for Raw {
+    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
+        match &self.0 {
+            None => Ok(IsNull::Yes),
+            Some(bytes) => {
+                out.extend_from_slice(bytes);
+                Ok(IsNull::No)
+            }
+        }
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    fn to_sql_checked(
+        &self,
+        kind: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
+        self.to_sql(kind, out)
+    }
+
+    fn encode_format(&self, _: &Type) -> Format {
+        if self.1 == 1 { Format::Binary } else { Format::Text }
+    }
+}
+
+/// Executes a statement of an image with these parameters; the rows that it returns.
+pub async fn run(
+    client: &Client,
+    statement: &crossfade::plan::image::Statement,
+    parameters: Vec<Option<Bytes>>,
+) -> Result<Vec<tokio_postgres::Row>, tokio_postgres::Error> {
+    assert_eq!(statement.parameter_types.len(), parameters.len());
+    assert_eq!(statement.formats.len(), parameters.len());
+    let kind =
+        |oid: &u32| Type::from_oid(*oid).unwrap_or_else(|| Type::new("_".into(), *oid, Kind::Simple, "_".into()));
+    let kinds: Vec<Type> = statement.parameter_types.iter().map(kind).collect();
+    let prepared = client.prepare_typed(&statement.text, &kinds).await?;
+    let raw: Vec<Raw> =
+        parameters.into_iter().zip(&statement.formats).map(|(value, format)| Raw(value, *format)).collect();
+    let parameters: Vec<&(dyn ToSql + Sync)> = raw.iter().map(|value| value as _).collect();
+    client.query(&prepared, &parameters).await
+}
