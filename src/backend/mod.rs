@@ -1,1 +1,4 @@
-//! See ARCHITECTURE.md.
+//! Connections to PostgreSQL servers on behalf of clients.
+
+pub mod connect;
+mod login;

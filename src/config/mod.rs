@@ -1,11 +1,26 @@
-//! The YAML file: what an operator wants.
+//! The YAML file: what an operator wants. `load` reads it, `parse` checks a text; an error names file, line and key.
+//!
+//! Nothing here holds a connection open; `Database::connect` opens one with the control role and hands it out.
+
+mod control;
+mod env;
+mod locate;
+mod parse;
+mod tables;
+mod units;
+mod url;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::Deserialize;
+
 use crate::phase::Phase;
+pub use control::{ConnectError, TlsOnce};
+pub use parse::{ConfigError, load, parse};
+pub use units::Share;
 
 /// The whole file, checked, defaults filled in.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,6 +55,14 @@ pub struct Config {
     pub moves: Move,
     /// Several proxies.
     pub fleet: bool,
+    /// Writes around the proxies are kept out of the side that is not authority.
+    pub fence: bool,
+    /// postgres_fdw on new answers what the proxy cannot merge.
+    pub federate: bool,
+    /// Continuous verification.
+    pub verify: Verify,
+    /// What is asked of new before it becomes authority.
+    pub expect: Expect,
     /// Roles that may use the admin console; default: the control role of old's URL.
     pub admins: Vec<String>,
     /// Limits of every queue, cache, buffer and wait.
@@ -67,10 +90,13 @@ pub struct Database {
     pub connect_timeout: Duration,
     /// `options` of the URL.
     pub options: Option<String>,
+    /// What `sslmode` and `sslrootcert` mean to TLS, read at the first connection.
+    pub tls: TlsOnce,
 }
 
 /// libpq's sslmode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum SslMode {
     /// Never TLS.
     Disable,
@@ -85,9 +111,11 @@ pub enum SslMode {
 }
 
 /// How clients authenticate to the proxy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum AuthMethod {
     /// SCRAM-SHA-256 (and -PLUS over TLS).
+    #[default]
     Scram,
     /// MD5.
     Md5,
@@ -105,55 +133,144 @@ pub struct User {
 }
 
 /// TLS towards clients.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Tls {
     /// PEM file.
     pub certificate: PathBuf,
     /// PEM file.
     pub key: PathBuf,
     /// Refuse clients without TLS.
+    #[serde(default, deserialize_with = "units::flag")]
     pub required: bool,
-    /// Clients must show a certificate signed by one of these.
+    /// TLS clients must show a certificate signed by one of these (PEM file).
+    #[serde(default)]
     pub client_ca: Option<PathBuf>,
 }
 
-/// One entry of `tables:`.
-#[derive(Clone, Debug, PartialEq)]
+/// One entry of `tables:`. `TableRule::default()` with a name is what a bare `- schema.name` says.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct TableRule {
     /// `schema.name` on old (schema `public` where none was written).
     pub name: String,
-    /// `schema.name` on new, where it differs.
+    /// `schema.name` on new, where it differs (old's schema where none was written).
     pub to: Option<String>,
-    /// The rest of the entry's keys are accepted by name and kept for what comes later.
-    pub rest: serde_json::Value,
+    /// Columns that are not simply carried over under their own name, by their name on old.
+    pub columns: BTreeMap<String, ColumnRule>,
+    /// The column that decides which copy of a row is newer.
+    pub version: Option<String>,
+    /// The rule of reading while rows may be missing on new.
+    pub read: ReadRule,
+    /// The share of eligible reads that new serves; None: the phase's default.
+    pub serve: Option<Share>,
+    /// The share of reads that is run on both sides and compared; None: the phase's default.
+    pub compare: Option<Share>,
+    /// When rows come over.
+    pub backfill: Backfill,
+    /// Overrides the phase for its group.
+    pub phase: Option<Phase>,
+    /// The group that it moves with.
+    pub group: Option<String>,
+}
+
+/// What becomes of a column of old.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ColumnRule {
+    /// It is called so on new.
+    Renamed(String),
+    /// It is not carried over.
+    Dropped,
+    /// New's column `new` holds what the SQL expression yields.
+    Expression {
+        /// The column's name on new.
+        new: String,
+        /// An SQL expression over old's columns.
+        sql: String,
+    },
+}
+
+/// `tables: read:`, the rule while rows may be missing on new.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReadRule {
+    /// The authority answers.
+    #[default]
+    Authority,
+    /// New, and where it lacks the row old.
+    Fallback,
+    /// Both; an older copy never wins.
+    Newest,
+    /// Both, merged by key.
+    Merge,
+}
+
+/// `tables: backfill:`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Backfill {
+    /// A job copies what was there before.
+    #[default]
+    Eager,
+    /// Rows come over when they are written.
+    Lazy,
+}
+
+/// Continuous verification.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Verify {
+    /// The share of rows verified all the time. Default 0%.
+    pub continuous: Share,
+}
+
+/// What `check` and the gates ask of new before it becomes authority. None: nothing is asked.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Expect {
+    /// Standbys that stream from it.
+    #[serde(deserialize_with = "units::some_count")]
+    pub standbys: Option<usize>,
+    /// The most that they may lag behind.
+    #[serde(deserialize_with = "units::some_duration")]
+    pub lag: Option<Duration>,
+    /// WAL archiving works.
+    #[serde(deserialize_with = "units::some_flag")]
+    pub archiving: Option<bool>,
 }
 
 /// What to do with other databases of old.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum OtherDatabases {
     /// Passed to old, untouched.
+    #[default]
     Pass,
     /// Refused.
     Refuse,
 }
 
 /// Settings of the mirror.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Mirror {
     /// `ledger` or `best-effort`.
     pub commit: Commit,
     /// No progress for this long: degrade. Default 2 s.
+    #[serde(deserialize_with = "units::duration")]
     pub timeout: Duration,
     /// Refuse opaque writes, and fail transactions that the mirror cannot take.
+    #[serde(deserialize_with = "units::flag")]
     pub strict: bool,
     /// DDL through the proxy.
     pub ddl: Ddl,
     /// Mirror sessions at most. Default 50.
+    #[serde(deserialize_with = "units::at_least_one")]
     pub connections: usize,
 }
 
 /// `mirror.commit`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Commit {
     /// Debts in the authority's own transaction.
     Ledger,
@@ -162,7 +279,8 @@ pub enum Commit {
 }
 
 /// `mirror.ddl`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Ddl {
     /// Run on both sides.
     Mirror,
@@ -173,44 +291,99 @@ pub enum Ddl {
 }
 
 /// Settings of moves.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Move {
     /// How long a move may hold clients. Default 5 s.
+    #[serde(deserialize_with = "units::duration")]
     pub pause: Duration,
     /// End transactions that last longer.
+    #[serde(deserialize_with = "units::flag")]
     pub terminate: bool,
     /// A gate warns when a phase has held for less. Default 7 d.
+    #[serde(deserialize_with = "units::duration")]
     pub soak: Duration,
 }
 
 /// Limits. Sizes in bytes.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Limits {
     /// Client connections. Default 500.
+    #[serde(deserialize_with = "units::at_least_one")]
     pub clients: usize,
     /// Default 64 MiB.
+    #[serde(deserialize_with = "units::size")]
     pub plan_cache: usize,
     /// Per client and direction. Default 1 MiB.
+    #[serde(deserialize_with = "units::size")]
     pub client_buffer: usize,
     /// Images held per transaction. Default 16 MiB.
+    #[serde(deserialize_with = "units::size")]
     pub mirror_buffer: usize,
     /// A statement longer than this is not read, and counts as an unknown write. Default 16 MiB.
+    #[serde(deserialize_with = "units::size")]
     pub statement: usize,
     /// A client must log in within. Default 60 s.
+    #[serde(deserialize_with = "units::duration")]
     pub login: Duration,
     /// Connections that have not logged in yet. Default 100.
+    #[serde(deserialize_with = "units::at_least_one")]
     pub logins: usize,
     /// Threads that run sessions; 0: one per core.
+    #[serde(deserialize_with = "units::count")]
     pub threads: usize,
 }
 
 /// Logs.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Log {
     /// `json` instead of `text`.
+    #[serde(rename = "format", deserialize_with = "units::is_json")]
     pub json: bool,
     /// A tracing filter: `info`, `debug`, `crossfade=debug`, ...
+    #[serde(deserialize_with = "units::log_filter")]
     pub level: String,
+}
+
+impl Default for Mirror {
+    fn default() -> Mirror {
+        Mirror {
+            commit: Commit::Ledger,
+            timeout: Duration::from_secs(2),
+            strict: false,
+            ddl: Ddl::Mirror,
+            connections: 50,
+        }
+    }
+}
+
+impl Default for Move {
+    fn default() -> Move {
+        Move { pause: Duration::from_secs(5), terminate: false, soak: Duration::from_secs(7 * 24 * 3600) }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Limits {
+        Limits {
+            clients: 500,
+            plan_cache: 64 << 20,
+            client_buffer: 1 << 20,
+            mirror_buffer: 16 << 20,
+            statement: 16 << 20,
+            login: Duration::from_secs(60),
+            logins: 100,
+            threads: 0,
+        }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Log {
+        Log { json: false, level: "info".to_owned() }
+    }
 }
 
 impl std::fmt::Debug for Database {

@@ -1,4 +1,8 @@
-//! The PostgreSQL wire protocol: frames and streams. Nothing outside this folder parses protocol bytes.
+//! The PostgreSQL wire protocol: frames, streams, TLS, and what is said before a login. Nothing outside this folder parses protocol bytes.
 
 pub mod conn;
 pub mod frame;
+pub mod message;
+pub mod startup;
+pub mod stream;
+pub mod tls;
