@@ -121,7 +121,22 @@ done
 rm -rf -- "$1"
 "#;
 
+/// The same for one process.
+const WATCHDOG_OF_PROCESS: &str = r#"
+trap '' INT TERM HUP
+read -r released && exit 0
+kill -s KILL "$1" 2>/dev/null
+"#;
+
 impl Watchdog {
+    /// Sees to it that a process which we started ends when we do. Release it once the process has been waited for.
+    ///
+    /// # Errors
+    /// The shell cannot be started.
+    pub fn over(pid: u32) -> io::Result<Watchdog> {
+        Watchdog::spawn(Command::new("/bin/sh"), WATCHDOG_OF_PROCESS, Path::new(&pid.to_string()))
+    }
+
     /// Guards a directory (absolute, without symbolic links).
     ///
     /// # Errors
