@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crossfade::cluster::ports::PortLease;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncReadExt;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{oneshot, watch};
@@ -261,7 +261,8 @@ fn strike(shared: &Shared, way: Way, seen: &mut Vec<u8>, bytes: &[u8]) -> Option
     if seen.windows(wire.pattern.len()).any(|window| window == wire.pattern) {
         seen.clear();
         let wire = tripwire.take()?;
-        drop(wire.struck.send(()));
+        // Nobody may be waiting for it.
+        let _ = wire.struck.send(());
         return Some(wire.trip);
     }
     // What might be the pattern's beginning stays.
