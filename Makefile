@@ -1,0 +1,59 @@
+# What people and CI run. Everything is made below target/; see scripts/setup.sh for what is installed.
+
+CARGO ?= cargo
+# An optimised build takes a few minutes the first time; `make demo PROFILE=dev` starts sooner.
+PROFILE ?= release
+# Cases of each property test.
+FUZZ_CASES ?= 200000
+
+export CARGO_TERM_COLOR ?= auto
+
+.PHONY: help setup demo test check test-only proof bench fuzz regress-fixture
+
+help:
+	@echo "make demo             the whole migration on two throw-away clusters, with a load running"
+	@echo "make test             set-up, check and all tests"
+	@echo "make check            fmt, clippy, rustdoc, cargo-deny"
+	@echo "make proof            the tests at full length: more kills, larger values (an hour or so)"
+	@echo "make bench            throughput and memory beside PgBouncer and Pgpool-II"
+	@echo "make fuzz             the property tests with FUZZ_CASES=$(FUZZ_CASES) cases each"
+	@echo "make regress-fixture  makes the parsers' yardstick again with PostgreSQL's own parser (needs libclang)"
+
+setup:
+	scripts/setup.sh
+
+demo:
+	scripts/setup.sh postgres
+	$(CARGO) run --locked --profile $(PROFILE) -- demo
+
+test: setup check test-only
+
+check: setup
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items --quiet
+	target/tools/bin/cargo-deny --offline --locked check licenses bans sources
+
+# nextest where it is there: it runs the tests of all binaries side by side.
+test-only:
+	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
+		set -x; $(CARGO) nextest run --locked --no-fail-fast && $(CARGO) test --locked --doc; \
+	else \
+		set -x; $(CARGO) test --locked --no-fail-fast; \
+	fi
+
+proof: setup
+	CROSSFADE_PROOF=1 CROSSFADE_LARGE_MB=1000 $(CARGO) test --locked --release --no-fail-fast
+
+bench:
+	scripts/setup.sh postgres
+	$(CARGO) build --locked --release
+	bench/run.sh
+
+fuzz:
+	PROPTEST_CASES=$(FUZZ_CASES) $(CARGO) test --locked --release --lib -- fuzz
+
+regress-fixture:
+	@test -n "$(SCRIPTS)" || { echo "usage: make regress-fixture SCRIPTS='.../src/test/regress/sql/*.sql' (PostgreSQL's sources)"; exit 2; }
+	$(CARGO) run --locked --release --manifest-path tests/oracle/Cargo.toml -- $(SCRIPTS) > tests/fixtures/sql/regress.jsonl.part
+	mv tests/fixtures/sql/regress.jsonl.part tests/fixtures/sql/regress.jsonl

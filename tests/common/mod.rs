@@ -1,0 +1,36 @@
+//! What the tests on real servers share.
+//!
+//! [`Pair::start`] gives two clusters and Crossfade between a client and them; [`link::Link`] is a TCP line that can be cut,
+//! stalled and watched; [`compare::assert_equal`] looks at both databases' rows by means of its own; [`raw`] speaks the
+//! protocol byte by byte. Everything is killed on drop, ports are free ones, tests run in parallel.
+
+#![allow(dead_code, reason = "each test binary uses a part of this")]
+
+pub mod compare;
+pub mod link;
+pub mod pair;
+pub mod pgbench;
+pub mod proxy;
+pub mod raw;
+
+use std::time::{Duration, Instant};
+
+#[allow(unused_imports, reason = "each test binary uses a part of this")]
+pub use pair::{Databases, Pair};
+#[allow(unused_imports, reason = "each test binary uses a part of this")]
+pub use proxy::{Proxy, ProxyConfig};
+
+/// How long anything that must happen may take: long, since machines are slow now and then, and no test times anything.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits until a condition holds, looking every 10 ms.
+///
+/// # Panics
+/// It does not hold within [`PATIENCE`]; names `what`.
+pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !holds().await {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}

@@ -1,0 +1,102 @@
+//! Two databases, and Crossfade in front of them.
+
+use crossfade::cluster::Cluster;
+use tokio_postgres::NoTls;
+
+use super::proxy::{Proxy, ProxyConfig};
+
+/// The database that migrates.
+pub const DATABASE: &str = "shop";
+/// The application's role, which owns the database, and the password that it has on both sides.
+pub const APP: (&str, &str) = ("app", "app-secret");
+/// The control role.
+pub const CONTROL: (&str, &str) = ("crossfade", "control-secret");
+
+/// Two clusters that do not know each other, each with the roles and an empty database.
+pub struct Databases {
+    pub old: Cluster,
+    pub new: Cluster,
+}
+
+impl Databases {
+    /// Starts both, with these lines of postgresql.conf.
+    pub async fn start(settings: &[(&str, &str)]) -> Databases {
+        let old = Cluster::builder().lineage("old").settings(settings).start();
+        let new = Cluster::builder().lineage("new").settings(settings).start();
+        let (old, new) = tokio::join!(old, new);
+        let (old, new) = (old.expect("old starts"), new.expect("new starts"));
+        let roles = format!(
+            "CREATE ROLE {} LOGIN PASSWORD '{}'; CREATE ROLE {} LOGIN SUPERUSER PASSWORD '{}'; \
+             CREATE DATABASE {DATABASE} OWNER {};",
+            APP.0, APP.1, CONTROL.0, CONTROL.1, APP.0
+        );
+        old.psql("postgres", &roles).await.expect("makes the roles");
+        new.psql("postgres", &roles).await.expect("makes the roles");
+        // One verifier on both sides, as after a pg_dumpall --roles-only: so a client's login is good for both.
+        let copy = format!(
+            "SELECT format('ALTER ROLE %I PASSWORD %L;', rolname, rolpassword) FROM pg_authid \
+             WHERE rolname IN ('{}', '{}')",
+            APP.0, CONTROL.0
+        );
+        let verifiers = old.psql("postgres", &copy).await.expect("reads the verifiers");
+        new.psql("postgres", &verifiers).await.expect("writes the verifiers");
+        Databases { old, new }
+    }
+
+    /// Runs a script as the application's role on both sides.
+    pub async fn run_on_both(&self, script: &str) {
+        for side in [&self.old, &self.new] {
+            side.psql(DATABASE, &format!("SET ROLE {};\n{script}", APP.0)).await.expect("runs on both sides");
+        }
+    }
+
+    /// The smallest file for these two.
+    pub fn proxy_config(&self, phase: &str, more: &str) -> ProxyConfig {
+        ProxyConfig {
+            old: self.old.url_as(CONTROL.0, CONTROL.1, DATABASE),
+            new: self.new.url_as(CONTROL.0, CONTROL.1, DATABASE),
+            phase: phase.to_owned(),
+            more: more.to_owned(),
+        }
+    }
+
+    /// Compares every table; see [`super::compare::assert_equal`].
+    pub async fn assert_equal(&self) -> u64 {
+        super::compare::assert_equal(&self.old, &self.new, DATABASE, &[]).await
+    }
+}
+
+/// Both databases and the proxy. The proxy goes first when this is dropped.
+pub struct Pair {
+    pub proxy: Proxy,
+    pub databases: Databases,
+}
+
+impl Pair {
+    /// Starts both clusters, runs `schema` on both as the application's role, and starts the proxy in `phase` with `more`
+    /// lines in its file.
+    pub async fn start(phase: &str, schema: &str, more: &str) -> Pair {
+        let databases = Databases::start(&[]).await;
+        databases.run_on_both(schema).await;
+        let proxy = Proxy::start(databases.proxy_config(phase, more)).await;
+        Pair { proxy, databases }
+    }
+
+    /// A URL through the proxy for the application's role.
+    pub fn url(&self) -> String {
+        self.proxy.url_as(APP.0, APP.1, DATABASE)
+    }
+
+    /// A connection through the proxy as the application's role.
+    pub async fn client(&self) -> tokio_postgres::Client {
+        let (client, connection) = tokio_postgres::connect(&self.url(), NoTls).await.expect("connects to the proxy");
+        tokio::spawn(async move { drop(connection.await) });
+        client
+    }
+
+    /// Waits until nothing is owed, then compares every table.
+    pub async fn settle_and_assert_equal(&self) -> u64 {
+        self.proxy.settle().await;
+        self.databases.assert_equal().await
+    }
+}
