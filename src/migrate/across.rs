@@ -3,11 +3,8 @@
 use crate::catalog::Table;
 use crate::ledger::debts::Values;
 use crate::phase::Side;
+use crate::plan::image::{Row, translate, translate_key};
 
-// TEMPORARY until plan::image has it
-struct Row { values: Values }
-fn translate(_: &Table, _: Side, row: Row) -> Row { row }
-fn translate_key(_: &Table, _: Side, row: Values) -> Values { row }
 
 /// A key as read on side `from`, for the other.
 pub(crate) fn key_across(table: &Table, from: Side, key: Values) -> Values {
