@@ -1,10 +1,27 @@
 //! What both databases say of the migrating tables: definitions, keys, types, functions, privileges.
 //! Loaded over control connections; a value without I/O once loaded.
 
+//!
+//! `load` reads both sides (`read`), pairs their tables and types (`pair`, `types`) under the numbers of `crossfade.tables` (`number`);
+//! `fingerprint` says cheaply whether any of it has changed since. Nothing here decides what a statement does: that is `plan`.
+
+mod fingerprint;
+mod load;
+mod number;
+mod pair;
+mod read;
+mod triggers;
+mod types;
+
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::phase::Side;
+use crate::sql::facts::Name;
+
+pub use fingerprint::fingerprint;
+pub use load::{CatalogError, load};
+pub use number::number;
 
 /// A value of `T` for each side.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -42,11 +59,18 @@ pub enum Format {
     Text,
 }
 
-/// The binary layout of a type, as far as OIDs inside values must be translated between the two servers.
+/// The binary layout of a type, as far as OIDs inside values must be translated between the two servers, or text inside depends on the
+/// encoding of the session that reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Layout {
-    /// No OIDs inside.
+    /// No OIDs inside, and no text.
     Plain,
+    /// Nothing but the value's text, in the encoding of the session (text, varchar, json, enums, citext, ...).
+    Text,
+    /// jsonb_send: a byte 1, then the text.
+    Jsonb,
+    /// No OIDs inside, but text in the encoding of the session may be (hstore, tsvector, types of extensions).
+    Mixed,
     /// array_send: the element type's OID at byte 8, then elements.
     Array(Box<TypeInfo>),
     /// record_send: number of fields, then per field OID, length, value.
@@ -57,7 +81,8 @@ pub enum Layout {
     Multirange(Box<TypeInfo>),
 }
 
-/// A type as both sides know it (a domain stands as its base type).
+/// A type as both sides know it. A domain has its own OID and name, and the layout of its base type: so do array_send and record_send
+/// write the values of domains inside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TypeInfo {
     /// Its OID on each side.
@@ -73,7 +98,7 @@ pub struct TypeInfo {
 pub struct Column {
     /// Its name (not quoted), on each side.
     pub name: Sides<String>,
-    /// Its type. For a domain: the base type's layout, with `type_oid` the domain's own.
+    /// Its type.
     pub kind: TypeInfo,
     /// `atttypid` on each side (the domain's own OID for a domain): what record_send says of the field.
     pub type_oid: Sides<u32>,
@@ -94,6 +119,8 @@ pub struct Key {
     pub deferrable: Sides<bool>,
     /// Two equal keys have the same bytes (integers, uuid, text with a deterministic collation, ...; not numeric, float, citext).
     pub bytewise: bool,
+    /// The equality operator of the key's index for each column, usable in SQL whatever the search_path: `OPERATOR(pg_catalog.=)`.
+    pub equals: Sides<Vec<String>>,
 }
 
 /// What may happen beside the rows that a statement names.
@@ -105,8 +132,10 @@ pub struct SideEffects {
     pub update: bool,
     /// ... on DELETE.
     pub delete: bool,
-    /// An enabled BEFORE ROW trigger on UPDATE (it may change the key), or on INSERT.
+    /// An enabled BEFORE ROW trigger on UPDATE that may change the key.
     pub before_row: bool,
+    /// An enabled trigger fires on TRUNCATE.
+    pub truncate: bool,
 }
 
 /// One migrating table.
@@ -159,6 +188,8 @@ pub struct Catalog {
     pub tables: HashMap<u32, Arc<Table>>,
     /// By pg_class OID (the table's own and those of its partitions), on each side.
     pub by_oid: Sides<HashMap<u32, Arc<Table>>>,
+    /// By schema and name: migrating tables and partitions of such, leading to their root, on each side.
+    pub by_qualified: Sides<HashMap<(String, String), Arc<Table>>>,
     /// By bare name (no schema): every migrating table of that name (partitions included, leading to their root), on each side.
     pub by_name: Sides<HashMap<String, Vec<Arc<Table>>>>,
     /// Views, foreign tables and other relations that are no ordinary table: bare name, with whether reading it may call a function that can write.
@@ -167,12 +198,60 @@ pub struct Catalog {
     pub writing_functions: Sides<HashSet<String>>,
     /// Names of all functions outside pg_catalog; bare names.
     pub functions: Sides<HashSet<String>>,
-    /// (role, table number) without SELECT on all columns of the table, on each side.
+    /// Bare names of partitions of migrating tables: their columns may stand in another order than their root's.
+    pub partition_names: Sides<HashSet<String>>,
+    /// By number: the tables that inherit from this one (INHERITS, not partitions), on either side: a write to it may reach their rows.
+    pub heirs: HashMap<u32, Vec<u32>>,
+    /// Bare names of tables that do not migrate, where a write may reach others by a trigger, a cascade, a rule or a default that calls a function.
+    pub triggered: Sides<HashSet<String>>,
+    /// Bare names of tables that do not migrate, from where TRUNCATE ... CASCADE or one of its triggers may reach migrating ones.
+    pub truncate_reaches: Sides<HashSet<String>>,
+    /// `schema.name` of tables that do not migrate because the other side has none of that name; sorted. With rules: those named there.
+    pub one_sided: Sides<Vec<String>>,
+    /// (role, table number) that may write the table or a partition and lacks SELECT there, on each side.
     pub no_select: Sides<HashSet<(String, u32)>>,
     /// server_encoding of each side.
     pub encoding: Sides<String>,
     /// server_version_num of each side.
     pub version: Sides<u32>,
+}
+
+/// What a name in a statement may mean.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Resolution {
+    /// One of these migrating tables (several where a bare name stands for tables in several schemas). A temporary table or one that
+    /// does not migrate may hide behind the same bare name: `tableoid` in the image tells.
+    Tables(Vec<Arc<Table>>),
+    /// A view or foreign table.
+    View {
+        /// Reading it may call a function that can write.
+        writes: bool,
+        /// Migrating tables of the same bare name.
+        tables: Vec<Arc<Table>>,
+    },
+    /// Neither.
+    Other,
+}
+
+impl Catalog {
+    /// What a name in a statement may mean on that side, whatever the search_path.
+    pub fn resolve(&self, side: Side, name: &Name) -> Resolution {
+        let tables: Vec<Arc<Table>> = match &name.schema {
+            Some(schema) => {
+                let key = (schema.clone(), name.name.clone());
+                self.by_qualified.get(side).get(&key).cloned().into_iter().collect()
+            }
+            None => self.by_name.get(side).get(&name.name).cloned().unwrap_or_default(),
+        };
+        if name.schema.is_some() && !tables.is_empty() {
+            return Resolution::Tables(tables);
+        }
+        match self.views.get(side).get(&name.name) {
+            Some(&writes) => Resolution::View { writes, tables },
+            None if tables.is_empty() => Resolution::Other,
+            None => Resolution::Tables(tables),
+        }
+    }
 }
 
 /// An identifier, quoted for SQL.

@@ -1,5 +1,8 @@
 //! From facts, catalog and phase to a plan: what the session does with a statement. Pure.
 
+pub mod image;
+mod splice;
+
 use std::sync::Arc;
 
 use crate::catalog::Table;

@@ -1,0 +1,177 @@
+//! What a side executes to hold the rows of images. Names are qualified and quoted, operators too: no search_path matters. The session there
+//! runs with session_replication_role = replica and client_encoding UTF8.
+
+use std::fmt::Write;
+
+use super::super::splice::{Texts, expression};
+use super::Statement;
+use crate::catalog::{Column, Format, Table, quote};
+use crate::phase::Side;
+
+/// pg_type's OID of text.
+const TEXT: u32 = 25;
+/// The protocol counts parameters in 16 bits.
+const PARAMETERS_MAX: usize = 65_535;
+
+/// Positions in `Table::columns` that an image writes on that side: all but stored generated columns.
+pub(super) fn writable(table: &Table, side: Side) -> impl Iterator<Item = usize> + '_ {
+    table.columns.iter().enumerate().filter(move |(_, column)| !column.generated.get(side)).map(|(at, _)| at)
+}
+
+/// How many rows one `upsert`, `insert` or `insert_missing` can take.
+pub fn rows_max(table: &Table, side: Side) -> usize {
+    PARAMETERS_MAX / writable(table, side).count().max(1)
+}
+
+/// How many keys one `delete` or `select` can take.
+pub fn keys_max(table: &Table) -> usize {
+    PARAMETERS_MAX / table.key.as_ref().map_or(1, |key| key.columns.len().max(1))
+}
+
+/// `upsert` cannot be had on that side: the key is deferrable there (no arbiter of ON CONFLICT), or a GENERATED ALWAYS identity would have to
+/// be set by UPDATE. `delete` of the keys and then `insert` do instead, with SET CONSTRAINTS ALL DEFERRED.
+pub fn needs_replace(table: &Table, side: Side) -> bool {
+    let Some(key) = &table.key else { return false };
+    let of_key = |at: usize| key.columns.contains(&at);
+    let identity = |at: usize| *table.columns[at].identity_always.get(side);
+    *key.deferrable.get(side)
+        || writable(table, side).any(|at| identity(at) && !of_key(at))
+        || assigned(table, side).is_empty()
+}
+
+/// The columns that DO UPDATE sets: all but the key, or one of the key's where there is no other, for the sake of the row lock.
+fn assigned(table: &Table, side: Side) -> Vec<usize> {
+    let Some(key) = &table.key else { return Vec::new() };
+    let others: Vec<usize> = writable(table, side).filter(|at| !key.columns.contains(at)).collect();
+    if !others.is_empty() {
+        return others;
+    }
+    let settable = |at: &&usize| {
+        let column = &table.columns[**at];
+        !column.generated.get(side) && !column.identity_always.get(side)
+    };
+    key.columns.iter().find(settable).copied().into_iter().collect()
+}
+
+/// Makes `rows` rows (at least one, with distinct keys) what their images say, whether they are there or not. Parameters: `parameters` of each row.
+/// Only for tables with a key and without `needs_replace`.
+pub fn upsert(table: &Table, side: Side, rows: usize) -> Statement {
+    let mut statement = insert(table, side, rows);
+    let mut separator = " DO UPDATE SET ";
+    conflict(table, side, &mut statement.text);
+    for at in assigned(table, side) {
+        let name = quote(table.columns[at].name.get(side));
+        let _ = write!(statement.text, "{separator}{name} = EXCLUDED.{name}");
+        separator = ", ";
+    }
+    statement
+}
+
+/// Adds rows whose key is not there, and waits for transactions that are inserting the same key. Where the key is deferrable there is no
+/// such thing: it is a plain INSERT, which fails with 23505 on a row that is there.
+///
+/// The key is named as the arbiter, since without it a row that stands in the way by another UNIQUE column would end the waiting early.
+pub fn insert_missing(table: &Table, side: Side, rows: usize) -> Statement {
+    let mut statement = insert(table, side, rows);
+    if table.key.as_ref().is_some_and(|key| !key.deferrable.get(side)) {
+        conflict(table, side, &mut statement.text);
+        statement.text.push_str(" DO NOTHING");
+    }
+    statement
+}
+
+fn conflict(table: &Table, side: Side, text: &mut String) {
+    let columns = table.key.iter().flat_map(|key| &key.columns).map(|&at| quote(table.columns[at].name.get(side)));
+    let _ = write!(text, " ON CONFLICT ({})", columns.collect::<Vec<_>>().join(", "));
+}
+
+/// Adds rows. Parameters: `parameters` of each row.
+pub fn insert(table: &Table, side: Side, rows: usize) -> Statement {
+    let columns: Vec<usize> = writable(table, side).collect();
+    let names: Vec<String> = columns.iter().map(|&at| quote(table.columns[at].name.get(side))).collect();
+    let overriding = match columns.iter().any(|&at| *table.columns[at].identity_always.get(side)) {
+        true => " OVERRIDING SYSTEM VALUE",
+        false => "",
+    };
+    let mut statement =
+        empty(format!("INSERT INTO {} ({}){overriding} VALUES ", table.qualified(side), names.join(", ")));
+    for row in 0..rows {
+        statement.text.push_str(if row == 0 { "(" } else { ", (" });
+        for (position, &at) in columns.iter().enumerate() {
+            if position > 0 {
+                statement.text.push_str(", ");
+            }
+            parameter(&table.columns[at], side, &mut statement);
+        }
+        statement.text.push(')');
+    }
+    statement
+}
+
+/// Deletes the rows with these keys. Parameters: the key's values of each, in the order of `Table::key`.
+pub fn delete(table: &Table, side: Side, keys: usize) -> Statement {
+    let mut statement = empty(format!("DELETE FROM {} AS t WHERE ", table.qualified(side)));
+    by_key(table, side, keys, &mut statement);
+    statement
+}
+
+/// Reads the rows with these keys as images (one bytea each, see `hidden`), with `locking` (` FOR NO KEY UPDATE`, or nothing) behind.
+/// Parameters as for `delete`.
+pub fn select(table: &Table, side: Side, keys: usize, texts: Texts, locking: &str) -> Statement {
+    let image = expression(table, side, "t", texts, false);
+    let mut statement = empty(format!("SELECT {image} FROM {} AS t WHERE ", table.qualified(side)));
+    by_key(table, side, keys, &mut statement);
+    statement.text.push_str(locking);
+    statement
+}
+
+fn empty(text: String) -> Statement {
+    Statement { text, parameter_types: Vec::new(), formats: Vec::new() }
+}
+
+/// `k = $1`; `k = ANY (ARRAY[$1, $2])`; `(k = $1 AND l = $2) OR (k = $3 AND l = $4)`: forms for which the key's index is used.
+fn by_key(table: &Table, side: Side, keys: usize, statement: &mut Statement) {
+    let Some(key) = &table.key else {
+        statement.text.push_str("false");
+        return;
+    };
+    let equals = key.equals.get(side);
+    if let ([at], true) = (key.columns.as_slice(), keys > 1) {
+        let column = &table.columns[*at];
+        let _ = write!(statement.text, "t.{} {} ANY (ARRAY[", quote(column.name.get(side)), equals[0]);
+        for number in 0..keys {
+            if number > 0 {
+                statement.text.push_str(", ");
+            }
+            parameter(column, side, statement);
+        }
+        statement.text.push_str("])");
+        return;
+    }
+    for number in 0..keys {
+        statement.text.push_str(if number == 0 { "(" } else { " OR (" });
+        for (position, &at) in key.columns.iter().enumerate() {
+            let and = if position > 0 { " AND " } else { "" };
+            let column = &table.columns[at];
+            let _ = write!(statement.text, "{and}t.{} {} ", quote(column.name.get(side)), equals[position]);
+            parameter(column, side, statement);
+        }
+        statement.text.push(')');
+    }
+}
+
+/// The next parameter. One that travels as text is declared as text, whose binary form is its bytes, and cast in the statement.
+fn parameter(column: &Column, side: Side, statement: &mut Statement) {
+    let number = statement.parameter_types.len() + 1;
+    match column.format {
+        Format::Binary => {
+            let _ = write!(statement.text, "${number}");
+            statement.parameter_types.push(*column.type_oid.get(side));
+        }
+        Format::Text => {
+            let _ = write!(statement.text, "${number}::pg_catalog.text::{}", column.kind.name.get(side));
+            statement.parameter_types.push(TEXT);
+        }
+    }
+    statement.formats.push(1);
+}
