@@ -21,13 +21,19 @@ async fn keys_become_equal_whether_missing_stale_extra_or_equal() {
     let table = world.table("t").await;
     let mut pair = world.pair().await;
     let keys = (1..=5).map(|k: i32| vec![Some(Bytes::copy_from_slice(&k.to_be_bytes()))]).collect();
-    let before: String = world.client(Side::New).await.query_one("SELECT xmin::text FROM t WHERE k = 2", &[]).await.unwrap().get(0);
+    let before: String =
+        world.client(Side::New).await.query_one("SELECT xmin::text FROM t WHERE k = 2", &[]).await.unwrap().get(0);
     let outcome = reconcile::keys(&mut pair, &table, keys).await.expect("reconciles");
     assert_eq!((outcome.written, outcome.removed), (2, 1));
     assert!(outcome.locked.is_empty() && outcome.refused.is_empty());
-    let after: String = world.client(Side::New).await.query_one("SELECT xmin::text FROM t WHERE k = 2", &[]).await.unwrap().get(0);
+    let after: String =
+        world.client(Side::New).await.query_one("SELECT xmin::text FROM t WHERE k = 2", &[]).await.unwrap().get(0);
     assert_eq!(before, after, "a row that is equal is not written again");
-    assert_eq!(world.rows(Side::New, "t").await, ["(1,a,1)", "(2,b,2)", "(3,c,3)", "(9,x,9)"], "only the keys that were asked");
+    assert_eq!(
+        world.rows(Side::New, "t").await,
+        ["(1,a,1)", "(2,b,2)", "(3,c,3)", "(9,x,9)"],
+        "only the keys that were asked"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,7 +5,6 @@ use crate::ledger::debts::Values;
 use crate::phase::Side;
 use crate::plan::image::{Row, translate, translate_key};
 
-
 /// A key as read on side `from`, for the other.
 pub(crate) fn key_across(table: &Table, from: Side, key: Values) -> Values {
     translate_key(table, from, key)

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use super::across::key_across;
 use super::binary::{Raw, values};
 use super::error::{Error, Meaning};
 use super::gone;
@@ -10,7 +11,6 @@ use super::reconcile::{Mode, Outcome, Trouble, Why, settle, without};
 use super::sql::{TableSql, references};
 use crate::catalog::{Format, Table, quote};
 use crate::ledger::debts::Values;
-use super::across::key_across;
 
 /// What came of it.
 #[derive(Default)]
@@ -53,7 +53,9 @@ pub(crate) async fn replace(
                 joined.absent.extend(settled.absent);
                 return Ok(joined);
             }
-            Err(Trouble { why: Why::Error(again), absent, locked: skipped, writing }) if again.meaning() == Meaning::Conflict => {
+            Err(Trouble { why: Why::Error(again), absent, locked: skipped, writing })
+                if again.meaning() == Meaning::Conflict =>
+            {
                 pair.abandon().await;
                 set = without(&set, &absent);
                 joined.outcome.add(gone::remove(pair, table, absent).await?);

@@ -35,7 +35,9 @@ pub enum Error {
         message: String,
     },
     /// No answer in time.
-    #[error("{side}, while {doing}: no answer for {after:?}; the connection was given up, what was under way is still owed")]
+    #[error(
+        "{side}, while {doing}: no answer for {after:?}; the connection was given up, what was under way is still owed"
+    )]
     Stalled {
         /// Which side.
         side: Side,
@@ -45,7 +47,9 @@ pub enum Error {
         after: Duration,
     },
     /// The side has crashed, or another server answers for it: what it had promised may be lost, so nothing was cleared.
-    #[error("{side} has restarted after a crash, or another server answers for it: nothing was cleared, run the repair again")]
+    #[error(
+        "{side} has restarted after a crash, or another server answers for it: nothing was cleared, run the repair again"
+    )]
     Reincarnated {
         /// Which side.
         side: Side,

@@ -7,13 +7,13 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
+use super::across::key_across;
 use super::error::{Error, Meaning};
 use super::link::{Link, Pair};
 use super::reconcile::{Outcome, ask, begin_on_mirror, delete};
 use super::sql::TableSql;
 use crate::catalog::Table;
 use crate::ledger::debts::Values;
-use super::across::key_across;
 
 /// What one try did.
 enum Tried {

@@ -19,7 +19,10 @@ fn oldest(side: Side) -> i32 {
 pub async fn install(client: &Client, side: Side) -> Result<(), Error> {
     let failed = |doing| move |error: tokio_postgres::Error| Error::from_driver(side, doing, &error);
     let row = client
-        .query_one("SELECT current_setting('server_version_num')::int, current_setting('server_version'), current_database()", &[])
+        .query_one(
+            "SELECT current_setting('server_version_num')::int, current_setting('server_version'), current_database()",
+            &[],
+        )
         .await
         .map_err(failed("reading the version"))?;
     let (number, version, database): (i32, String, String) = (row.get(0), row.get(1), row.get(2));

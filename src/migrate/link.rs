@@ -47,6 +47,28 @@ pub struct Link {
     statements: HashMap<String, Statement>,
 }
 
+/// A connection that is asked now and then: nothing is kept prepared.
+#[derive(Clone, Copy)]
+pub(crate) struct At<'c> {
+    pub side: Side,
+    pub client: &'c Client,
+    pub patience: Duration,
+}
+
+impl At<'_> {
+    pub(crate) async fn rows(
+        &self,
+        doing: &'static str,
+        text: &str,
+        parameters: &[Parameter<'_>],
+    ) -> Result<Vec<Row>, Error> {
+        match tokio::time::timeout(self.patience, self.client.query(text, parameters)).await {
+            Ok(answer) => answer.map_err(|error| Error::from_driver(self.side, doing, &error)),
+            Err(_) => Err(Error::Stalled { side: self.side, doing, after: self.patience }),
+        }
+    }
+}
+
 type Parameter<'a> = &'a (dyn ToSql + Sync);
 
 /// Prepared statements kept at most.
@@ -56,6 +78,10 @@ impl Link {
     /// A link over an open connection; it is set up by [`Pair::new`].
     pub fn new(side: Side, client: Client, patience: Duration) -> Link {
         Link { side, client, patience, statements: HashMap::new() }
+    }
+
+    pub(crate) fn at(&self) -> At<'_> {
+        At { side: self.side, client: &self.client, patience: self.patience }
     }
 
     /// Awaits an answer for as long as the job's patience lasts.
@@ -130,7 +156,11 @@ impl Link {
             .await?[0]
             .get(0);
         let deadlock_ms: i64 = self
-            .rows("reading deadlock_timeout", "SELECT setting::bigint FROM pg_settings WHERE name = 'deadlock_timeout'", &[])
+            .rows(
+                "reading deadlock_timeout",
+                "SELECT setting::bigint FROM pg_settings WHERE name = 'deadlock_timeout'",
+                &[],
+            )
             .await?[0]
             .get(0);
         let role = if replica { "SET session_replication_role = replica;" } else { "" };
@@ -165,7 +195,12 @@ pub struct Pair {
 impl Pair {
     /// Sets up both sessions. `authority_side` says which of the two is authority now; the connections are of the control role,
     /// which must be able to set session_replication_role and to bypass row security.
-    pub async fn new(authority_side: Side, authority: Client, mirror: Client, settings: Settings) -> Result<Pair, Error> {
+    pub async fn new(
+        authority_side: Side,
+        authority: Client,
+        mirror: Client,
+        settings: Settings,
+    ) -> Result<Pair, Error> {
         let mut authority = Link::new(authority_side, authority, settings.patience);
         let mut mirror = Link::new(authority_side.other(), mirror, settings.patience);
         let deadlock = authority.set_up(false).await?.min(mirror.set_up(true).await?);

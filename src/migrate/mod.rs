@@ -25,3 +25,4 @@ mod walk;
 pub use error::Error;
 pub use install::install;
 pub use link::{Link, Pair, Settings};
+pub use sequences::sequences;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use futures_util::SinkExt;
 
+use super::across::{key_across, row_across};
 use super::binary::{COPY_HEADER, COPY_TRAILER, Raw, put_copy_row, values};
 use super::conflict;
 use super::error::{Error, Meaning};
@@ -20,7 +21,6 @@ use super::sql::{TableSql, references};
 pub use super::walk::table;
 use crate::catalog::Table;
 use crate::ledger::debts::Values;
-use super::across::{key_across, row_across};
 
 /// What became of the keys of a debt. Those that are named nowhere here are equal on both sides, as far as the mirror has flushed.
 #[derive(Clone, Debug, Default)]

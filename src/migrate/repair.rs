@@ -102,7 +102,9 @@ impl Repair {
         let mut after = 0;
         loop {
             let incarnation = self.pair.incarnation().await?;
-            let entries = payable::read(&mut self.pair, after, &incarnation).await?;
+            let (authority, mirror) = (self.pair.authority.at(), self.pair.mirror.at());
+            let entries = payable::read(authority, mirror, after, payable::ROWS, &incarnation).await?;
+            payable::end_late(mirror, &entries).await?;
             let Some(last) = entries.last() else { break };
             after = last.id;
             summary.add(self.batch(entries, &incarnation).await?);
@@ -125,12 +127,21 @@ impl Repair {
         let ledger = self.pay(&payable).await?;
         summary.repaired_rows = ledger.repaired;
         for entry in payable {
-            match entry.debts.iter().filter_map(|debt| Some((debt, ledger.unpaid(debt)?))).max_by_key(|(_, why)| matches!(why, Unpaid::Refused(_))) {
+            match entry
+                .debts
+                .iter()
+                .filter_map(|debt| Some((debt, ledger.unpaid(debt)?)))
+                .max_by_key(|(_, why)| matches!(why, Unpaid::Refused(_)))
+            {
                 None => clear.push(entry),
                 Some((_, Unpaid::Busy)) => summary.owed += 1,
                 Some((debt, Unpaid::Refused(message))) => {
                     summary.owed += 1;
-                    let table = self.catalog.tables.get(&debt.table()).map_or_else(|| debt.table().to_string(), |table| table.label());
+                    let table = self
+                        .catalog
+                        .tables
+                        .get(&debt.table())
+                        .map_or_else(|| debt.table().to_string(), |table| table.label());
                     self.note_refusal(entry.id, message).await?;
                     summary.add(Summary { refused: vec![(table, message.clone())], ..Summary::default() });
                 }
@@ -150,27 +161,10 @@ impl Repair {
     }
 
     async fn clear(&mut self, entries: Vec<Entry>, incarnation: &str) -> Result<u64, Error> {
-        let (mut lazy, mut flushed, mut tokens) = (Vec::new(), Vec::new(), Vec::new());
         for entry in &entries {
             self.refused.remove(&entry.id);
-            let of_rows = entry.debts.iter().filter_map(|debt| match debt {
-                Debt::Row { token, .. } => Some(*token),
-                _ => None,
-            });
-            let before = tokens.len();
-            tokens.extend(of_rows);
-            if tokens.len() > before { flushed.push(entry.id) } else { lazy.push(entry.id) }
         }
-        let mut cleared = 0;
-        for (ids, clearing) in [(lazy, Clearing::Lazy), (flushed, Clearing::Flushed)] {
-            let (mirror, authority) = (&self.pair.mirror, &self.pair.authority);
-            cleared += match flush_and_clear(&mirror.client, &authority.client, &ids, incarnation, clearing).await {
-                Ok(count) => count,
-                Err(error) => return Err(told(error, mirror.side)),
-            };
-        }
-        tokens::remove(&mut self.pair.mirror, &tokens).await?;
-        Ok(cleared)
+        clear(&mut self.pair, &entries, incarnation).await
     }
 
     /// Pays what can be paid. Debts of one table, whichever rows they stand in, are paid together.
@@ -196,7 +190,13 @@ impl Repair {
         Ok(ledger)
     }
 
-    async fn pay_table(&mut self, number: u32, whole: bool, keys: HashSet<Values>, ledger: &mut Ledger) -> Result<(), Error> {
+    async fn pay_table(
+        &mut self,
+        number: u32,
+        whole: bool,
+        keys: HashSet<Values>,
+        ledger: &mut Ledger,
+    ) -> Result<(), Error> {
         let all = |why: Unpaid, ledger: &mut Ledger, keys: HashSet<Values>| {
             ledger.tables.insert(number, why.clone());
             ledger.keys.insert(number, keys.into_iter().map(|key| (key, why.clone())).collect());
@@ -253,7 +253,8 @@ impl Repair {
             }
         }
         for (token, rows) in by_token {
-            let numbers: Vec<u32> = rows.iter().map(|(number, _)| *number).collect::<BTreeSet<_>>().into_iter().collect();
+            let numbers: Vec<u32> =
+                rows.iter().map(|(number, _)| *number).collect::<BTreeSet<_>>().into_iter().collect();
             if !lock_tables(&mut self.pair, &numbers).await? {
                 ledger.tokens.insert(token, Unpaid::Busy);
                 continue;
@@ -276,6 +277,26 @@ impl Repair {
     }
 }
 
+/// Flushes the mirror and clears these ledger rows, then the tokens that only they needed. Returns how many rows were cleared.
+pub(crate) async fn clear(pair: &mut Pair, entries: &[Entry], incarnation: &str) -> Result<u64, Error> {
+    let (mut lazy, mut flushed, mut tokens) = (Vec::new(), Vec::new(), BTreeSet::new());
+    for entry in entries {
+        let before = tokens.len();
+        tokens.extend(entry.debts.iter().filter_map(|debt| match debt {
+            Debt::Row { token, .. } => Some(*token),
+            _ => None,
+        }));
+        if tokens.len() > before { flushed.push(entry.id) } else { lazy.push(entry.id) }
+    }
+    let mut cleared = 0;
+    for (ids, clearing) in [(lazy, Clearing::Lazy), (flushed, Clearing::Flushed)] {
+        let clearing = flush_and_clear(&pair.mirror.client, &pair.authority.client, &ids, incarnation, clearing);
+        cleared += clearing.await.map_err(|error| told(error, pair.mirror.side))?;
+    }
+    tokens::remove(&mut pair.mirror, &tokens.into_iter().collect::<Vec<_>>()).await?;
+    Ok(cleared)
+}
+
 fn told(error: ClearError, mirror: Side) -> Error {
     match error {
         ClearError::Mirror(error) => Error::from_driver(mirror, "flushing", &error),
@@ -292,7 +313,8 @@ const LOCK_CLASS: i32 = 0x4346_5442;
 pub(crate) async fn lock_tables(pair: &mut Pair, numbers: &[u32]) -> Result<bool, Error> {
     for (at, number) in numbers.iter().enumerate() {
         let text = "SELECT pg_try_advisory_lock($1, $2)";
-        let rows = pair.mirror.rows("locking a table against other jobs", text, &[&LOCK_CLASS, &(*number as i32)]).await?;
+        let rows =
+            pair.mirror.rows("locking a table against other jobs", text, &[&LOCK_CLASS, &(*number as i32)]).await?;
         if !rows[0].get::<_, bool>(0) {
             unlock_tables(pair, &numbers[..at]).await?;
             return Ok(false);
@@ -326,8 +348,13 @@ pub async fn wait(repair: &mut Repair, patience: Duration) -> Result<Summary, Er
             return Ok(total);
         }
         if begun.elapsed() > patience {
-            let why: Vec<String> = refused.iter().chain(&total.refused).map(|(table, message)| format!("{table}: {message}")).collect();
-            let why = if why.is_empty() { "rows are locked, or transactions have not ended".to_owned() } else { why.join("; ") };
+            let why: Vec<String> =
+                refused.iter().chain(&total.refused).map(|(table, message)| format!("{table}: {message}")).collect();
+            let why = if why.is_empty() {
+                "rows are locked, or transactions have not ended".to_owned()
+            } else {
+                why.join("; ")
+            };
             return Err(Error::Deadline(format!(
                 "after {patience:?} {owed} ledger rows are still owed and {in_flight} in flight ({why}); they stay in crossfade.ledger and are tried again"
             )));

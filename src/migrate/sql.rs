@@ -199,7 +199,9 @@ impl<'a> TableSql<'a> {
         let bytewise = self.table.key.as_ref().is_none_or(|key| key.bytewise);
         let names: Vec<String> = self.key.iter().map(|&at| self.name(at)).collect();
         // Equal keys whose bytes differ ('A' and 'a' of citext) must be rewritten too.
-        let settable = |at: &usize| !(*self.table.columns[*at].identity_always.get(self.side) || bytewise && self.key.contains(at));
+        let settable = |at: &usize| {
+            !(*self.table.columns[*at].identity_always.get(self.side) || bytewise && self.key.contains(at))
+        };
         let mut set: Vec<usize> = self.writable.iter().copied().filter(settable).collect();
         if set.is_empty() {
             // Nothing but the key: it is set to itself for the row's lock, where it may be set at all.
@@ -215,7 +217,8 @@ impl<'a> TableSql<'a> {
     /// ON CONFLICT cannot be used: a deferrable key is no arbiter, an identity GENERATED ALWAYS outside the key cannot be SET.
     pub fn replaces(&self) -> bool {
         let Some(key) = &self.table.key else { return false };
-        let fixed = |(at, column): (usize, &Column)| *column.identity_always.get(self.side) && !key.columns.contains(&at);
+        let fixed =
+            |(at, column): (usize, &Column)| *column.identity_always.get(self.side) && !key.columns.contains(&at);
         *key.deferrable.get(self.side) || self.table.columns.iter().enumerate().any(fixed)
     }
 

@@ -2,6 +2,7 @@
 //!
 //! Also the plain copy of what was there before: a chunk that the mirror lacks altogether goes over by COPY.
 
+use super::across::key_across;
 use super::binary::{Raw, values};
 use super::error::Error;
 use super::gone;
@@ -10,7 +11,6 @@ use super::reconcile::{Outcome, ask, chunk_of_keys, keys};
 use super::sql::{TableSql, references};
 use crate::catalog::Table;
 use crate::ledger::debts::Values;
-use super::across::key_across;
 
 /// Rows of the first chunk; later ones by what the first have shown.
 const FIRST: usize = 100;
@@ -21,7 +21,10 @@ const FIRST: usize = 100;
 /// One pass is enough: while the debt is open every writer is mirrored, so a key that is written behind the walk is that writer's debt.
 pub async fn table(pair: &mut Pair, table: &Table, progress: &mut (dyn FnMut(u64) + Send)) -> Result<Outcome, Error> {
     if table.key.is_none() || table.opaque.is_some() {
-        return Err(Error::Unfit(format!("table {} has no key that reconcile could walk: copy it by name (repair --table)", table.label())));
+        return Err(Error::Unfit(format!(
+            "table {} has no key that reconcile could walk: copy it by name (repair --table)",
+            table.label()
+        )));
     }
     let mut outcome = Outcome::default();
     walk_authority(pair, table, progress, &mut outcome).await?;

@@ -16,7 +16,10 @@ use tokio_postgres::{Client, NoTls};
 
 fn bin(program: &str) -> PathBuf {
     let newest = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let version = newest.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()).max().expect("PostgreSQL is installed");
+    let version = newest
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+        .max()
+        .expect("PostgreSQL is installed");
     format!("/usr/lib/postgresql/{version}/bin/{program}").into()
 }
 
@@ -49,7 +52,8 @@ pub struct Cluster {
 impl Cluster {
     pub fn start() -> Cluster {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let dir = std::env::temp_dir().join(format!("xf-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
+        let dir =
+            std::env::temp_dir().join(format!("xf-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
         std::fs::create_dir(&dir).expect("a directory for the cluster");
         if root() {
             run({
@@ -59,11 +63,30 @@ impl Cluster {
             });
         }
         let data = dir.join("data");
-        let script = format!("cat >/dev/null; {} -D {} -m immediate stop >/dev/null 2>&1; rm -rf {}", bin("pg_ctl").display(), data.display(), dir.display());
-        let guard = command("sh").args(["-c", &script]).current_dir("/tmp").stdin(Stdio::piped()).spawn().expect("the guard starts");
+        let script = format!(
+            "cat >/dev/null; {} -D {} -m immediate stop >/dev/null 2>&1; rm -rf {}",
+            bin("pg_ctl").display(),
+            data.display(),
+            dir.display()
+        );
+        let guard = command("sh")
+            .args(["-c", &script])
+            .current_dir("/tmp")
+            .stdin(Stdio::piped())
+            .spawn()
+            .expect("the guard starts");
         run({
             let mut initdb = command(bin("initdb"));
-            initdb.args(["-D"]).arg(&data).args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"]);
+            initdb.args(["-D"]).arg(&data).args([
+                "-U",
+                "postgres",
+                "-A",
+                "trust",
+                "-E",
+                "UTF8",
+                "--locale=C.UTF-8",
+                "--no-sync",
+            ]);
             initdb
         });
         let cluster = Cluster { dir, _guard: guard };
@@ -77,9 +100,18 @@ impl Cluster {
             self.dir.display()
         );
         let mut start = command(bin("pg_ctl"));
-        start.arg("-D").arg(self.dir.join("data")).arg("-l").arg(self.dir.join("log")).args(["-o", &options, "-w", "start"]);
+        start
+            .arg("-D")
+            .arg(self.dir.join("data"))
+            .arg("-l")
+            .arg(self.dir.join("log"))
+            .args(["-o", &options, "-w", "start"]);
         start.stdout(Stdio::null()).stderr(Stdio::null()).current_dir("/tmp");
-        assert!(start.status().expect("pg_ctl runs").success(), "{}", std::fs::read_to_string(self.dir.join("log")).unwrap_or_default());
+        assert!(
+            start.status().expect("pg_ctl runs").success(),
+            "{}",
+            std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
+        );
     }
 
     /// As a crash: nothing is written, unlogged tables are emptied at the next start.
@@ -126,13 +158,23 @@ impl World {
 
     async fn on(own: Option<Sides<Cluster>>, schema: &str) -> World {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let world = World { own, database: format!("t{}", NUMBER.fetch_add(1, Ordering::Relaxed)), schema: schema.to_owned() };
+        let world =
+            World { own, database: format!("t{}", NUMBER.fetch_add(1, Ordering::Relaxed)), schema: schema.to_owned() };
         for side in Side::BOTH {
-            world.cluster(side).connect("postgres").await.batch_execute(&format!("CREATE DATABASE {}", world.database)).await.expect("creates");
+            world
+                .cluster(side)
+                .connect("postgres")
+                .await
+                .batch_execute(&format!("CREATE DATABASE {}", world.database))
+                .await
+                .expect("creates");
             let client = world.client(side).await;
             if side == Side::New {
                 // OIDs of user types differ between the sides.
-                client.batch_execute("CREATE TYPE public.padding AS ENUM ('x'); CREATE TYPE public.padding2 AS (a int)").await.expect("pads");
+                client
+                    .batch_execute("CREATE TYPE public.padding AS ENUM ('x'); CREATE TYPE public.padding2 AS (a int)")
+                    .await
+                    .expect("pads");
             }
             client.batch_execute(schema).await.expect("the schema is right");
             migrate::install(&client, side).await.expect("installs");
@@ -141,7 +183,10 @@ impl World {
     }
 
     pub fn cluster(&self, side: Side) -> &Cluster {
-        self.own.as_ref().unwrap_or_else(shared).get(side)
+        match &self.own {
+            Some(own) => own.get(side),
+            None => shared().get(side),
+        }
     }
 
     pub async fn client(&self, side: Side) -> Client {
