@@ -1,6 +1,7 @@
 //! The ledger: the append-only table of debts on the authority, and what it is made of.
 //! Here: its SQL and the encoding of debts. Who writes it: `mirror`; who pays: `migrate`.
 
+pub mod clear;
 pub mod debts;
 
 /// Makes schema `crossfade`, on either side; may be run again.

@@ -1,1 +1,28 @@
-//! See ARCHITECTURE.md.
+//! The jobs that move data and pay debts: install, reconcile, repair, plain copies, sequences.
+//!
+//! The way of a debt: `payable` reads the ledger and asks the mirror which carriers have ended; `repair` sorts what is owed by
+//! table; `reconcile` makes keys equal under lock (`gone` those that the authority lacks, `walk` whole tables, `copy` tables without
+//! a key); `ledger::clear` flushes the mirror and then clears exactly the rows that were read. docs/protocols.md says why each
+//! step stands where it does. Nothing here knows of client sessions, and data is changed nowhere else.
+
+mod across;
+mod binary;
+mod conflict;
+pub mod copy;
+pub mod debt;
+pub mod error;
+mod gone;
+pub mod install;
+pub mod link;
+mod payable;
+pub mod reconcile;
+pub mod repair;
+pub mod sequences;
+mod sql;
+pub mod tokens;
+mod walk;
+
+pub use error::Error;
+pub use install::install;
+pub use link::{Link, Pair, Settings};
+pub use sequences::sequences;

@@ -1,0 +1,304 @@
+//! Tables without a key (O5): their rows have no name, so a debt on the whole table is paid only by a full copy, at a moment for which it
+//! is known which rows come by image and which by copy.
+//!
+//! Either in the snapshot of a move ([`prepare`] and [`keyless`]): it is taken while no client writes, the mirror's table is emptied
+//! before clients go on, and what they insert from then on comes by image. Or by name, later ([`locked`]): under a lock that keeps writers
+//! out while the mirror's rows are replaced.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use bytes::{BufMut, Bytes, BytesMut};
+use futures_util::{SinkExt, StreamExt};
+
+use super::across::row_across;
+use super::binary::{COPY_HEADER, COPY_TRAILER, CopyRows, Raw, put_copy_row};
+use super::error::{Error, Meaning};
+use super::gone::wait_for_writers;
+use super::link::Pair;
+use super::payable::{self, Entry, State};
+use super::repair::{clear, lock_tables, unlock_tables};
+use super::sql::{TableSql, references};
+use super::tokens;
+use crate::catalog::{Catalog, Table};
+use crate::ledger::debts::{self, Debt, Values};
+
+/// Empties the mirror's table, and commits that. To be called by the mover after its snapshot is taken and before clients go on;
+/// the table's whole debt must have been entered before.
+pub async fn prepare(pair: &mut Pair, table: &Table) -> Result<(), Error> {
+    pair.mirror.batch("beginning", "BEGIN").await?;
+    let emptied = match empty(pair, table).await {
+        Ok(()) => pair.mirror.batch("committing", "COMMIT").await,
+        Err(error) => Err(error),
+    };
+    if emptied.is_err() {
+        pair.abandon().await;
+    }
+    emptied
+}
+
+/// In the open transaction of the mirror.
+async fn empty(pair: &mut Pair, table: &Table) -> Result<(), Error> {
+    let there = TableSql::new(table, pair.mirror.side);
+    let only = there.only();
+    pair.mirror.batch("emptying a table", "SAVEPOINT crossfade_empty").await?;
+    match pair.mirror.batch("emptying a table", &format!("TRUNCATE {only}")).await {
+        // Another table refers to it: TRUNCATE will not, DELETE may (triggers are off).
+        Err(error) if error.meaning() == Meaning::Refused => {
+            pair.mirror.batch("emptying a table", &format!("ROLLBACK TO crossfade_empty; DELETE FROM {only}")).await
+        }
+        truncated => truncated,
+    }
+}
+
+/// Copies a table without a key as `snapshot` (of pg_export_snapshot on the authority) shows it to the mirror, behind what clients insert
+/// meanwhile, and clears the ledger rows `debts`, which must hold nothing but this table's whole debt. Returns the rows copied.
+/// May be called again after an error whose outcome is not known, for as long as the snapshot is there: it copies once.
+pub async fn keyless(pair: &mut Pair, table: &Table, snapshot: &str, ids: &[i64]) -> Result<u64, Error> {
+    let Some(&first) = ids.first() else {
+        return Err(Error::Unfit(format!("the copy of table {} pays no debt", table.label())));
+    };
+    if !lock_tables(pair, &[table.number]).await? {
+        return Err(Error::Deadline(format!(
+            "another job works on table {}: try again when it has ended",
+            table.label()
+        )));
+    }
+    let copied = keyless_locked(pair, table, snapshot, ids, first).await;
+    if copied.is_err() {
+        pair.abandon().await;
+    }
+    if !pair.is_broken() {
+        unlock_tables(pair, &[table.number]).await?;
+    }
+    copied
+}
+
+async fn keyless_locked(pair: &mut Pair, table: &Table, snapshot: &str, ids: &[i64], first: i64) -> Result<u64, Error> {
+    let incarnation = pair.incarnation().await?;
+    let snapshot = snapshot.replace('\'', "''");
+    let begin = format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET TRANSACTION SNAPSHOT '{snapshot}'");
+    pair.authority.batch("entering the snapshot", &begin).await?;
+    pair.mirror.batch("beginning", "BEGIN").await?;
+    // The outcome of a COMMIT may not be known: the token, in the same transaction, says that the copy is there.
+    let token = copy_token(pair, first).await?;
+    let mut rows = 0;
+    if tokens::claim(&mut pair.mirror, token).await? {
+        rows = copy_all(pair, table).await?;
+    }
+    pair.mirror.batch("committing", "COMMIT").await?;
+    pair.authority.rollback().await?;
+    let debt = |id: &i64| Entry {
+        id: *id,
+        state: State::Payable,
+        age_us: 0,
+        late: None,
+        debts: vec![Debt::Row { table: table.number, token, values: Vec::new() }],
+    };
+    clear(pair, &ids.iter().map(debt).collect::<Vec<_>>(), &incarnation).await?;
+    Ok(rows)
+}
+
+/// The token of the copy that pays a ledger row: ids are unique on one authority.
+async fn copy_token(pair: &mut Pair, id: i64) -> Result<[u8; 16], Error> {
+    let text = "SELECT decode(md5('crossfade copy ' || $1::text || ' ' || $2::bigint), 'hex')";
+    let name = pair.authority.side.name();
+    let rows = pair.mirror.rows("naming the copy", text, &[&name, &id]).await?;
+    let bytes: &[u8] = rows[0].get(0);
+    bytes.try_into().map_err(|_| Error::Unfit("md5 on the mirror is not 16 bytes".to_owned()))
+}
+
+/// COPY in pieces of this size.
+const PIECE: usize = 256 << 10;
+
+/// All rows that the authority's transaction sees, into the mirror's. Memory: a piece and the largest row.
+async fn copy_all(pair: &mut Pair, table: &Table) -> Result<u64, Error> {
+    let doing = "copying a table";
+    let here = TableSql::new(table, pair.authority.side);
+    let there = TableSql::new(table, pair.mirror.side);
+    let columns = &there.writable;
+    let out =
+        format!("COPY (SELECT {} FROM {} AS t) TO STDOUT (FORMAT binary)", here.read_columns(columns), here.only());
+    let stream = pair.authority.answered(doing, pair.authority.client.copy_out(&out)).await?;
+    let mut stream = std::pin::pin!(stream);
+    let mut reader = CopyRows::default();
+    let mut count = 0;
+    let mut sink = None;
+    if there.copies() {
+        let opened = pair.mirror.answered(doing, pair.mirror.client.copy_in::<_, Bytes>(&there.copy_in())).await?;
+        sink = Some(Box::pin(opened));
+    }
+    let mut piece = BytesMut::from(COPY_HEADER);
+    loop {
+        let Some(bytes) = pair.authority.answered(doing, async { stream.next().await.transpose() }).await? else {
+            break;
+        };
+        reader.push(&bytes);
+        while let Some(row) = reader.next() {
+            let row = row_across(table, here.side, columns, row);
+            count += 1;
+            match &mut sink {
+                None => insert_one(pair, &there, row).await?,
+                Some(sink) => {
+                    put_copy_row(row.iter(), &mut piece);
+                    if piece.len() >= PIECE {
+                        pair.mirror.answered(doing, sink.send(piece.split().freeze())).await?;
+                    }
+                }
+            }
+        }
+    }
+    if let Some(mut sink) = sink {
+        piece.put_slice(COPY_TRAILER);
+        pair.mirror.answered(doing, sink.send(piece.freeze())).await?;
+        pair.mirror.answered(doing, sink.as_mut().finish()).await?;
+    }
+    Ok(count)
+}
+
+async fn insert_one(pair: &mut Pair, there: &TableSql<'_>, row: Values) -> Result<(), Error> {
+    let parameters: Vec<Raw> = row.into_iter().map(Raw).collect();
+    pair.mirror.execute("inserting a row", &there.insert(1, false), &references(&parameters)).await?;
+    Ok(())
+}
+
+/// `repair --table` for a table without a key: keeps its writers out (SHARE lock on the authority) while the mirror's rows are replaced
+/// by a full copy, and clears the debts that this pays. Returns the rows copied. Err with [`Error::Deadline`] where writers or
+/// other jobs did not make room within `settings.settle`; each try holds writers up for a moment only.
+pub async fn locked(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Result<u64, Error> {
+    if table.key.is_some() || table.opaque.is_some() {
+        return Err(Error::Unfit(format!("table {} is not one that has to be copied under a lock", table.label())));
+    }
+    let begun = Instant::now();
+    loop {
+        match locked_once(pair, catalog, table).await {
+            Err(error) if error.meaning() == Meaning::Busy && begun.elapsed() < pair.settings.settle => {
+                pair.abandon().await;
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            Err(error) => {
+                pair.abandon().await;
+                return Err(match error.meaning() {
+                    Meaning::Busy => Error::Deadline(format!("table {} is always in use: {error}", table.label())),
+                    _ => error,
+                });
+            }
+            Ok(rows) => return Ok(rows),
+        }
+    }
+}
+
+fn busy(pair: &Pair, message: String) -> Error {
+    Error::Server {
+        side: pair.mirror.side,
+        doing: "making room for a copy",
+        code: tokio_postgres::error::SqlState::LOCK_NOT_AVAILABLE,
+        message,
+        constraint: None,
+    }
+}
+
+async fn locked_once(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Result<u64, Error> {
+    let incarnation = pair.incarnation().await?;
+    let here = TableSql::new(table, pair.authority.side);
+    pair.authority.batch("locking the table", &format!("BEGIN; LOCK TABLE {} IN SHARE MODE", here.only())).await?;
+    // Carriers of transactions that the lock has seen end.
+    if let Err(holders) = wait_for_writers(&mut pair.mirror, table, pair.wait * 8).await? {
+        return Err(busy(pair, format!("transactions {} stay open", holders.join(", "))));
+    }
+    let entries = debts_of(pair, table, &incarnation).await?;
+    let numbers: Vec<u32> = (entries.iter().flat_map(|entry| &entry.debts))
+        .filter(|debt| matches!(debt, Debt::Row { .. }))
+        .map(Debt::table)
+        .chain([table.number])
+        .collect::<BTreeSet<_>>()
+        .into_iter()
+        .collect();
+    if !lock_tables(pair, &numbers).await? {
+        return Err(busy(pair, "another job works on the table".to_owned()));
+    }
+    let copied = replace_all(pair, catalog, table, &entries).await;
+    if copied.is_err() {
+        pair.abandon().await;
+    }
+    if !pair.is_broken() {
+        unlock_tables(pair, &numbers).await?;
+    }
+    let rows = copied?;
+    settle_debts(pair, table, entries, &incarnation).await?;
+    Ok(rows)
+}
+
+/// Ledger rows that have to do with the table and are not in flight.
+async fn debts_of(pair: &mut Pair, table: &Table, incarnation: &str) -> Result<Vec<Entry>, Error> {
+    let (mut after, mut found) = (0, Vec::new());
+    loop {
+        let entries = payable::read(pair.authority.at(), pair.mirror.at(), after, payable::ROWS, incarnation).await?;
+        let Some(last) = entries.last() else { return Ok(found) };
+        after = last.id;
+        found.extend(entries.into_iter().filter(|entry| {
+            entry.state != State::InFlight && entry.debts.iter().any(|debt| debt.table() == table.number)
+        }));
+    }
+}
+
+async fn replace_all(pair: &mut Pair, catalog: &Catalog, table: &Table, entries: &[Entry]) -> Result<u64, Error> {
+    pair.mirror.batch("beginning", "BEGIN").await?;
+    empty(pair, table).await?;
+    // A transaction's rows are paid together, by one token: those for this table come with the copy, those for others now.
+    for entry in entries {
+        let mut seen = BTreeSet::new();
+        for debt in &entry.debts {
+            let Debt::Row { token, .. } = debt else { continue };
+            if !seen.insert(*token) || !tokens::claim(&mut pair.mirror, *token).await? {
+                continue;
+            }
+            let others: Vec<(u32, &Values)> = (entry.debts.iter())
+                .filter_map(|debt| match debt {
+                    Debt::Row { table: number, token: of, values } if of == token && *number != table.number => {
+                        Some((*number, values))
+                    }
+                    _ => None,
+                })
+                .collect();
+            tokens::insert(pair, catalog, &others).await?;
+        }
+    }
+    let rows = copy_all(pair, table).await?;
+    // While this answers, the lock on the authority stands.
+    pair.authority.batch("holding the table", "SELECT 1").await?;
+    pair.mirror.batch("committing", "COMMIT").await?;
+    pair.authority.rollback().await?;
+    Ok(rows)
+}
+
+/// Clears rows that owe nothing else, and takes the table's whole debts out of the others.
+async fn settle_debts(pair: &mut Pair, table: &Table, entries: Vec<Entry>, incarnation: &str) -> Result<(), Error> {
+    let paid = |debt: &Debt| match debt {
+        Debt::Table { table: number } | Debt::Taint { table: number } => *number == table.number,
+        Debt::Row { .. } => true,
+        Debt::Key { .. } => false,
+    };
+    let (whole, part): (Vec<Entry>, Vec<Entry>) = entries.into_iter().partition(|entry| entry.debts.iter().all(paid));
+    // This flushes the mirror, also for the rows that are only cut down.
+    clear(pair, &whole, incarnation).await?;
+    if whole.is_empty() && !part.is_empty() {
+        let now = crate::ledger::clear::flush(&pair.mirror.client).await;
+        if now.ok().as_deref() != Some(incarnation) {
+            return Err(Error::Reincarnated { side: pair.mirror.side });
+        }
+    }
+    for entry in part {
+        let (mut before, mut left) = (BytesMut::new(), BytesMut::new());
+        for debt in &entry.debts {
+            debts::encode(debt, &mut before);
+            // Rows stay: their token says that they are paid.
+            if !paid(debt) || matches!(debt, Debt::Row { .. }) {
+                debts::encode(debt, &mut left);
+            }
+        }
+        let text = "UPDATE crossfade.ledger SET debts = $2 WHERE id = $1 AND debts = $3";
+        pair.authority.execute("cutting a debt down", text, &[&entry.id, &&left[..], &&before[..]]).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,365 @@
+//! Paying what the ledger holds: read, sort by table, reconcile, flush, clear exactly what was read.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::error::{Error, Meaning};
+use super::link::Pair;
+use super::payable::{self, Entry, State};
+use super::reconcile::{self, Outcome};
+use super::tokens;
+use crate::catalog::{Catalog, Table};
+use crate::ledger::clear::{ClearError, Clearing, flush_and_clear};
+use crate::ledger::debts::{Debt, Values};
+use crate::phase::Side;
+
+/// What one pass did. Counts are of ledger rows, but for `repaired_rows`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Ledger rows cleared.
+    pub cleared: u64,
+    /// Rows of tables that were written or deleted on the mirror.
+    pub repaired_rows: u64,
+    /// Owed and not paid: locked by someone, refused by the mirror, or at work elsewhere.
+    pub owed: u64,
+    /// In flight.
+    pub in_flight: u64,
+    /// Tables of which the mirror refuses rows, with its message (once for a table).
+    pub refused: Vec<(String, String)>,
+}
+
+impl Summary {
+    fn add(&mut self, other: Summary) {
+        self.cleared += other.cleared;
+        self.repaired_rows += other.repaired_rows;
+        self.owed += other.owed;
+        self.in_flight += other.in_flight;
+        for refused in other.refused {
+            if !self.refused.iter().any(|(table, _)| *table == refused.0) {
+                self.refused.push(refused);
+            }
+        }
+    }
+}
+
+/// Why a debt was not paid.
+#[derive(Clone, Debug)]
+enum Unpaid {
+    /// A lock stood in the way, or another repairer is at it.
+    Busy,
+    /// The mirror refuses it.
+    Refused(String),
+}
+
+/// What was not paid, of the debts that were tried.
+#[derive(Default)]
+struct Ledger {
+    tables: HashMap<u32, Unpaid>,
+    keys: HashMap<u32, HashMap<Values, Unpaid>>,
+    tokens: HashMap<[u8; 16], Unpaid>,
+    repaired: u64,
+}
+
+impl Ledger {
+    fn unpaid(&self, debt: &Debt) -> Option<&Unpaid> {
+        match debt {
+            Debt::Key { table, key } => self.keys.get(table)?.get(key),
+            Debt::Table { table } | Debt::Taint { table } => self.tables.get(table),
+            Debt::Row { token, .. } => self.tokens.get(token),
+        }
+    }
+}
+
+/// The first wait before a refused debt is tried again; doubled each time.
+const BACK_OFF: Duration = Duration::from_secs(1);
+const BACK_OFF_MOST: Duration = Duration::from_secs(60);
+
+/// The worker that pays.
+pub struct Repair {
+    /// Its connections.
+    pub pair: Pair,
+    /// The tables as they are now. Set anew by the caller when definitions change.
+    pub catalog: Arc<Catalog>,
+    refused: HashMap<i64, (Instant, Duration)>,
+}
+
+impl Repair {
+    /// A worker over these connections, which nothing else may use.
+    pub fn new(pair: Pair, catalog: Arc<Catalog>) -> Repair {
+        Repair { pair, catalog, refused: HashMap::new() }
+    }
+
+    /// Tries refused debts at once, in the next pass.
+    pub fn forget_refusals(&mut self) {
+        self.refused.clear();
+    }
+
+    /// Goes through the ledger once, oldest rows first. Err: a server failed; what was paid by then is paid, and no row was cleared
+    /// that was not. After an error ask `pair.is_broken()` whether new connections are needed.
+    pub async fn pass(&mut self) -> Result<Summary, Error> {
+        let mut summary = Summary::default();
+        let mut after = 0;
+        loop {
+            let incarnation = self.pair.incarnation().await?;
+            let (authority, mirror) = (self.pair.authority.at(), self.pair.mirror.at());
+            let entries = payable::read(authority, mirror, after, payable::ROWS, &incarnation).await?;
+            payable::end_late(mirror, &entries).await?;
+            let Some(last) = entries.last() else { break };
+            after = last.id;
+            summary.add(self.batch(entries, &incarnation).await?);
+        }
+        Ok(summary)
+    }
+
+    async fn batch(&mut self, entries: Vec<Entry>, incarnation: &str) -> Result<Summary, Error> {
+        let now = Instant::now();
+        let mut summary = Summary::default();
+        let (mut clear, mut payable) = (Vec::new(), Vec::new());
+        for entry in entries {
+            match entry.state {
+                State::Carried => clear.push(entry),
+                State::InFlight => summary.in_flight += 1,
+                State::Payable if self.refused.get(&entry.id).is_some_and(|(next, _)| *next > now) => summary.owed += 1,
+                State::Payable => payable.push(entry),
+            }
+        }
+        let ledger = self.pay(&payable).await?;
+        summary.repaired_rows = ledger.repaired;
+        for entry in payable {
+            match entry
+                .debts
+                .iter()
+                .filter_map(|debt| Some((debt, ledger.unpaid(debt)?)))
+                .max_by_key(|(_, why)| matches!(why, Unpaid::Refused(_)))
+            {
+                None => clear.push(entry),
+                Some((_, Unpaid::Busy)) => summary.owed += 1,
+                Some((debt, Unpaid::Refused(message))) => {
+                    summary.owed += 1;
+                    let table = self
+                        .catalog
+                        .tables
+                        .get(&debt.table())
+                        .map_or_else(|| debt.table().to_string(), |table| table.label());
+                    self.note_refusal(entry.id, message).await?;
+                    summary.add(Summary { refused: vec![(table, message.clone())], ..Summary::default() });
+                }
+            }
+        }
+        summary.cleared = self.clear(clear, incarnation).await?;
+        Ok(summary)
+    }
+
+    /// The ledger says why a debt stays.
+    async fn note_refusal(&mut self, id: i64, message: &str) -> Result<(), Error> {
+        let wait = self.refused.get(&id).map_or(BACK_OFF, |(_, wait)| (*wait * 2).min(BACK_OFF_MOST));
+        self.refused.insert(id, (Instant::now() + wait, wait));
+        let text = "UPDATE crossfade.ledger SET error = $2 WHERE id = $1 AND error IS DISTINCT FROM $2";
+        self.pair.authority.execute("noting a refusal", text, &[&id, &message]).await?;
+        Ok(())
+    }
+
+    async fn clear(&mut self, entries: Vec<Entry>, incarnation: &str) -> Result<u64, Error> {
+        for entry in &entries {
+            self.refused.remove(&entry.id);
+        }
+        clear(&mut self.pair, &entries, incarnation).await
+    }
+
+    /// Pays what can be paid. Debts of one table, whichever rows they stand in, are paid together.
+    async fn pay(&mut self, entries: &[Entry]) -> Result<Ledger, Error> {
+        let mut whole = BTreeSet::new();
+        let mut keys: BTreeMap<u32, HashSet<Values>> = BTreeMap::new();
+        for debt in entries.iter().flat_map(|entry| &entry.debts) {
+            match debt {
+                Debt::Key { table, key } => drop(keys.entry(*table).or_default().insert(key.clone())),
+                Debt::Table { table } | Debt::Taint { table } => drop(whole.insert(*table)),
+                Debt::Row { .. } => {}
+            }
+        }
+        let mut ledger = Ledger::default();
+        let numbers: BTreeSet<u32> = whole.iter().chain(keys.keys()).copied().collect();
+        for number in numbers {
+            let keys = keys.remove(&number).unwrap_or_default();
+            self.pay_table(number, whole.contains(&number), keys, &mut ledger).await?;
+        }
+        for entry in entries {
+            self.pay_rows(entry, &mut ledger).await?;
+        }
+        Ok(ledger)
+    }
+
+    async fn pay_table(
+        &mut self,
+        number: u32,
+        whole: bool,
+        keys: HashSet<Values>,
+        ledger: &mut Ledger,
+    ) -> Result<(), Error> {
+        let all = |why: Unpaid, ledger: &mut Ledger, keys: HashSet<Values>| {
+            ledger.tables.insert(number, why.clone());
+            ledger.keys.insert(number, keys.into_iter().map(|key| (key, why.clone())).collect());
+        };
+        let Some(table) = self.catalog.tables.get(&number).cloned() else {
+            let why = format!("table number {number} is not among the migrating tables any more");
+            all(Unpaid::Refused(why), ledger, keys);
+            return Ok(());
+        };
+        if !lock_tables(&mut self.pair, &[number]).await? {
+            all(Unpaid::Busy, ledger, keys);
+            return Ok(());
+        }
+        let paid = self.reconcile(&table, whole, &keys).await;
+        unlock_tables(&mut self.pair, &[number]).await?;
+        let outcome = match paid {
+            Ok(outcome) => outcome,
+            Err(Error::Unfit(why)) => return Ok(all(Unpaid::Refused(why), ledger, keys)),
+            Err(Error::Deadline(why)) => {
+                tracing::warn!(table = table.label(), why, "a whole-table debt waits");
+                return Ok(all(Unpaid::Busy, ledger, keys));
+            }
+            Err(error) => return Err(error),
+        };
+        ledger.repaired += outcome.written + outcome.removed;
+        if let Some((_, message)) = outcome.refused.first() {
+            ledger.tables.insert(number, Unpaid::Refused(message.clone()));
+        } else if !outcome.locked.is_empty() {
+            ledger.tables.insert(number, Unpaid::Busy);
+        }
+        let unpaid = ledger.keys.entry(number).or_default();
+        unpaid.extend(outcome.locked.into_iter().map(|key| (key, Unpaid::Busy)));
+        unpaid.extend(outcome.refused.into_iter().map(|(key, message)| (key, Unpaid::Refused(message))));
+        Ok(())
+    }
+
+    /// A whole-table debt covers the keys that were read with it: the walk begins after they were read, and passes each of them.
+    async fn reconcile(&mut self, table: &Arc<Table>, whole: bool, keys: &HashSet<Values>) -> Result<Outcome, Error> {
+        if let Some(why) = &table.opaque {
+            return Err(Error::Unfit(format!("table {} cannot be mirrored: {why}", table.label())));
+        }
+        match whole {
+            true => reconcile::table(&mut self.pair, table, &mut |_| {}).await,
+            false => reconcile::keys(&mut self.pair, table, keys.iter().cloned().collect()).await,
+        }
+    }
+
+    /// Rows for tables without a key. All of a transaction's rows stand in one ledger row under one token.
+    async fn pay_rows(&mut self, entry: &Entry, ledger: &mut Ledger) -> Result<(), Error> {
+        let mut by_token: BTreeMap<[u8; 16], Vec<(u32, &Values)>> = BTreeMap::new();
+        for debt in &entry.debts {
+            if let Debt::Row { table, token, values } = debt {
+                by_token.entry(*token).or_default().push((*table, values));
+            }
+        }
+        for (token, rows) in by_token {
+            let numbers: Vec<u32> =
+                rows.iter().map(|(number, _)| *number).collect::<BTreeSet<_>>().into_iter().collect();
+            if !lock_tables(&mut self.pair, &numbers).await? {
+                ledger.tokens.insert(token, Unpaid::Busy);
+                continue;
+            }
+            let paid = tokens::pay(&mut self.pair, &self.catalog, token, &rows).await;
+            if paid.is_err() {
+                self.pair.abandon().await;
+            }
+            unlock_tables(&mut self.pair, &numbers).await?;
+            match paid {
+                Ok(written) => ledger.repaired += written,
+                Err(error) => match error.meaning() {
+                    Meaning::Busy => drop(ledger.tokens.insert(token, Unpaid::Busy)),
+                    Meaning::Fatal if !matches!(error, Error::Unfit(_)) => return Err(error),
+                    _ => drop(ledger.tokens.insert(token, Unpaid::Refused(error.to_string()))),
+                },
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Flushes the mirror and clears these ledger rows, then the tokens that only they needed. Returns how many rows were cleared.
+pub(crate) async fn clear(pair: &mut Pair, entries: &[Entry], incarnation: &str) -> Result<u64, Error> {
+    let (mut lazy, mut flushed, mut tokens) = (Vec::new(), Vec::new(), BTreeSet::new());
+    for entry in entries {
+        let before = tokens.len();
+        tokens.extend(entry.debts.iter().filter_map(|debt| match debt {
+            Debt::Row { token, .. } => Some(*token),
+            _ => None,
+        }));
+        if tokens.len() > before { flushed.push(entry.id) } else { lazy.push(entry.id) }
+    }
+    let mut cleared = 0;
+    for (ids, clearing) in [(lazy, Clearing::Lazy), (flushed, Clearing::Flushed)] {
+        let clearing = flush_and_clear(&pair.mirror.client, &pair.authority.client, &ids, incarnation, clearing);
+        cleared += clearing.await.map_err(|error| told(error, pair.mirror.side))?;
+    }
+    tokens::remove(&mut pair.mirror, &tokens.into_iter().collect::<Vec<_>>()).await?;
+    Ok(cleared)
+}
+
+fn told(error: ClearError, mirror: Side) -> Error {
+    match error {
+        ClearError::Mirror(error) => Error::from_driver(mirror, "flushing", &error),
+        ClearError::Authority(error) => Error::from_driver(mirror.other(), "clearing the ledger", &error),
+        ClearError::Reincarnated => Error::Reincarnated { side: mirror },
+        ClearError::NothingWritten => Error::Unfit(format!("{mirror}: {error}")),
+    }
+}
+
+/// First key of the advisory locks of jobs, one for each table.
+const LOCK_CLASS: i32 = 0x4346_5442;
+
+/// Jobs on one table exclude each other by a lock on the *mirror*, which lives as long as the session whose statements could come late.
+pub(crate) async fn lock_tables(pair: &mut Pair, numbers: &[u32]) -> Result<bool, Error> {
+    for (at, number) in numbers.iter().enumerate() {
+        let text = "SELECT pg_try_advisory_lock($1, $2)";
+        let rows =
+            pair.mirror.rows("locking a table against other jobs", text, &[&LOCK_CLASS, &(*number as i32)]).await?;
+        if !rows[0].get::<_, bool>(0) {
+            unlock_tables(pair, &numbers[..at]).await?;
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+pub(crate) async fn unlock_tables(pair: &mut Pair, numbers: &[u32]) -> Result<(), Error> {
+    for number in numbers {
+        let text = "SELECT pg_advisory_unlock($1, $2)";
+        pair.mirror.rows("unlocking a table", text, &[&LOCK_CLASS, &(*number as i32)]).await?;
+    }
+    Ok(())
+}
+
+/// Passes until nothing is owed or in flight. Err with [`Error::Deadline`] after `patience`, saying what is left.
+pub async fn wait(repair: &mut Repair, patience: Duration) -> Result<Summary, Error> {
+    let begun = Instant::now();
+    let mut total = Summary::default();
+    let mut pause = Duration::from_millis(20);
+    repair.forget_refusals();
+    loop {
+        let pass = repair.pass().await?;
+        let (owed, in_flight) = (pass.owed, pass.in_flight);
+        let refused = pass.refused.clone();
+        total.add(pass);
+        (total.owed, total.in_flight) = (owed, in_flight);
+        if owed == 0 && in_flight == 0 {
+            total.refused.clear();
+            return Ok(total);
+        }
+        if begun.elapsed() > patience {
+            let why: Vec<String> =
+                refused.iter().chain(&total.refused).map(|(table, message)| format!("{table}: {message}")).collect();
+            let why = if why.is_empty() {
+                "rows are locked, or transactions have not ended".to_owned()
+            } else {
+                why.join("; ")
+            };
+            return Err(Error::Deadline(format!(
+                "after {patience:?} {owed} ledger rows are still owed and {in_flight} in flight ({why}); they stay in crossfade.ledger and are tried again"
+            )));
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(1));
+    }
+}
