@@ -4,11 +4,9 @@
 
 mod decide;
 mod explain;
-pub mod image;
-mod splice;
-
 pub mod cache;
 pub mod image;
+mod splice;
 
 use std::sync::Arc;
 
