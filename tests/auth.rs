@@ -18,9 +18,7 @@ fn verifiers(cluster: &Cluster) -> Verifiers {
 }
 
 fn listed(entries: &[(&str, &str)], cluster: &Cluster) -> Verifiers {
-    let users = entries.iter().map(|(name, password)| {
-        ((*name).to_owned(), User { password: (*password).to_owned() })
-    });
+    let users = entries.iter().map(|(name, password)| ((*name).to_owned(), User { password: (*password).to_owned() }));
     Verifiers::new(&users.collect(), vec![cluster.control()])
 }
 
@@ -168,7 +166,13 @@ fn parameters(user: &str) -> Vec<(Bytes, Bytes)> {
         .to_vec()
 }
 
-async fn log_in(cluster: &Cluster, user: &str, password: &str, host: &str, query: &str) -> Result<(bool, u16), ConnectError> {
+async fn log_in(
+    cluster: &Cluster,
+    user: &str,
+    password: &str,
+    host: &str,
+    query: &str,
+) -> Result<(bool, u16), ConnectError> {
     let database = cluster.database("nobody", host, query);
     let credentials = Credentials::new(user.to_owned(), Some(password));
     let connected = connect(&database, &credentials, &parameters(user), 2).await?;
@@ -179,9 +183,14 @@ async fn log_in(cluster: &Cluster, user: &str, password: &str, host: &str, query
 async fn the_server_leg_knows_every_method_and_sslmode() {
     let cluster = Cluster::shared();
     let ca = |mode: &str| format!("sslmode={mode}&sslrootcert={}", cluster.certificates.ca.display());
-    for (user, password) in
-        [("app", "app-pw"), ("oddsalt", "odd-pw"), ("umlaut", "päß wörd"), ("hashed", "hashed-pw"), ("plain", "app-pw"), ("trusted", "")]
-    {
+    for (user, password) in [
+        ("app", "app-pw"),
+        ("oddsalt", "odd-pw"),
+        ("umlaut", "päß wörd"),
+        ("hashed", "hashed-pw"),
+        ("plain", "app-pw"),
+        ("trusted", ""),
+    ] {
         // PostgreSQL 15 knows 3.0 only, and says so. Over TLS it offers -PLUS, which is then what is used.
         for (host, mode, tls) in [
             ("127.0.0.1", "sslmode=disable".into(), false),
@@ -346,7 +355,8 @@ async fn direct_tls_needs_alpn_and_client_certificates_are_checked() {
         config.alpn_protocols = Some(alpn).filter(|name| !name.is_empty()).map(<[u8]>::to_vec).into_iter().collect();
         let tcp = tokio::net::TcpStream::connect(relay.address).await.unwrap();
         let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config));
-        let mut tls = connector.connect(ServerName::try_from("localhost").unwrap(), tcp).await.map_err(|e| e.to_string())?;
+        let mut tls =
+            connector.connect(ServerName::try_from("localhost").unwrap(), tcp).await.map_err(|e| e.to_string())?;
         tls.write_all(&startup(3 << 16 | 2, b"user\0app\0\0")).await.map_err(|e| e.to_string())?;
         let mut answer = vec![0; 200];
         let n = tls.read(&mut answer).await.map_err(|e| e.to_string())?;
@@ -357,8 +367,7 @@ async fn direct_tls_needs_alpn_and_client_certificates_are_checked() {
     assert!(dial(b"http/1.1").await.is_err());
 
     let certificates = &cluster.certificates;
-    let strict =
-        ServerTls::load(&certificates.certificate, &certificates.key, Some(&certificates.ca), true).unwrap();
+    let strict = ServerTls::load(&certificates.certificate, &certificates.key, Some(&certificates.ca), true).unwrap();
     let server = cluster.database("nobody", "127.0.0.1", "");
     let strict = Relay::start(AuthMethod::Scram, verifiers(&cluster), Some(strict), server).await;
     let login = "user=app password=app-pw sslmode=require";

@@ -162,9 +162,7 @@ async fn receive(startup: &mut Startup, max: usize) -> Result<Bytes, AuthError> 
         Ok(Some(message)) => {
             Err(refused("08P01", format!("expected password response, got message type {}", message.tag)))
         }
-        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-            Err(refused("08P01", "invalid message length"))
-        }
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => Err(refused("08P01", "invalid message length")),
         Err(error) => Err(error.into()),
     }
 }
@@ -244,8 +242,8 @@ async fn ask_scram(
         }
     };
     let offer = Offer { end_point: end_point.as_deref(), plus };
-    let (exchange, challenge) = ServerExchange::start(&first, offer, verifier, &fresh_nonce())
-        .map_err(|error| scram_failed(error, &user))?;
+    let (exchange, challenge) =
+        ServerExchange::start(&first, offer, verifier, &fresh_nonce()).map_err(|error| scram_failed(error, &user))?;
     send(startup, SASL_CONTINUE, challenge.as_bytes()).await?;
     let last = receive(startup, SASL_MAX).await?;
     let (signature, keys) = exchange.finish(&last).map_err(|error| scram_failed(error, &user))?;

@@ -5,7 +5,12 @@ use super::*;
 const PLAIN: Offer<'static> = Offer { end_point: None, plus: false };
 
 /// A whole exchange; the keys that the server's end learned.
-fn exchange(binding: Binding<'_>, offer: Offer<'_>, verifier: &ScramVerifier, password: &[u8]) -> Result<ScramKeys, ScramError> {
+fn exchange(
+    binding: Binding<'_>,
+    offer: Offer<'_>,
+    verifier: &ScramVerifier,
+    password: &[u8],
+) -> Result<ScramKeys, ScramError> {
     let (client, first) = ClientExchange::start(binding, "clientnonce");
     let (server, reply) = ServerExchange::start(first.as_bytes(), offer, verifier.clone(), "servernonce")?;
     let challenge = client.challenge(reply.as_bytes())?;
@@ -79,7 +84,9 @@ fn a_server_that_does_not_know_the_verifier_is_found_out() {
     assert_eq!(prove().finish(format!("v={}", BASE64.encode([0; 32])).as_bytes()), Err(ScramError::Signature));
     assert_eq!(prove().finish(b"v="), Err(ScramError::Signature));
     assert!(matches!(prove().finish(b"e=other-error"), Err(ScramError::Server(_))));
-    for first in ["r=abc,s=c2FsdA==,i=3", "r=xabcdef,s=c2FsdA==,i=3", "r=abcd,s=c2FsdA==,i=0", "r=abcd,i=3", "m=x,r=abcd"] {
+    for first in
+        ["r=abc,s=c2FsdA==,i=3", "r=xabcdef,s=c2FsdA==,i=3", "r=abcd,s=c2FsdA==,i=0", "r=abcd,i=3", "m=x,r=abcd"]
+    {
         let (client, _) = ClientExchange::start(Binding::Impossible, "abc");
         assert!(matches!(client.challenge(first.as_bytes()), Err(Malformed(_))), "{first}");
     }

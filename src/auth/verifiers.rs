@@ -97,8 +97,7 @@ pub struct Verifiers {
 impl Verifiers {
     /// `users:` first, then pg_authid of the first of `databases` that can be reached.
     pub fn new(users: &BTreeMap<String, User>, databases: Vec<Database>) -> Verifiers {
-        let users =
-            users.iter().map(|(name, user)| (name.as_bytes().to_vec(), Secret::read(&user.password))).collect();
+        let users = users.iter().map(|(name, user)| (name.as_bytes().to_vec(), Secret::read(&user.password))).collect();
         Verifiers {
             users,
             mock_seed: mock_seed(&databases),

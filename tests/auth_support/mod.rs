@@ -27,6 +27,7 @@ host all plain 127.0.0.1/32 password
 host all hashed 127.0.0.1/32 md5
 hostssl all tlsonly 127.0.0.1/32 scram-sha-256
 hostnossl all clearonly 127.0.0.1/32 scram-sha-256
+hostssl all clearonly 127.0.0.1/32 reject
 hostnossl all tlsonly 127.0.0.1/32 reject
 host all all 127.0.0.1/32 scram-sha-256
 ";
@@ -276,17 +277,15 @@ impl Inner {
             }
             Accepted::Session(startup) => startup,
         };
-        let login =
-            authenticate(&mut startup, self.method, &self.verifiers).await.map_err(|e| e.to_string())?;
-        let server =
-            match connect(&self.server, &login.credentials, &startup.parameters, startup.minor).await {
-                Ok(server) => server,
-                Err(error) => {
-                    let _ = startup.stream.write_all(&error.to_client()).await;
-                    let _ = startup.stream.shutdown().await;
-                    return Err(error.to_string());
-                }
-            };
+        let login = authenticate(&mut startup, self.method, &self.verifiers).await.map_err(|e| e.to_string())?;
+        let server = match connect(&self.server, &login.credentials, &startup.parameters, startup.minor).await {
+            Ok(server) => server,
+            Err(error) => {
+                let _ = startup.stream.write_all(&error.to_client()).await;
+                let _ = startup.stream.shutdown().await;
+                return Err(error.to_string());
+            }
+        };
         *self.last.lock().unwrap() = Some(server.address.clone());
         let mut first = b"R\0\0\0\x08\0\0\0\0".to_vec();
         first.extend_from_slice(&server.buf);
@@ -301,7 +300,8 @@ impl Inner {
 
 /// psql through `address` with a connection string's `rest`: its output, or what it says.
 pub async fn psql(address: SocketAddr, rest: &str, sql: &str) -> Result<String, String> {
-    let conninfo = format!("hostaddr=127.0.0.1 port={} dbname=shop connect_timeout=20 {rest}", address.port());
+    let conninfo =
+        format!("host=127.0.0.1 hostaddr=127.0.0.1 port={} dbname=shop connect_timeout=20 {rest}", address.port());
     let output = tokio::process::Command::new("psql")
         .args(["-XAtqw", "-d", &conninfo, "-c", sql])
         .env("LC_ALL", "C.UTF-8")
