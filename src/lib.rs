@@ -3,6 +3,7 @@
 pub mod auth;
 pub mod backend;
 pub mod catalog;
+pub mod cli;
 pub mod cluster;
 pub mod config;
 pub mod ledger;

@@ -1,3 +1,84 @@
 //! The command line.
 
-fn main() {}
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use crossfade::{cli, server};
+
+/// Moves a live application from one PostgreSQL database to another: no downtime, no lost write, a way back at every step.
+#[derive(Parser)]
+#[command(version, about)]
+struct Arguments {
+    /// The YAML file.
+    #[arg(long, global = true, env = "CROSSFADE_CONFIG", default_value = "config/crossfade.yaml")]
+    config: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The proxy, in the foreground. SIGHUP reads the file again, SIGTERM drains and ends, a second SIGTERM ends at once.
+    Run,
+    /// Makes schema crossfade on both sides.
+    Install {
+        /// Only print the SQL.
+        #[arg(long)]
+        print_sql: bool,
+    },
+    /// Pays what the ledger holds.
+    Repair {
+        /// Return when nothing is owed or in flight.
+        #[arg(long)]
+        wait: bool,
+        /// Give up waiting after this many seconds.
+        #[arg(long, default_value_t = 300)]
+        timeout: u64,
+        /// Copy this table, which has no key, under a lock that holds its writers back.
+        #[arg(long)]
+        table: Vec<String>,
+    },
+    /// Where the migration stands.
+    Status {
+        /// One JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// What the proxy would do with a statement, in each phase.
+    Explain {
+        /// The statement.
+        sql: String,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("crossfade: threads cannot be started: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    runtime.block_on(run(arguments))
+}
+
+async fn run(arguments: Arguments) -> ExitCode {
+    let path = server::absolute(&arguments.config);
+    let outcome = match arguments.command {
+        Command::Run => cli::run(&path).await,
+        Command::Install { print_sql } => cli::install(&path, print_sql).await,
+        Command::Repair { wait, timeout, table } => cli::repair(&path, wait, std::time::Duration::from_secs(timeout), &table).await,
+        Command::Status { json } => cli::status(&path, json).await,
+        Command::Explain { sql } => cli::explain(&path, &sql).await,
+    };
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(1),
+        Err(error) => {
+            eprintln!("crossfade: {error}");
+            ExitCode::from(2)
+        }
+    }
+}

@@ -116,7 +116,7 @@ enum Await {
 impl MirrorConn {
     /// Logs in as the control role and prepares what every transaction needs.
     pub async fn open(db: &Database, side: Side, generation: u64) -> Result<MirrorConn, Failure> {
-        let credentials = Credentials { user: db.user.clone(), password: db.password.clone(), scram: None };
+        let credentials = Credentials::new(db.user.clone(), db.password.as_deref());
         let parameters = [
             ("user", db.user.as_str()),
             ("database", db.database.as_str()),

@@ -56,7 +56,6 @@ struct Unobserved;
 
 impl Lifecycle<Key, Arc<Planned>> for Unobserved {
     type RequestState = ();
-    fn begin_request(&self) -> Self::RequestState {}
     fn on_evict(&self, (): &mut (), _: Key, _: Arc<Planned>) {}
 }
 

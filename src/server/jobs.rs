@@ -67,7 +67,7 @@ struct Hands {
 
 impl Hands {
     /// To the authority and to the mirror.
-    async fn get(&mut self, shared: &Shared, name: &str) -> Result<Option<(&Client, &Client)>, crate::config::control::ConnectError> {
+    async fn get(&mut self, shared: &Shared, name: &str) -> Result<Option<(&Client, &Client)>, crate::config::ConnectError> {
         let phase = shared.world.load().phase;
         let Some(mirror) = phase.mirror() else {
             self.open = None;
@@ -282,17 +282,15 @@ async fn observe(shared: Arc<Shared>) {
 }
 
 async fn read_debts(shared: &Shared, world: &World, client: &Client) -> Result<(), migrate::Error> {
-    let mirror = world.phase.authority().other();
-    let counts = migrate::debt::counts(client, world.phase.authority(), None).await?;
-    let _ = mirror;
+    let counts = migrate::debt::counts(world.phase.authority(), client, None).await?;
     let metrics = &shared.metrics;
     let label = |number: u32| world.catalog.tables.get(&number).map_or_else(|| format!("table {number}"), |table| table.label());
-    let owed: Vec<(String, i64)> = counts.tables.iter().map(|(number, debt)| (label(*number), debt.owed() as i64)).collect();
+    let owed: Vec<(String, i64)> = counts.tables.iter().map(|(number, debt)| (label(*number), (debt.keys + debt.whole + debt.taints + debt.rows) as i64)).collect();
     metrics.set_debts(&owed);
     metrics.tainted_tables.set(counts.tables.values().filter(|debt| debt.taints > 0).count() as i64);
     metrics.debt_in_flight.set(counts.in_flight as i64);
-    metrics.debt_oldest_seconds.set(counts.oldest.as_secs_f64());
-    metrics.ledger_bytes.set(counts.bytes as i64);
+    metrics.debt_oldest_seconds.set(counts.oldest.map_or(0.0, |age| age.as_secs_f64()));
+    metrics.ledger_bytes.set(counts.ledger_bytes);
     Ok(())
 }
 

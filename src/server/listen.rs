@@ -27,7 +27,7 @@ use crate::wire::tls::ServerTls;
 pub fn tls(config: &Config) -> Result<Option<Arc<ServerTls>>, RunError> {
     match &config.tls {
         None => Ok(None),
-        Some(tls) => Ok(Some(Arc::new(ServerTls::load(tls)?))),
+        Some(tls) => Ok(Some(Arc::new(ServerTls::load(&tls.certificate, &tls.key, tls.client_ca.as_deref(), tls.required)?))),
     }
 }
 

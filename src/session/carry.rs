@@ -6,7 +6,7 @@ use tracing::{debug, warn};
 use super::books::There;
 use super::expect::{Expected, Kind, Queue, To};
 use super::{End, Kept, Session};
-use crate::auth::Login;
+use crate::auth::client::Login;
 use crate::backend::connect::{self, ConnectError, Connected};
 use crate::phase::Side;
 use crate::shared::Shared;
@@ -32,14 +32,15 @@ const PREPARED: &[u8] = b"SELECT statement FROM pg_catalog.pg_prepared_statement
 pub(super) async fn connect(shared: &Shared, side: Side, login: &Login, parameters: &[(Bytes, Bytes)], minor: u16) -> Result<Connected, Report> {
     let config = shared.config.load_full();
     let mut db = Shared::database(&config, side).clone();
-    if side == Side::Old && login.database != db.database {
+    let mut parameters = parameters.to_vec();
+    if login.database == config.old.database.as_bytes() {
+        // The database that migrates may be called otherwise on new.
+        parameters.retain(|(name, _)| &name[..] != b"database");
+        parameters.push((Bytes::from_static(b"database"), Bytes::from(db.database.clone().into_bytes())));
+    } else {
         // Another database of old: passed through.
-        db.database = login.database.clone();
+        db = config.old.clone();
     }
-    let parameters: Vec<_> = parameters.iter().map(|(name, value)| match &name[..] {
-        b"database" => (name.clone(), Bytes::from(db.database.clone().into_bytes())),
-        _ => (name.clone(), value.clone()),
-    }).collect();
     connect::connect(&db, &login.credentials, &parameters, minor).await.map_err(|error| refusal(side, &error))
 }
 
@@ -63,7 +64,7 @@ impl Session {
     /// Between two transactions: leave the old authority for the one that holds now.
     pub(super) async fn carry_over(&mut self) -> Result<(), End> {
         let side = self.world.phase.authority();
-        debug!(user = %self.login.user, %side, "a session moves to another authority");
+        debug!(user = %self.user(), %side, "a session moves to another authority");
         let (settings, prepared) = self.what_moves().await?;
         let connected = connect(&self.shared, side, &self.login, &self.parameters, self.minor).await.map_err(End::Refused)?;
         frame::terminate(&mut self.server.out);

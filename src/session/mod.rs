@@ -25,7 +25,7 @@ use tracing::{debug, warn};
 
 use self::books::{Portal, Prepared};
 use self::expect::Queue;
-use crate::auth::Login;
+use crate::auth::client::Login;
 use crate::backend::connect::Address;
 use crate::mirror::flight::Debts;
 use crate::mirror::pool::Lease;
@@ -126,11 +126,14 @@ pub struct Session {
 
 impl Session {
     /// A session whose client has logged in, on its way to a first authority. Nothing was sent to the client since its login.
-    pub async fn open(worker: Rc<Worker>, startup: crate::wire::startup::Startup, login: Login) -> Result<Session, Report> {
+    pub async fn open(worker: Rc<Worker>, startup: crate::wire::startup::Startup, login: Login) -> Result<Session, (Box<crate::wire::startup::Startup>, Report)> {
         let shared = worker.shared.clone();
         let world = shared.world.load_full();
         let side = world.phase.authority();
-        let connected = carry::connect(&shared, side, &login, &startup.parameters, startup.minor).await?;
+        let connected = match carry::connect(&shared, side, &login, &startup.parameters, startup.minor).await {
+            Ok(connected) => connected,
+            Err(report) => return Err((Box::new(startup), report)),
+        };
         let mut client = Conn::new(startup.stream, startup.buf);
         frame::put(&mut client.out, b'R', |out| bytes::BufMut::put_u32(out, 0));
         let limit = shared.config.load().limits.client_buffer;
@@ -177,6 +180,11 @@ impl Session {
     pub async fn run(mut self) {
         let end = self.serve().await.unwrap_or_else(|end| end);
         self.finish(end).await;
+    }
+
+    /// The role's name, for logs.
+    fn user(&self) -> String {
+        String::from_utf8_lossy(&self.login.user).into_owned()
     }
 
     async fn serve(&mut self) -> Result<End, End> {
@@ -277,7 +285,7 @@ impl Session {
     }
 
     async fn finish(mut self, end: End) {
-        let user = &self.login.user;
+        let user = self.user();
         let side = self.side;
         let report = match end {
             End::Client => {

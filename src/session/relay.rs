@@ -275,16 +275,16 @@ impl Session {
     pub(super) fn plan_for(&self, text: &[u8]) -> (Arc<Planned>, usize) {
         let limit = self.shared.config.load().limits.statement;
         if self.settings.escapes || text.len() > limit {
-            let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", limit) };
+            let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", sql::Limits::default()) };
             let plan = Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
             return (Arc::new(Planned { facts, plan }), text.len());
         }
         let shape = sql::shape(text);
         let encoding_matches = self.settings.client_encoding == "UTF8";
-        let role = (!self.world.catalog.no_select.get(self.side).is_empty()).then(|| Arc::from(self.login.user.as_str()));
+        let role = (!self.world.catalog.no_select.get(self.side).is_empty()).then(|| Arc::from(self.user()));
         let key = Key { shape: shape.text.into(), generation: self.world.generation, encoding_matches, role: role.clone() };
         let planned = self.shared.plans.get(key, || {
-            let facts = sql::read(text, limit);
+            let facts = sql::read(text, sql::Limits { bytes_max: limit, ..Default::default() });
             let plan = plan(&facts, &self.world.catalog, self.side, role.as_deref(), encoding_matches);
             Planned { facts, plan }
         });
@@ -320,7 +320,7 @@ impl Session {
     fn current(&mut self, name: &Bytes) -> Option<Arc<Planned>> {
         let prepared = self.prepared.get(name)?.clone();
         let Some(text) = prepared.text else {
-            let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", 1) };
+            let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", sql::Limits::default()) };
             let plan = Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
             return Some(Arc::new(Planned { facts, plan }));
         };
@@ -592,7 +592,7 @@ pub(super) fn done(planned: &Planned) -> Done {
 /// The same, in phases in which no statement is planned, for texts that drop prepared statements.
 fn done_of_text(payload: &[u8]) -> Done {
     let text = payload.strip_suffix(b"\0").unwrap_or(payload);
-    match sql::read(text, 64 * 1024).verb {
+    match sql::read(text, sql::Limits::default()).verb {
         Verb::Deallocate(name) => Done::Deallocate(name.map(String::into_bytes)),
         Verb::Discard(what) if what == "all" => Done::Deallocate(None),
         _ => Done::Nothing,

@@ -277,7 +277,7 @@ impl Session {
             self.shared.stale.notify_one();
             return self.lost(cut, "unknown-table");
         };
-        match image::row(&table, self.side, &fields) {
+        match image::row(&table, self.side, fields) {
             Ok(row) => self.writes.push(op(cut.capture.effect, table, row)),
             Err(_) => {
                 self.shared.stale.notify_one();

@@ -22,7 +22,7 @@ pub enum MoveError {
     Closed(String),
     /// A side cannot be reached.
     #[error("{0}")]
-    Connect(#[from] crate::config::control::ConnectError),
+    Connect(#[from] crate::config::ConnectError),
     /// The rows.
     #[error(transparent)]
     Rows(#[from] RowError),
@@ -53,6 +53,28 @@ impl Hands {
             Side::Old => &self.old,
             Side::New => &self.new,
         }
+    }
+}
+
+/// Values that sequences are set ahead of the other side's.
+const SEQUENCE_MARGIN: u32 = 0;
+
+/// A table without a key, to be copied in the snapshot that was taken while no client wrote. The mirror's table was emptied then; rows that clients
+/// insert since are mirrored.
+struct KeylessCopy {
+    pair: migrate::Pair,
+    /// Its transaction keeps the snapshot.
+    _exporter: Client,
+    snapshot: String,
+    table: Arc<crate::catalog::Table>,
+    debt: i64,
+}
+
+impl KeylessCopy {
+    async fn run(mut self) -> Result<(), migrate::Error> {
+        let rows = migrate::copy::keyless(&mut self.pair, &self.table, &self.snapshot, &[self.debt]).await?;
+        info!(table = %self.table.label(), rows, "a table without a key was copied");
+        Ok(())
     }
 }
 
@@ -149,7 +171,7 @@ async fn behind_the_gate(
     to: Phase,
     catalog: &Arc<Catalog>,
     world: &World,
-) -> Result<Vec<migrate::copy::Keyless>, MoveError> {
+) -> Result<Vec<KeylessCopy>, MoveError> {
     let pause = config.moves.pause;
     let deadline = Instant::now() + pause;
     if tokio::time::timeout(pause, shared.gate.drained()).await.is_err() {
@@ -166,7 +188,8 @@ async fn behind_the_gate(
     }
     if from.authority() != to.authority() {
         nothing_owed(shared, config, hands, from, catalog, deadline).await?;
-        migrate::sequences::advance(hands.on(from.authority()), hands.on(to.authority()), to.authority(), catalog).await?;
+        let losing = (from.authority(), hands.on(from.authority()));
+        migrate::sequences::sequences(losing, (to.authority(), hands.on(to.authority())), catalog, SEQUENCE_MARGIN).await?;
     }
     let holds = Holds { epoch, phase: to };
     let name = &config.name;
@@ -203,7 +226,7 @@ async fn writers_gone(authority: &Client, catalog: &Catalog, side: Side, deadlin
 }
 
 /// A whole-table debt for each migrating table; those without a key are copied in the snapshot of this move.
-async fn owe_everything(shared: &Arc<Shared>, config: &Config, hands: &Hands, to: Phase, catalog: &Arc<Catalog>) -> Result<Vec<migrate::copy::Keyless>, MoveError> {
+async fn owe_everything(shared: &Arc<Shared>, config: &Config, hands: &Hands, to: Phase, catalog: &Arc<Catalog>) -> Result<Vec<KeylessCopy>, MoveError> {
     let authority = to.authority();
     hands.on(authority).batch_execute("DELETE FROM crossfade.ledger").await?;
     let mut keyless = Vec::new();
@@ -221,7 +244,12 @@ async fn owe_everything(shared: &Arc<Shared>, config: &Config, hands: &Hands, to
     for (table, id) in keyless {
         let reader = Shared::database(config, authority).connect("crossfade copy").await?;
         let writer = Shared::database(config, authority.other()).connect("crossfade copy").await?;
-        copies.push(migrate::copy::Keyless::prepare(reader, writer, authority, table, id).await?);
+        let exporter = Shared::database(config, authority).connect("crossfade copy").await?;
+        exporter.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
+        let snapshot = exporter.query_one("SELECT pg_export_snapshot()", &[]).await?.get(0);
+        let mut pair = migrate::Pair::new(authority, reader, writer, migrate::Settings::default()).await?;
+        migrate::copy::prepare(&mut pair, &table).await?;
+        copies.push(KeylessCopy { pair, _exporter: exporter, snapshot, table, debt: id });
     }
     Ok(copies)
 }

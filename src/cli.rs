@@ -1,0 +1,219 @@
+//! The commands. Each gives true (done), false (the answer is no), or an error (it could not run).
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::catalog::Sides;
+use crate::config::{self, Config};
+use crate::migrate::{self, Pair};
+use crate::migrate::repair::{self, Repair};
+use crate::phase::Side;
+use crate::server;
+use crate::shared::Shared;
+use crate::sql;
+use crate::switch::mover;
+use crate::switch::rows::{self, Holds, Verdict};
+
+/// Whatever a person has to be told.
+pub type Trouble = Box<dyn std::error::Error + Send + Sync>;
+
+/// `crossfade run`.
+pub async fn run(path: &Path) -> Result<bool, Trouble> {
+    let config = config::load(path)?;
+    logs(&config);
+    server::run(path).await?;
+    Ok(true)
+}
+
+fn logs(config: &Config) {
+    let filter = tracing_subscriber::EnvFilter::try_new(&config.log.level).unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_writer(std::io::stderr);
+    if config.log.json { builder.json().init() } else { builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init() }
+}
+
+/// `crossfade install`.
+pub async fn install(path: &Path, print_sql: bool) -> Result<bool, Trouble> {
+    if print_sql {
+        print!("{}", crate::ledger::SCHEMA_SQL);
+        return Ok(true);
+    }
+    let config = config::load(path)?;
+    for side in Side::BOTH {
+        let client = Shared::database(&config, side).connect("crossfade install").await?;
+        migrate::install(&client, side).await?;
+        println!("{side}: schema crossfade is there");
+    }
+    Ok(true)
+}
+
+/// What holds, from the databases themselves; a side that cannot be reached is left out.
+async fn what_holds(config: &Config) -> Result<Holds, Trouble> {
+    let mut found = Sides::<Option<Holds>>::default();
+    let mut reached = 0;
+    for side in Side::BOTH {
+        match Shared::database(config, side).connect("crossfade").await {
+            Ok(client) => {
+                reached += 1;
+                *found.get_mut(side) = rows::read(&client, side).await?;
+            }
+            Err(error) => eprintln!("{side} cannot be reached: {error}"),
+        }
+    }
+    match rows::judge(found.old, found.new) {
+        _ if reached == 0 => Err("neither database can be reached".into()),
+        Verdict::Fresh => Ok(Holds { epoch: 0, phase: crate::phase::Phase::Old }),
+        Verdict::Holds(holds) | Verdict::Unclaimed(holds) => Ok(holds),
+    }
+}
+
+/// `crossfade repair`.
+pub async fn repair(path: &Path, wait: bool, timeout: Duration, tables: &[String]) -> Result<bool, Trouble> {
+    let config = config::load(path)?;
+    let holds = what_holds(&config).await?;
+    let Some(mirror) = holds.phase.mirror() else {
+        println!("phase {}: nothing is mirrored, nothing is owed", holds.phase);
+        return Ok(true);
+    };
+    let authority = mirror.other();
+    let (catalog, whole) = mover::load_catalog(&config, authority).await?;
+    if !whole {
+        return Err(format!("{mirror} cannot be reached; nothing can be paid there").into());
+    }
+    let first = Shared::database(&config, authority).connect("crossfade repair").await?;
+    let second = Shared::database(&config, mirror).connect("crossfade repair").await?;
+    let mut pair = Pair::new(authority, first, second, migrate::Settings::default()).await?;
+    for name in tables {
+        let table = catalog.tables.values().find(|table| table.label() == *name || table.name.old == *name).ok_or_else(|| format!("{name} is no migrating table"))?;
+        let copied = migrate::copy::locked(&mut pair, &catalog, table).await?;
+        println!("{}: {copied} rows copied", table.label());
+    }
+    let mut worker = Repair::new(pair, Arc::new(catalog));
+    let summary = if wait { repair::wait(&mut worker, timeout).await? } else { worker.pass().await? };
+    println!("cleared {}, rows repaired {}, owed {}, in flight {}", summary.cleared, summary.repaired_rows, summary.owed, summary.in_flight);
+    for (table, error) in &summary.refused {
+        println!("{table}: the {mirror} database refuses rows: {error}");
+    }
+    Ok(summary.owed == 0)
+}
+
+/// `crossfade status`.
+pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
+    let config = config::load(path)?;
+    let holds = what_holds(&config).await?;
+    let authority = holds.phase.authority();
+    let proxy = match config.admin {
+        Some(admin) => ask_proxy(admin).await,
+        None => None,
+    };
+    let mut document = serde_json::json!({
+        "migration": config.name,
+        "phase": holds.phase,
+        "epoch": holds.epoch,
+        "wanted": config.phase,
+        "authority": authority,
+        "mirror": holds.phase.mirror(),
+        "proxy": proxy,
+    });
+    if let Some(mirror) = holds.phase.mirror() {
+        let (catalog, whole) = mover::load_catalog(&config, authority).await?;
+        let client = Shared::database(&config, authority).connect("crossfade status").await?;
+        let other = Shared::database(&config, mirror).connect("crossfade status").await.ok();
+        let counts = migrate::debt::counts(authority, &client, other.as_ref()).await?;
+        let mut tables: Vec<_> = catalog.tables.values().collect();
+        tables.sort_by_key(|table| table.label());
+        document["tables"] = tables
+            .iter()
+            .map(|table| {
+                let debt = counts.tables.get(&table.number).cloned().unwrap_or_default();
+                serde_json::json!({
+                    "table": table.label(), "key": table.key.is_some(), "opaque": table.opaque,
+                    "keys_owed": debt.keys, "whole_table_owed": debt.whole > 0, "tainted": debt.taints > 0, "rows_owed": debt.rows,
+                })
+            })
+            .collect();
+        document["not_migrating"] = serde_json::json!({ "only_old": catalog.one_sided.old, "only_new": catalog.one_sided.new });
+        document["debt"] = serde_json::json!({
+            "owed": counts.owed, "in_flight": counts.in_flight, "ledger_bytes": counts.ledger_bytes, "partial": counts.partial,
+            "oldest_seconds": counts.oldest.map(|age| age.as_secs_f64()),
+        });
+        document["mirror_reachable"] = whole.into();
+    }
+    if json {
+        println!("{document:#}");
+    } else {
+        print!("{}", for_people(&document));
+    }
+    Ok(true)
+}
+
+async fn ask_proxy(admin: std::net::SocketAddr) -> Option<serde_json::Value> {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let asked = async {
+        let mut stream = tokio::net::TcpStream::connect(admin).await.ok()?;
+        stream.write_all(b"GET /status HTTP/1.0\r\nHost: crossfade\r\n\r\n").await.ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.ok()?;
+        serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()
+    };
+    tokio::time::timeout(Duration::from_secs(2), asked).await.ok()?
+}
+
+fn for_people(document: &serde_json::Value) -> String {
+    let text = |value: &serde_json::Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let mut out = format!("{}: phase {} (epoch {}), authority {}\n", text(&document["migration"]), text(&document["phase"]), document["epoch"], text(&document["authority"]));
+    if document["wanted"] != document["phase"] {
+        out += &format!("the file wants {}\n", text(&document["wanted"]));
+    }
+    match document["proxy"].as_object() {
+        Some(proxy) => {
+            out += &format!("proxy: {} clients, {} transactions under way\n", proxy["clients"], proxy["transactions"]);
+            for (name, key) in [("waiting for", "waiting_for"), ("the file was refused", "config_error")] {
+                if let Some(why) = proxy[key].as_str() {
+                    out += &format!("{name}: {why}\n");
+                }
+            }
+        }
+        None => out += "proxy: not running here, or its admin port does not answer\n",
+    }
+    if let Some(debt) = document["debt"].as_object() {
+        out += &format!("debt: {} owed, {} in flight, ledger {} bytes\n", debt["owed"], debt["in_flight"], debt["ledger_bytes"]);
+    }
+    for table in document["tables"].as_array().into_iter().flatten() {
+        let mut notes = Vec::new();
+        if table["whole_table_owed"] == true {
+            notes.push("whole table owed".to_owned());
+        }
+        if table["tainted"] == true {
+            notes.push("tainted".to_owned());
+        }
+        for (key, what) in [("keys_owed", "keys owed"), ("rows_owed", "rows owed")] {
+            if table[key].as_u64().unwrap_or(0) > 0 {
+                notes.push(format!("{} {what}", table[key]));
+            }
+        }
+        if table["key"] == false {
+            notes.push("no key".to_owned());
+        }
+        if let Some(why) = table["opaque"].as_str() {
+            notes.push(format!("cannot be mirrored: {why}"));
+        }
+        out += &format!("  {}: {}\n", text(&table["table"]), if notes.is_empty() { "equal, or in flight".to_owned() } else { notes.join(", ") });
+    }
+    out
+}
+
+/// `crossfade explain`.
+pub async fn explain(path: &Path, text: &str) -> Result<bool, Trouble> {
+    let config = config::load(path)?;
+    let (catalog, whole) = mover::load_catalog(&config, Side::Old).await?;
+    if !whole {
+        eprintln!("new cannot be reached: old's definitions stand for it");
+    }
+    for statement in sql::split(text.as_bytes()) {
+        let part = &text[statement.range];
+        let facts = sql::read(part.as_bytes(), sql::Limits::default());
+        println!("{}", crate::plan::explain(part, &facts, &catalog));
+    }
+    Ok(true)
+}
