@@ -293,8 +293,8 @@ impl MirrorConn {
     }
 
     fn bind_execute<'v>(&mut self, name: &[u8], formats: &[i16], values: impl ExactSizeIterator<Item = Option<&'v [u8]>>) {
-        frame::bind(&mut self.conn.out, name, formats, values, 0);
-        frame::execute(&mut self.conn.out);
+        frame::bind(&mut self.conn.out, b"", name, formats, values, 0);
+        frame::execute(&mut self.conn.out, b"");
         self.open = true;
     }
 

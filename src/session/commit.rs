@@ -20,6 +20,7 @@ use crate::wire::frame::{self, Report};
 
 /// OIDs of owe's parameters: id, xid, pid, start, incarnation, debts, reason.
 const OWE_TYPES: [u32; 7] = [20, 20, 23, 20, 2950, 17, 25];
+pub(super) const OWE_NAME: &[u8] = b"crossfade_owe";
 const OWE: &[u8] = b"SELECT crossfade.owe($1, $2, $3, $4, $5, $6, $7)";
 
 /// While the proxy holds a transaction for longer than this, the server is kept from taking it for idle.
@@ -219,7 +220,7 @@ impl Session {
             Some(debts),
             reason.map(str::as_bytes),
         ];
-        self.put_ours(b"crossfade_owe", OWE, &OWE_TYPES, &values, To::Us);
+        self.put_ours(OWE_NAME, OWE, &OWE_TYPES, &values, To::Us);
     }
 
     /// Waits for the authority's answer to COMMIT and settles the mirror by it.
@@ -228,14 +229,14 @@ impl Session {
         let Some(Settled { executed, id }) = settled else { return outcome };
         // COMMIT may answer ROLLBACK; an error says that nothing was committed; a lost connection says nothing: then the mirror is rolled back,
         // and if the authority did commit, the ledger has it.
-        let committed = outcome.is_ok() && self.status != b'E' && self.kept.error.is_none() && !self.held_failed();
+        let committed = outcome.is_ok() && self.says_committed();
         self.settled(executed, id, committed);
         outcome
     }
 
-    fn held_failed(&self) -> bool {
-        let rolled_back = self.held.complete.as_ref().is_some_and(|frame| frame[frame::HEAD..].starts_with(b"ROLLBACK"));
-        self.held.failed || rolled_back
+    /// The last command tag is COMMIT's.
+    fn says_committed(&self) -> bool {
+        &self.kept.tag[..] == b"COMMIT\0"
     }
 
     fn settled(&mut self, executed: Executed, id: i64, committed: bool) {

@@ -58,6 +58,8 @@ pub enum End {
 #[derive(Debug, Default)]
 struct Kept {
     rows: Vec<Vec<Option<Bytes>>>,
+    /// The last command tag, the client's or ours, with its NUL.
+    tag: Bytes,
     /// A whole ErrorResponse frame.
     error: Option<Bytes>,
 }

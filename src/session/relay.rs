@@ -411,10 +411,16 @@ impl Session {
             self.queue.push(Expected::of(Kind::Parse, to.clone()));
             self.ours_prepared.push(name);
         }
-        frame::bind(&mut self.server.out, name, &[1], values.iter().copied(), 0);
+        // The client's unnamed portal may be waiting for its Execute. Ours of this name goes with the transaction that it ends, or is closed.
+        let portal: &[u8] = if name == super::commit::OWE_NAME { super::commit::OWE_NAME } else { b"" };
+        frame::bind(&mut self.server.out, portal, name, &[1], values.iter().copied(), 0);
         self.queue.push(Expected::of(Kind::Bind, to.clone()));
-        frame::execute(&mut self.server.out);
-        self.queue.push(Expected::of(Kind::Execute, to));
+        frame::execute(&mut self.server.out, portal);
+        self.queue.push(Expected::of(Kind::Execute, to.clone()));
+        if !portal.is_empty() {
+            frame::close_portal(&mut self.server.out, portal);
+            self.queue.push(Expected::of(Kind::Close, to));
+        }
     }
 
     fn describe(&mut self, head: Head) {

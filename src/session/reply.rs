@@ -111,6 +111,9 @@ impl Session {
         }
         let payload = at + HEAD..at + total;
         if tag == b'C' {
+            if hold || matches!(to, To::Us) {
+                self.kept.tag = Bytes::copy_from_slice(&self.server.inb[payload.clone()]);
+            }
             self.complete();
         }
         if fit == Fit::Last {

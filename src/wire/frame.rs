@@ -137,16 +137,17 @@ pub fn parse(out: &mut BytesMut, name: &[u8], text: &[u8], types: &[u32]) {
     });
 }
 
-/// Bind to the unnamed portal; `formats` one per parameter, `result` one format for all columns.
+/// Bind; `formats` one per parameter (or one for all), `result` one format for all columns.
 pub fn bind<'v>(
     out: &mut BytesMut,
+    portal: &[u8],
     statement: &[u8],
     formats: &[i16],
     values: impl ExactSizeIterator<Item = Option<&'v [u8]>>,
     result: i16,
 ) {
     put(out, b'B', |out| {
-        out.put_u8(0);
+        put_string(out, portal);
         put_string(out, statement);
         out.put_u16(formats.len() as u16);
         for &format in formats {
@@ -167,15 +168,26 @@ pub fn bind<'v>(
     });
 }
 
-/// Execute of the unnamed portal, without a row limit.
-pub fn execute(out: &mut BytesMut) {
-    out.put_slice(b"E\0\0\0\x09\0\0\0\0\0");
+/// Execute, without a row limit.
+pub fn execute(out: &mut BytesMut, portal: &[u8]) {
+    put(out, b'E', |out| {
+        put_string(out, portal);
+        out.put_u32(0);
+    });
 }
 
 /// Close of a statement.
 pub fn close_statement(out: &mut BytesMut, name: &[u8]) {
     put(out, b'C', |out| {
         out.put_u8(b'S');
+        put_string(out, name);
+    });
+}
+
+/// Close of a portal.
+pub fn close_portal(out: &mut BytesMut, name: &[u8]) {
+    put(out, b'C', |out| {
+        out.put_u8(b'P');
         put_string(out, name);
     });
 }
