@@ -5,6 +5,7 @@ pub mod backend;
 pub mod catalog;
 pub mod cluster;
 pub mod config;
+pub mod demo;
 pub mod ledger;
 pub mod migrate;
 pub mod mirror;
