@@ -170,8 +170,10 @@ fn longest_in_logs(directory: &Path) -> u64 {
 /// # Errors
 /// When the server cannot be read.
 pub async fn look_up(server: &Client, totals: &Totals, found: &mut LookUp) -> Result<(), tokio_postgres::Error> {
-    let sql = "SELECT count(*), coalesce(sum(delta), 0)::bigint, (SELECT sum(abalance) FROM pgbench_accounts)::bigint,
-               (SELECT sum(tbalance) FROM pgbench_tellers)::bigint, (SELECT sum(bbalance) FROM pgbench_branches)::bigint FROM pgbench_history";
+    let sql = "SELECT count(*), coalesce(sum(delta), 0)::bigint,
+               (SELECT coalesce(sum(abalance), 0) FROM pgbench_accounts)::bigint,
+               (SELECT coalesce(sum(tbalance), 0) FROM pgbench_tellers)::bigint,
+               (SELECT coalesce(sum(bbalance), 0) FROM pgbench_branches)::bigint FROM pgbench_history";
     let row = server.query_one(sql, &[]).await?;
     // A run that ended early has not told how each of its clients' last transactions went.
     let doubtful = if totals.errors > 0 { i64::MAX / 2 } else { 0 };

@@ -30,7 +30,7 @@ pub struct Setup {
 pub struct Proxy {
     setup: Setup,
     child: Child,
-    /// A shell that waits for the end of this process and then kills the proxy: a kill -9 of the demo leaves nothing.
+    /// A shell that waits for the end of the demo and then kills the proxy: a kill -9 of the demo leaves nothing.
     guard: Child,
     /// Where PostgreSQL clients connect.
     pub listen: SocketAddr,
@@ -66,7 +66,9 @@ impl Proxy {
             .kill_on_drop(true)
             .spawn()
             .map_err(DemoError::io("starting the proxy"))?;
-        let guard = guard(child.id())?;
+        let pid =
+            child.id().ok_or_else(|| DemoError::Proxy { what: "it ended at once".to_owned(), log: String::new() })?;
+        let guard = guard(pid, &setup.directory)?;
         let mut proxy = Proxy { setup, child, guard, listen, admin };
         proxy.wait_until_ready().await?;
         Ok(proxy)
@@ -118,27 +120,29 @@ impl Proxy {
     pub fn log_tail(&self) -> String {
         tail(&log_path(&self.setup.directory), 20)
     }
-
-    /// Ends it.
-    pub async fn stop(mut self) {
-        // Both may have ended already.
-        let _ = self.child.kill().await;
-        let _ = self.guard.kill().await;
-    }
 }
 
-fn guard(pid: Option<u32>) -> Result<Child, DemoError> {
-    let script = format!("cat >/dev/null; kill -9 {} 2>/dev/null", pid.unwrap_or(0));
+/// `$1`: the proxy's process; `$2`: a directory of the demo's own. `read` succeeds when the guard is sent home, and fails
+/// when the demo has died: its end of the pipe is closed then.
+const GUARD: &str = r#"trap '' INT TERM HUP; read -r released && exit 0; kill -s KILL "$1"; rm -rf -- "$2""#;
+
+fn guard(pid: u32, directory: &Path) -> Result<Child, DemoError> {
     Command::new("sh")
-        .arg("-c")
-        .arg(if pid.is_some() { script } else { "true".to_owned() })
+        .args(["-c", GUARD, "guard", &pid.to_string()])
+        .arg(directory)
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .process_group(0)
-        // Not killed on drop: closing its input lets it do its work.
         .spawn()
         .map_err(DemoError::io("starting sh"))
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        // The proxy's child is killed on drop; the guard has nothing left to do. Both may have ended already.
+        let _ = self.guard.start_kill();
+    }
 }
 
 fn config_path(directory: &Path) -> PathBuf {

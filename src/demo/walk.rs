@@ -167,8 +167,8 @@ impl Steps<'_> {
         self.hold().await;
         board.say("the clients stop; every acknowledged write is looked up in new");
         let counts = load.counts.clone();
-        let acknowledged = load.stop().await;
-        totals.add(stop_pgbench(pgbench).await?);
+        let (acknowledged, last) = tokio::join!(load.stop(), stop_pgbench(pgbench));
+        totals.add(last?);
         let new = servers.new.client(DATABASE).await?;
         let failed = DemoError::postgres("looking up acknowledged writes");
         let mut looked_up = acknowledged.look_up(&new).await.map_err(&failed)?;
