@@ -38,6 +38,7 @@ class Contender:
 
     mirrored = False
     process = None
+    stop_signal = signal.SIGTERM
 
     def __init__(self, name, database, port):
         self.name, self.database, self.port = name, database, port
@@ -47,7 +48,7 @@ class Contender:
 
     def stop(self):
         if self.process and self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
+            self.process.send_signal(self.stop_signal)
             try:
                 self.process.wait(10)
             except subprocess.TimeoutExpired:
@@ -128,6 +129,7 @@ class Pgpool(Contender):
     """Pgpool-II's native replication: every write statement goes to both servers, a read to the first."""
 
     mirrored = True
+    stop_signal = signal.SIGINT  # its fast shutdown; SIGTERM waits for clients
 
     def __init__(self, old, new, database, directory, children):
         super().__init__("pgpool", database, free_port())
@@ -167,6 +169,7 @@ class Crossfade(Contender):
         self.old, self.new, self.directory, self.binary, self.phase = old, new, directory, binary, phase
         self.mirrored = phase != "old"
         self.admin = free_port()
+        self.begins = True
 
     def _write_config(self, phase):
         url = lambda server: f"postgres://postgres@127.0.0.1:{server.port}/{self.database}"
@@ -177,15 +180,19 @@ class Crossfade(Contender):
 
     def start(self):
         os.makedirs(self.directory, exist_ok=True)
-        self._write_config("old")
+        # A migration begins in old; a proxy that is started again finds it where it was.
+        self._write_config("old" if self.begins else self.phase)
         config = os.path.join(self.directory, "crossfade.yaml")
         self._spawn([self.binary, "run", "--config", config], os.path.join(self.directory, "log"))
         self._wait_for_port()
-        self._wait_until("phase old holds", lambda gauges: gauges.get('crossfade_phase{phase="old"}') == 1)
-        if self.phase != "old":
+        if self.begins:
+            self._wait_for_phase("old")
             self._write_config(self.phase)
-            self._wait_until(f"phase {self.phase} holds", lambda gauges: gauges.get(f'crossfade_phase{{phase="{self.phase}"}}') == 1)
-            self.settled()
+        self._wait_for_phase(self.phase)
+        self.settled()
+
+    def _wait_for_phase(self, phase):
+        self._wait_until(f"phase {phase} to hold", lambda gauges: gauges.get(f'crossfade_phase{{phase="{phase}"}}') == 1)
 
     def settled(self):
         """Nothing owed, nothing in flight; seen twice, since the gauges are renewed only now and then."""

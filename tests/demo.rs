@@ -10,7 +10,7 @@ use crossfade::demo::acks::LookUp;
 use crossfade::demo::load::{Load, Settings};
 use crossfade::demo::pgbench::{self, Pgbench};
 use crossfade::demo::show::Board;
-use crossfade::demo::{compare, schema};
+use crossfade::demo::{self, Options, compare, schema};
 
 /// A server with the application's tables and rows, in database `postgres`.
 async fn filled() -> Cluster {
@@ -174,4 +174,21 @@ async fn transactions_of_pgbench_are_counted_and_looked_up() {
     let mut found = LookUp::default();
     pgbench::look_up(&direct, &totals, &mut found).await.expect("a look-up");
     assert_eq!(found.missing, 4, "one row of history, and three tables out of balance: {:?}", found.examples);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "until `crossfade run` serves"]
+async fn the_whole_demo_with_one_second_for_each_step() {
+    let options = Options {
+        clients: 4,
+        pgbench_clients: 2,
+        scale: 1,
+        step: 1,
+        seed: None,
+        log: None,
+        program: Some(env!("CARGO_BIN_EXE_crossfade").into()),
+    };
+    let report = demo::run(options).await.expect("a report");
+    assert!(report.passed(), "{report}");
+    assert!(report.pgbench_transactions > 0 && report.owed_most > 0, "{report}");
 }

@@ -158,6 +158,17 @@ impl Client {
         }
     }
 
+    /// Opens the connection, where it is not open.
+    ///
+    /// # Errors
+    /// When the server refuses it, or lacks what was there before.
+    pub async fn connect(&mut self) -> Result<(), Failure> {
+        if self.session.is_none() {
+            self.session = Some(Session::open(&self.server).await?);
+        }
+        Ok(())
+    }
+
     /// Closes the connection; the next operation opens another.
     pub fn disconnect(&mut self) {
         self.session = None;

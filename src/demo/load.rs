@@ -132,6 +132,8 @@ impl Worker {
     async fn run(mut self) -> Acknowledged {
         let mut rng = StdRng::seed_from_u64(self.settings.seed.wrapping_add(self.number as u64));
         let mut client = Client::new(self.number, &self.settings.server);
+        // Its first login is no pause of an application at work: it is not timed. A failure shows in the first operation.
+        let _ = client.connect().await;
         let mut operations = 0u64;
         while self.may_go_on().await {
             operations += 1;

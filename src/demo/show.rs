@@ -202,6 +202,8 @@ impl Display {
         if self.lines_drawn > 0 {
             text.push_str(&format!("\x1b[{}A\x1b[J", self.lines_drawn));
         }
+        // A line that the terminal folds would be two to move back over.
+        text.push_str("\x1b[?7l");
         for note in notes {
             text.push_str(&format!("{note}\n"));
         }
@@ -231,6 +233,7 @@ impl Display {
             text.push_str(line);
             text.push('\n');
         }
+        text.push_str("\x1b[?7h");
         self.lines_drawn = lines.len();
         text
     }
