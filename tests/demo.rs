@@ -159,11 +159,11 @@ async fn transactions_of_pgbench_are_counted_and_looked_up() {
     };
     let board = Arc::new(Board::new());
     let running = Pgbench::start(settings, board.clone());
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    assert!(board.pgbench_rate.load(Ordering::Relaxed) > 0, "progress is shown");
     let totals = running.stop().await.expect("totals");
     assert!(totals.transactions > 0 && totals.longest_us > 0, "{totals:?}");
     assert_eq!((totals.errors, totals.retries), (0, 0));
-    assert!(board.pgbench.load(Ordering::Relaxed) > 0, "progress was shown");
 
     let direct = server.client("postgres").await.expect("a connection");
     let mut found = LookUp::default();

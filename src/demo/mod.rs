@@ -207,3 +207,55 @@ async fn interrupted() {
         _ => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn good() -> Report {
+        let table = |name: &str, rows| Compared {
+            table: name.to_owned(),
+            old_rows: rows,
+            new_rows: rows,
+            different: 0,
+            example: None,
+        };
+        Report {
+            client_transactions: 900,
+            pgbench_transactions: 100,
+            compared: vec![table("public.photos", 40), table("public.likes", 2)],
+            looked_up: LookUp { acknowledged: 500, ..LookUp::default() },
+            ..Report::default()
+        }
+    }
+
+    #[test]
+    fn a_report_passes_only_without_any_fault() {
+        assert!(good().passed());
+        assert!(!Report::default().passed(), "nothing done, nothing shown");
+        let faults: [fn(&mut Report); 4] = [
+            |report| report.errors = 1,
+            |report| report.compared[1].different = 1,
+            |report| report.looked_up.missing = 1,
+            |report| report.looked_up.unexpected = 1,
+        ];
+        for fault in faults {
+            let mut report = good();
+            fault(&mut report);
+            assert!(!report.passed() && report.to_string().contains("FAILED"), "{report}");
+        }
+    }
+
+    #[test]
+    fn a_report_adds_up_and_names_what_differs() {
+        let mut report = good();
+        report.compared[0].different = 3;
+        report.compared[0].example = Some("only on old: (7)".to_owned());
+        let text = report.to_string();
+        for expected in
+            ["transactions", "1000", "42", "in 2 tables", "public.photos: 3 rows different; only on old: (7)"]
+        {
+            assert!(text.contains(expected), "{expected} is not in\n{text}");
+        }
+    }
+}

@@ -120,14 +120,14 @@ async fn run(settings: &Settings, protocol: &str, board: &Arc<Board>, totals: &m
         let mut lines = BufReader::new(progress).lines();
         while let Ok(Some(line)) = lines.next_line().await {
             match progress_tps(&line) {
-                // Reports come every second: a rate is a count.
-                Some(tps) => drop(board.pgbench.fetch_add(tps as u64, Ordering::Relaxed)),
+                Some(tps) => board.pgbench_rate.store(tps as u64, Ordering::Relaxed),
                 None if line.contains("error") || line.contains("fatal") => complaints.push(line),
                 None => {}
             }
         }
     }
     let output = child.wait_with_output().await.map_err(DemoError::io("running pgbench"))?;
+    board.pgbench_rate.store(0, Ordering::Relaxed);
     let said = String::from_utf8_lossy(&output.stdout);
     totals.transactions += number_after(&said, "number of transactions actually processed: ").unwrap_or(0);
     totals.retries += number_after(&said, "number of failed transactions: ").unwrap_or(0);

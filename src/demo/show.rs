@@ -13,8 +13,8 @@ use super::proxy::Gauges;
 pub struct Board {
     started: Instant,
     written: Mutex<Written>,
-    /// Transactions of pgbench so far, from its own progress reports.
-    pub pgbench: AtomicU64,
+    /// Transactions of pgbench per second, from its last progress report.
+    pub pgbench_rate: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -46,7 +46,7 @@ const LINE: Duration = Duration::from_secs(2);
 impl Board {
     /// An empty one; its clock starts.
     pub fn new() -> Board {
-        Board { started: Instant::now(), written: Mutex::default(), pgbench: AtomicU64::new(0) }
+        Board { started: Instant::now(), written: Mutex::default(), pgbench_rate: AtomicU64::new(0) }
     }
 
     fn written(&self) -> MutexGuard<'_, Written> {
@@ -123,7 +123,7 @@ struct Look {
     gauges: Gauges,
     errors: u64,
     rate: f64,
-    pgbench_rate: f64,
+    pgbench_rate: u64,
     p50_us: u64,
     p99_us: u64,
 }
@@ -132,7 +132,6 @@ struct Look {
 pub struct Display {
     board: Arc<Board>,
     looked: Instant,
-    pgbench_before: u64,
     lines_drawn: usize,
     notes_shown: usize,
 }
@@ -140,7 +139,7 @@ pub struct Display {
 impl Display {
     /// Of this board.
     pub fn new(board: Arc<Board>) -> Display {
-        Display { board, looked: Instant::now(), pgbench_before: 0, lines_drawn: 0, notes_shown: 0 }
+        Display { board, looked: Instant::now(), lines_drawn: 0, notes_shown: 0 }
     }
 
     /// Draws for ever, on standard error.
@@ -167,17 +166,14 @@ impl Display {
     fn look(&mut self) -> Look {
         let seconds = self.looked.elapsed().as_secs_f64();
         self.looked = Instant::now();
-        let pgbench = self.board.pgbench.load(Ordering::Relaxed);
         let mut latencies = std::mem::take(&mut self.board.written().latencies_us);
         latencies.sort_unstable();
         let mut look = Look {
             rate: latencies.len() as f64 / seconds,
-            pgbench_rate: pgbench.saturating_sub(self.pgbench_before) as f64 / seconds,
             p50_us: percentile(&latencies, 50),
             p99_us: percentile(&latencies, 99),
             ..Look::default()
         };
-        self.pgbench_before = pgbench;
         self.refresh(&mut look);
         look
     }
@@ -187,6 +183,7 @@ impl Display {
         look.now.clone_from(&written.now);
         look.gauges.clone_from(&written.gauges);
         look.errors = written.error_count;
+        look.pgbench_rate = self.board.pgbench_rate.load(Ordering::Relaxed);
     }
 
     fn new_notes(&mut self) -> Vec<String> {
@@ -215,7 +212,7 @@ impl Display {
             String::new(),
             format!("  phase    \x1b[1m{}\x1b[0m   {:.1} s", gauges.phase_name(), self.board.elapsed().as_secs_f64()),
             format!(
-                "  clients  {:.0}/s and pgbench {:.0}/s   p50 {}   p99 {}   errors {errors}",
+                "  clients  {:.0}/s and pgbench {}/s   p50 {}   p99 {}   errors {errors}",
                 look.rate,
                 look.pgbench_rate,
                 milliseconds(look.p50_us),
@@ -251,7 +248,7 @@ fn plain(notes: &[String], look: &Look, elapsed: Duration) -> String {
         (true, false) => "down",
     };
     text.push_str(&format!(
-        "{:5.1} s    phase {}, clients {:.0}/s, pgbench {:.0}/s, p50 {}, p99 {}, mirror {mirror}, debt {} owed {} in flight, errors {}\n",
+        "{:5.1} s    phase {}, clients {:.0}/s, pgbench {}/s, p50 {}, p99 {}, mirror {mirror}, debt {} owed {} in flight, errors {}\n",
         elapsed.as_secs_f64(),
         gauges.phase_name(),
         look.rate,
