@@ -195,10 +195,10 @@ class Crossfade(Contender):
         self._wait_until(f"phase {phase} to hold", lambda gauges: gauges.get(f'crossfade_phase{{phase="{phase}"}}') == 1)
 
     def settled(self):
-        """Nothing owed, nothing in flight; seen twice, since the gauges are renewed only now and then."""
+        """Nothing owed, nothing in flight; seen three times, since the gauges are renewed once a second."""
         if not self.mirrored:
             return
-        for _ in range(2):
+        for _ in range(3):
             time.sleep(1)
             self._wait_until("the debt to be paid", lambda gauges: debt(gauges) == 0, seconds=900)
 

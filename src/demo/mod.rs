@@ -115,7 +115,7 @@ pub struct Report {
     pub error_examples: Vec<String>,
     /// The longest single operation of any client.
     pub longest: Longest,
-    /// The largest debt, in keys.
+    /// The largest debt, owed and in flight; a whole table counts as one.
     pub owed_most: u64,
     /// Both sides, table by table, before phase `new`.
     pub compared: Vec<Compared>,
@@ -154,7 +154,7 @@ impl fmt::Display for Report {
             ("errors seen by clients", self.errors.to_string(), String::new()),
             ("serialization failures, deadlocks", self.retries.to_string(), String::new()),
             ("longest pause of any client", milliseconds(longest.us), longest.during.clone()),
-            ("largest debt", self.owed_most.to_string(), "keys, while new was behind or away".to_owned()),
+            ("largest debt", self.owed_most.to_string(), "keys and tables, owed or in flight".to_owned()),
             (
                 "rows compared",
                 self.rows_compared().to_string(),

@@ -195,15 +195,20 @@ async fn get(address: SocketAddr, path: &str) -> std::io::Result<(u16, String)> 
     tokio::time::timeout(ANSWER, ask).await.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
 }
 
+/// No transaction of the load is carried for longer.
+const CARRIED_MS_MAX: u64 = 3000;
+
 /// What the demo reads from /metrics.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Gauges {
     /// The phase that holds; None: none does yet.
     pub phase: Option<Phase>,
-    /// Debts owed, over all tables.
+    /// Debts owed, over all tables: keys, and whole tables that count as one.
     pub owed: u64,
     /// Debts in flight.
     pub in_flight: u64,
+    /// Age of the oldest debt of either kind, in milliseconds.
+    pub oldest_ms: u64,
     /// Tables that a write out of sight has tainted.
     pub tainted: u64,
     /// The mirror takes what it is given.
@@ -225,6 +230,7 @@ impl Gauges {
                 }
                 "crossfade_debt_keys" => gauges.owed += value as u64,
                 "crossfade_debt_in_flight" => gauges.in_flight += value as u64,
+                "crossfade_debt_oldest_seconds" => gauges.oldest_ms = (value * 1000.0) as u64,
                 "crossfade_tainted_tables" => gauges.tainted += value as u64,
                 "crossfade_mirror_up" => gauges.mirror_up = value == 1.0,
                 _ => {}
@@ -243,9 +249,15 @@ impl Gauges {
         self.phase.is_some_and(|phase| phase.mirror().is_some())
     }
 
-    /// Nothing is owed, apart from what the sessions are carrying just now.
-    pub fn nothing_owed(&self) -> bool {
-        self.owed == 0 && self.tainted == 0
+    /// Nothing is owed, apart from what the sessions are carrying just now, while the load runs. A proxy that has not asked
+    /// the mirror may count as in flight what was given up: its age tells.
+    pub fn caught_up(&self) -> bool {
+        self.owed == 0 && self.tainted == 0 && self.oldest_ms < CARRIED_MS_MAX
+    }
+
+    /// Nothing is owed or in flight: both databases are equal, if nobody writes.
+    pub fn all_paid(&self) -> bool {
+        self.caught_up() && self.in_flight == 0
     }
 }
 
@@ -257,11 +269,16 @@ mod tests {
     fn gauges_are_summed_over_tables_and_the_phase_is_the_one_with_1() {
         let text = "# HELP crossfade_phase x\ncrossfade_phase{phase=\"old\"} 0\ncrossfade_phase{phase=\"dual-write\"} 1\n\
             crossfade_debt_keys{table=\"public.photos\"} 3\ncrossfade_debt_keys{table=\"public.likes\"} 4\n\
-            crossfade_debt_in_flight 2\ncrossfade_tainted_tables 1\ncrossfade_mirror_up 1\nprocess_open_fds 9\n";
+            crossfade_debt_in_flight 2\ncrossfade_debt_oldest_seconds 0.25\ncrossfade_tainted_tables 1\ncrossfade_mirror_up 1\nprocess_open_fds 9\n";
         let gauges = Gauges::parse(text);
-        let expected = Gauges { phase: Some(Phase::DualWrite), owed: 7, in_flight: 2, tainted: 1, mirror_up: true };
+        let phase = Some(Phase::DualWrite);
+        let expected = Gauges { phase, owed: 7, in_flight: 2, oldest_ms: 250, tainted: 1, mirror_up: true };
         assert_eq!(gauges, expected);
-        assert!(gauges.has_mirror() && !gauges.nothing_owed());
+        assert!(gauges.has_mirror() && !gauges.caught_up());
+        let carried = Gauges { owed: 0, tainted: 0, ..gauges };
+        assert!(carried.caught_up() && !carried.all_paid());
+        assert!(Gauges { in_flight: 0, ..carried.clone() }.all_paid());
+        assert!(!Gauges { oldest_ms: 9000, ..carried }.caught_up());
         assert_eq!(Gauges::parse("").phase_name(), "-");
     }
 }

@@ -95,7 +95,7 @@ impl Board {
     /// What the proxy says of itself.
     pub fn observe(&self, gauges: Gauges) {
         let mut written = self.written();
-        written.owed_most = written.owed_most.max(gauges.owed);
+        written.owed_most = written.owed_most.max(gauges.owed + gauges.in_flight);
         written.gauges = gauges;
     }
 
@@ -104,7 +104,7 @@ impl Board {
         self.written().errors.clone()
     }
 
-    /// The largest debt seen.
+    /// The largest debt seen, owed and in flight.
     pub fn owed_most(&self) -> u64 {
         self.written().owed_most
     }

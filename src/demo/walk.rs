@@ -30,6 +30,8 @@ const PATIENCE: Duration = Duration::from_secs(90);
 const AWAY: Duration = Duration::from_secs(4);
 /// A phase is asked for again when it does not hold after this time: a gate may have been closed just then.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
+/// For how long gauges must say the same: the proxy renews them once a second.
+const STEADY: Duration = Duration::from_millis(2500);
 const POLL: Duration = Duration::from_millis(100);
 /// The longest rest of a client between two operations.
 const REST: Duration = Duration::from_millis(6);
@@ -150,7 +152,7 @@ impl Steps<'_> {
         self.hold().await;
         self.move_to(Phase::DualWrite).await?;
         board.say("every write goes to both; new catches up with what was there before");
-        self.wait_until("new to have caught up", Gauges::nothing_owed).await?;
+        self.wait_until("new to have caught up", Gauges::caught_up).await?;
         board.say("both databases are the same, and stay so");
         self.hold().await;
         self.lose_new(servers).await?;
@@ -247,19 +249,17 @@ impl Steps<'_> {
 
     async fn wait_until(&self, what: &str, enough: impl Fn(&Gauges) -> bool) -> Result<(), DemoError> {
         let deadline = Instant::now() + PATIENCE;
-        let mut before = false;
+        let mut since: Option<Instant> = None;
         loop {
             let gauges = self.look().await?;
-            // Twice, and not at once: the gauges are renewed now and then only.
-            let now = enough(&gauges);
-            if now && before {
+            since = if enough(&gauges) { since.or_else(|| Some(Instant::now())) } else { None };
+            if since.is_some_and(|since| since.elapsed() > STEADY) {
                 return Ok(());
             }
-            before = now;
             if Instant::now() > deadline {
                 return Err(self.gave_up(&format!("waited in vain for {what}"), &gauges));
             }
-            sleep(if now { 10 * POLL } else { POLL }).await;
+            sleep(POLL).await;
         }
     }
 
@@ -291,7 +291,7 @@ impl Steps<'_> {
         self.board.say("the new server is started again");
         servers.new.start().await?;
         self.board.say("new is back; what it is owed is paid");
-        self.wait_until("the mirror to be up and the debt paid", |gauges| gauges.mirror_up && gauges.nothing_owed())
+        self.wait_until("the mirror to be up and the debt paid", |gauges| gauges.mirror_up && gauges.caught_up())
             .await?;
         self.board.say("both databases are the same again");
         Ok(())
@@ -300,7 +300,7 @@ impl Steps<'_> {
     async fn compare(&self, servers: &Servers, load: &mut Load) -> Result<Vec<compare::Compared>, DemoError> {
         self.board.say("the clients are paused, so that both databases stand still");
         load.pause().await;
-        self.wait_until("nothing to be in flight", |gauges| gauges.nothing_owed() && gauges.in_flight == 0).await?;
+        self.wait_until("nothing to be in flight", Gauges::all_paid).await?;
         self.board.say("every row of every table is compared, past the proxy");
         let (old, new) = tokio::try_join!(servers.old.client(DATABASE), servers.new.client(DATABASE))?;
         compare::compare(&old, &new).await.map_err(DemoError::postgres("comparing both databases"))
