@@ -6,6 +6,7 @@ pub mod catalog;
 pub mod cli;
 pub mod cluster;
 pub mod config;
+pub mod demo;
 pub mod ledger;
 pub mod metrics;
 pub mod migrate;
