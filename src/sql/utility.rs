@@ -198,9 +198,8 @@ pub fn read(words: Words<'_>, bare: Facts) -> Option<Read> {
         "listen" | "unlisten" | "notify" => Verb::Notify,
         "do" => Verb::Do,
         "vacuum" | "analyze" | "analyse" | "checkpoint" | "cluster" | "load" => Verb::Maintenance,
-        "alter" | "drop" | "grant" | "revoke" | "comment" | "refresh" | "reindex" | "security" | "import" | "reassign" => {
-            Verb::Ddl { temporary: false }
-        }
+        "alter" | "drop" | "grant" | "revoke" | "comment" | "refresh" | "reindex" | "security" | "import"
+        | "reassign" => Verb::Ddl { temporary: false },
         _ => return None,
     };
     Some(Read::Whole(Facts { verb, ..bare }))
@@ -281,7 +280,13 @@ fn setting(mut words: Words<'_>, keyword: &str) -> Option<Verb> {
         "reset" => reset(words),
         "show" => Some(Verb::Show),
         "discard" => {
-            let kinds = [("all", "all"), ("plans", "plans"), ("temp", "temp"), ("temporary", "temp"), ("sequences", "sequences")];
+            let kinds = [
+                ("all", "all"),
+                ("plans", "plans"),
+                ("temp", "temp"),
+                ("temporary", "temp"),
+                ("sequences", "sequences"),
+            ];
             let (_, kind) = kinds.into_iter().find(|(word, _)| words.eat(word))?;
             words.is_done().then(|| Verb::Discard(kind.to_owned()))
         }
@@ -358,7 +363,10 @@ fn explain(mut words: Words<'_>, bare: Facts) -> Option<Read> {
     let mut analyze = false;
     let mut options = words;
     options.at += 1;
-    if words.is_punct(b'(') && !options.is_punct(b'(') && !["select", "values", "table", "with"].iter().any(|word| options.is(word)) {
+    if words.is_punct(b'(')
+        && !options.is_punct(b'(')
+        && !["select", "values", "table", "with"].iter().any(|word| options.is(word))
+    {
         let end = {
             let mut end = words;
             end.skip_parens()?;
@@ -467,8 +475,12 @@ fn copy(mut words: Words<'_>, bare: Facts) -> Option<Read> {
     let client = words.eat_any(&["stdin", "stdout"]);
     let functions = if from { words.calls_behind("where") } else { Vec::new() };
     Some(Read::Whole(match (from, client) {
-        (true, true) => Facts { verb: Verb::CopyFromStdin, targets: vec![whole_table(table)], columns, functions, ..bare },
-        (true, false) => Facts { verb: Verb::CopyFromServer, targets: vec![whole_table(table)], columns, functions, ..bare },
+        (true, true) => {
+            Facts { verb: Verb::CopyFromStdin, targets: vec![whole_table(table)], columns, functions, ..bare }
+        }
+        (true, false) => {
+            Facts { verb: Verb::CopyFromServer, targets: vec![whole_table(table)], columns, functions, ..bare }
+        }
         (false, _) => Facts { verb: Verb::CopyTo, reads: vec![table], columns, ..bare },
     }))
 }
@@ -496,7 +508,9 @@ fn create(mut words: Words<'_>, bare: Facts) -> Read {
     let queries = ["select", "with", "values", "execute"];
     let mut behind = words;
     while table && !behind.is_done() {
-        if behind.eat("as") && (queries.iter().any(|query| behind.is(query)) || behind.is("table") || behind.is_punct(b'(')) {
+        if behind.eat("as")
+            && (queries.iter().any(|query| behind.is(query)) || behind.is("table") || behind.is_punct(b'('))
+        {
             return Read::DdlWithQuery(facts);
         }
         behind.at += 1;
