@@ -32,19 +32,30 @@ pub fn clean(text: &[u8], tokens: &[Token]) -> Option<Clean> {
     Some(Clean { text: String::from_utf8(out).ok()?, tokens: tokens.len() - blanked })
 }
 
-/// Blanks ONLY before a table's name: it changes no name, and sqlparser takes it for one.
+/// Blanks ONLY before a table's name, and the parentheses that may stand around that: it changes no name, and sqlparser
+/// takes it for one. How many tokens went.
 fn blank_only(text: &[u8], tokens: &[Token], out: &mut [u8]) -> usize {
     let mut blanked = 0;
-    for three in tokens.windows(3) {
-        let [before, only, name] = three else { continue };
+    let mut blank = |token: &Token| {
+        out[token.range()].fill(b' ');
+        blanked += 1;
+    };
+    let is_name = |token: &Token| matches!(token.kind, Kind::Word | Kind::Quoted | Kind::UnicodeQuoted);
+    for (place, pair) in tokens.windows(2).enumerate() {
+        let [before, only] = pair else { continue };
         let in_place =
             ["from", "join", "update", "into", "using", "table"].iter().any(|word| before.is_word(text, word));
-        if only.is_word(text, "only")
-            && (in_place || before.is_punct(text, b','))
-            && matches!(name.kind, Kind::Word | Kind::Quoted | Kind::UnicodeQuoted)
-        {
-            out[only.range()].fill(b' ');
-            blanked += 1;
+        let rest = &tokens[place + 2..];
+        if !only.is_word(text, "only") || !(in_place || before.is_punct(text, b',')) {
+            continue;
+        }
+        if rest.first().is_some_and(is_name) {
+            blank(only);
+        } else if let Some(open) = rest.first().filter(|token| token.is_punct(text, b'(')) {
+            let inside = rest[1..].iter().take_while(|token| is_name(token) || token.is_punct(text, b'.')).count();
+            if let Some(close) = rest.get(1 + inside).filter(|token| token.is_punct(text, b')')) {
+                [only, open, close].into_iter().for_each(&mut blank);
+            }
         }
     }
     blanked

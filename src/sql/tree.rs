@@ -213,6 +213,11 @@ impl Reader<'_> {
     }
 
     fn relation(&mut self, node: &SyntaxNode) -> Option<()> {
+        if let [token] = self.source.tokens_of(node)
+            && is_value_function(self.source.text, token)
+        {
+            return None; // FROM current_date: no table, though both parsers say so
+        }
         let name = self.source.name(node)?;
         if let Some(write) = self.writes.last_mut()
             && write.table.is_none()
@@ -347,6 +352,24 @@ fn cte_name(source: Source<'_>, table: &SyntaxNode) -> Option<String> {
     source.ident(&table.children().find(|child| child.kind() == K::CTE_NAME)?)
 }
 
+/// A function without parentheses, which may stand in FROM.
+fn is_value_function(text: &[u8], token: &Token) -> bool {
+    let words = [
+        "current_catalog",
+        "current_date",
+        "current_role",
+        "current_schema",
+        "current_time",
+        "current_timestamp",
+        "current_user",
+        "localtime",
+        "localtimestamp",
+        "session_user",
+        "user",
+    ];
+    words.iter().any(|word| token.is_word(text, word))
+}
+
 /// Whether this name stands where `write` names its table.
 fn is_target_of(node: &SyntaxNode, write: &SyntaxNode) -> bool {
     let parent = match node.parent() {
@@ -376,5 +399,19 @@ fn is_function_before_17(kind: K) -> bool {
 
 /// Written like calls, but no functions: parts of the grammar.
 fn is_expression(name: &str) -> bool {
-    matches!(name, "coalesce" | "greatest" | "least" | "nullif" | "grouping" | "row" | "xmlconcat" | "xmlforest")
+    matches!(
+        name,
+        "coalesce"
+            | "greatest"
+            | "least"
+            | "nullif"
+            | "grouping"
+            | "row"
+            | "xmlconcat"
+            | "xmlforest"
+            | "current_time"
+            | "current_timestamp"
+            | "localtime"
+            | "localtimestamp"
+    )
 }

@@ -185,11 +185,8 @@ pub fn read(words: Words<'_>, bare: Facts) -> Option<Read> {
         "truncate" => return truncate(words, bare).map(Read::Whole),
         "lock" => return lock(words, bare).map(Read::Whole),
         "create" => return Some(create(words, bare)),
-        "call" | "execute" => {
-            let functions = words.calls();
-            let verb = if keyword == "call" { Verb::Call } else { Verb::Execute(words.ident()?) };
-            return Some(Read::Whole(Facts { verb, functions, ..bare }));
-        }
+        "call" => Verb::Call,
+        "execute" => Verb::Execute(words.ident()?),
         "begin" | "start" | "commit" | "end" | "rollback" | "abort" | "savepoint" | "release" => {
             transaction(words, &keyword)?
         }
@@ -202,7 +199,9 @@ pub fn read(words: Words<'_>, bare: Facts) -> Option<Read> {
         | "reassign" => Verb::Ddl { temporary: false },
         _ => return None,
     };
-    Some(Read::Whole(Facts { verb, ..bare }))
+    // The arguments of EXECUTE and CALL, and the procedure itself.
+    let functions = if matches!(verb, Verb::Execute(_) | Verb::Call) { words.calls() } else { Vec::new() };
+    Some(Read::Whole(Facts { verb, functions, ..bare }))
 }
 
 fn transaction(mut words: Words<'_>, keyword: &str) -> Option<Verb> {
