@@ -5,12 +5,64 @@ mod catalog_support;
 
 use std::sync::Arc;
 
-use catalog_support::{Server, run};
+use bytes::{Bytes, BytesMut};
+use catalog_support::Server;
 use crossfade::catalog::{self, Catalog, Table};
 use crossfade::phase::Side;
 use crossfade::plan::image::{self, Row, Texts};
 use crossfade::sql::facts::Name;
+use tokio_postgres::types::{Format, IsNull, Kind, ToSql, Type};
 use tokio_postgres::{Client, SimpleQueryMessage};
+
+/// A value as it is, in the format of the protocol that it has (1 binary, 0 text).
+#[derive(Debug)]
+struct Raw(Option<Bytes>, i16);
+
+impl ToSql for Raw {
+    fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
+        match &self.0 {
+            None => Ok(IsNull::Yes),
+            Some(bytes) => {
+                out.extend_from_slice(bytes);
+                Ok(IsNull::No)
+            }
+        }
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    fn to_sql_checked(
+        &self,
+        kind: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
+        self.to_sql(kind, out)
+    }
+
+    fn encode_format(&self, _: &Type) -> Format {
+        if self.1 == 1 { Format::Binary } else { Format::Text }
+    }
+}
+
+/// Executes a statement of an image with these parameters; the rows that it returns.
+async fn run(
+    client: &Client,
+    statement: &image::Statement,
+    parameters: Vec<Option<Bytes>>,
+) -> Result<Vec<tokio_postgres::Row>, tokio_postgres::Error> {
+    assert_eq!(statement.parameter_types.len(), parameters.len());
+    assert_eq!(statement.formats.len(), parameters.len());
+    let kind =
+        |oid: &u32| Type::from_oid(*oid).unwrap_or_else(|| Type::new("_".into(), *oid, Kind::Simple, "_".into()));
+    let kinds: Vec<Type> = statement.parameter_types.iter().map(kind).collect();
+    let prepared = client.prepare_typed(&statement.text, &kinds).await?;
+    let raw: Vec<Raw> =
+        parameters.into_iter().zip(&statement.formats).map(|(value, format)| Raw(value, *format)).collect();
+    let parameters: Vec<&(dyn ToSql + Sync)> = raw.iter().map(|value| value as _).collect();
+    client.query(&prepared, &parameters).await
+}
 
 const TYPES: &str = r#"
 CREATE EXTENSION hstore; CREATE EXTENSION citext; CREATE EXTENSION ltree; CREATE EXTENSION seg; CREATE EXTENSION cube;

@@ -1,12 +1,12 @@
 //! PostgreSQL's regression suite, as PostgreSQL's own parser reads it (see tests/oracle), against our facts.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
 use crossfade::sql::facts::{Facts, Name, Verb};
 use crossfade::sql::{self, Limits};
 use serde_json::Value;
 
-/// Shared with nothing: the share of SELECT and DML that must have facts.
+/// The share of SELECT and DML that must have facts.
 const FACTS_MIN: f64 = 0.999;
 
 /// What PostgreSQL's parser says of one statement.
@@ -96,11 +96,8 @@ fn mistakes(expected: &Expected, facts: &Facts) -> Vec<String> {
     if reads != expected.relations {
         wrong.push(format!("reads {reads:?}, expected {:?}", expected.relations));
     }
-    let missing: Vec<&Name> = expected
-        .functions
-        .iter()
-        .filter(|name| !is_operator(name) && !facts.functions.contains(name))
-        .collect();
+    let missing: Vec<&Name> =
+        expected.functions.iter().filter(|name| !is_operator(name) && !facts.functions.contains(name)).collect();
     if !missing.is_empty() {
         wrong.push(format!("functions {:?} without {missing:?}", facts.functions));
     }
@@ -112,8 +109,13 @@ fn the_regression_suite_is_read_as_postgresql_reads_it() {
     let corpus = corpus();
     let mut unread = Vec::new();
     let mut wrong = Vec::new();
+    let mut shapes: HashMap<Vec<u8>, (Facts, &str)> = HashMap::new();
     for expected in &corpus {
         let facts = sql::read(expected.text.as_bytes(), Limits::default());
+        let shape = sql::shape(expected.text.as_bytes());
+        assert_eq!(facts.end, shape.end, "{}", expected.text);
+        let (same, first) = shapes.entry(shape.text).or_insert((facts.clone(), &expected.text));
+        assert_eq!(Facts { end: same.end, ..facts.clone() }, *same, "of one shape:\n{first}\n{}", expected.text);
         if !is_understood(&facts) {
             unread.push(&expected.text);
             continue;
@@ -124,7 +126,14 @@ fn the_regression_suite_is_read_as_postgresql_reads_it() {
         }
     }
     let share = 1.0 - unread.len() as f64 / corpus.len() as f64;
-    println!("{} statements, facts for {:.3} %, {} without, {} wrong", corpus.len(), share * 100.0, unread.len(), wrong.len());
+    println!(
+        "{} statements, facts for {:.3} %, {} without, {} wrong, {} shapes",
+        corpus.len(),
+        share * 100.0,
+        unread.len(),
+        wrong.len(),
+        shapes.len()
+    );
     for text in unread.iter().take(60) {
         println!("--- without facts:\n{text}");
     }

@@ -1,12 +1,12 @@
 //! `crossfade explain`: what would be done with a statement, in words.
 
 use std::fmt::Write;
+use std::sync::Arc;
 
 use super::{Capture, Effect, Opaque, Plan, plan};
 use crate::catalog::{Catalog, Table};
-use crate::phase::Phase;
-use crate::sql::facts::Facts;
-use std::sync::Arc;
+use crate::phase::{Phase, Side};
+use crate::sql::facts::{Facts, Name};
 
 /// What the proxy would do with `text`, whose facts these are: its kind, and a line for each phase. For a session whose client_encoding
 /// is UTF8 and whose role may read the tables.
@@ -32,7 +32,9 @@ pub fn explain(text: &str, facts: &Facts, catalog: &Catalog) -> String {
         let _ = match plan(facts, catalog, authority, None, true) {
             Plan::Pass => writeln!(out, ", as it is: it writes no migrating table"),
             Plan::Capture(found) => {
-                captured(&mut out, &found, text, facts).and_then(|()| writeln!(out, "; mirrored to {mirror}"))
+                let head = text.get(..facts.end).unwrap_or(text);
+                captured(&mut out, &found, mirror)
+                    .and_then(|()| writeln!(out, ". Sent to {authority} as\n               {head}{}", found.splice))
             }
             Plan::Opaque(found) => unseen(&mut out, &found),
             Plan::Truncate(tables) => writeln!(out, "; {} truncated on {mirror} at COMMIT", labels(&tables)),
@@ -42,7 +44,7 @@ pub fn explain(text: &str, facts: &Facts, catalog: &Catalog) -> String {
     out
 }
 
-fn label(name: &crate::sql::facts::Name) -> String {
+fn label(name: &Name) -> String {
     match &name.schema {
         Some(schema) => format!("{schema}.{}", name.name),
         None => name.name.clone(),
@@ -53,17 +55,16 @@ fn labels(tables: &[Arc<Table>]) -> String {
     tables.iter().map(|table| table.label()).collect::<Vec<_>>().join(", ")
 }
 
-fn captured(out: &mut String, found: &Capture, text: &str, facts: &Facts) -> std::fmt::Result {
+fn captured(out: &mut String, found: &Capture, mirror: Side) -> std::fmt::Result {
     let rows = match found.effect {
         Effect::Row => "each row as it then is",
         Effect::Gone => "the key of each row that is gone",
     };
-    write!(out, " with a hidden column; {rows}, of {}", labels(&found.tables))?;
+    write!(out, "; {rows}, of {}, is mirrored to {mirror}", labels(&found.tables))?;
     if found.audited {
-        write!(out, " (audited before COMMIT: triggers, cascades or functions may write more)")?;
+        write!(out, "; triggers, cascades or functions may write more, so the transaction is audited before COMMIT")?;
     }
-    let head = text.get(..facts.end).unwrap_or(text);
-    write!(out, "\n               {head}{}\n              ", found.splice)
+    Ok(())
 }
 
 fn unseen(out: &mut String, found: &Opaque) -> std::fmt::Result {

@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 
 use sqlparser::ast::{
-    Expr, FromTable, Ident, ObjectName, ObjectNamePart, Query, SetExpr, Statement, TableFactor, TableObject, Visit, Visitor, With,
+    Expr, FromTable, Ident, ObjectName, ObjectNamePart, Query, SetExpr, Statement, TableFactor, TableObject, Visit,
+    Visitor, With,
 };
 use sqlparser::dialect::PostgreSqlDialect;
 use sqlparser::parser::Parser;
@@ -13,8 +14,8 @@ use sqlparser::parser::Parser;
 use super::facts::{Facts, Name, Verb};
 use super::name::fold_spelled;
 
-/// sqlparser tries both meanings of each opening parenthesis in FROM, which doubles its work: deeper ones it is not asked.
-const NESTING_MAX: usize = 16;
+/// sqlparser tries two meanings of some parentheses (`position(`), which doubles its work with each level: 25 ms for these.
+const NESTING_MAX: usize = 12;
 
 /// What both readings are compared by.
 #[derive(Debug, PartialEq, Eq)]
@@ -97,7 +98,8 @@ impl Reader {
     }
 
     fn scope(query: &Query, with: &With) -> Option<Scope> {
-        let ctes: Option<Vec<_>> = with.cte_tables.iter().map(|cte| Some((ident(&cte.alias.name)?, &raw const *cte.query))).collect();
+        let ctes: Option<Vec<_>> =
+            with.cte_tables.iter().map(|cte| Some((ident(&cte.alias.name)?, &raw const *cte.query))).collect();
         let ctes = ctes?;
         let visible = ctes.len();
         Some(Scope { query, recursive: with.recursive, ctes, visible })
@@ -112,7 +114,8 @@ impl Reader {
 /// The statement that a WITH clause stands in front of.
 fn top(statement: &Statement) -> &Statement {
     if let Statement::Query(query) = statement
-        && let SetExpr::Insert(inner) | SetExpr::Update(inner) | SetExpr::Delete(inner) | SetExpr::Merge(inner) = query.body.as_ref()
+        && let SetExpr::Insert(inner) | SetExpr::Update(inner) | SetExpr::Delete(inner) | SetExpr::Merge(inner) =
+            query.body.as_ref()
     {
         return inner;
     }
@@ -133,10 +136,7 @@ impl Visitor for Reader {
             let Some(scope) = Reader::scope(query, with) else { return ControlFlow::Break(()) };
             self.scopes.push(scope);
         }
-        match query.body.as_ref() {
-            SetExpr::Table(_) => ControlFlow::Break(()), // its name has lost its quotes
-            _ => ControlFlow::Continue(()),
-        }
+        if has_table_command(&query.body) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
     fn post_visit_query(&mut self, query: &Query) -> ControlFlow<()> {
@@ -209,6 +209,19 @@ impl Visitor for Reader {
         }
         ControlFlow::Continue(())
     }
+}
+
+/// `TABLE name` in a query or an operand of its UNIONs: the walk does not show it, and its name has lost its quotes.
+fn has_table_command(body: &SetExpr) -> bool {
+    let mut left = vec![body];
+    while let Some(body) = left.pop() {
+        match body {
+            SetExpr::Table(_) => return true,
+            SetExpr::SetOperation { left: one, right: other, .. } => left.extend([one.as_ref(), other.as_ref()]),
+            _ => {}
+        }
+    }
+    false
 }
 
 fn table_name(factor: &TableFactor) -> Option<Name> {

@@ -1,6 +1,6 @@
 //! The text that the parsers are given: as long as the statement, byte for byte, but with nothing in it that they may
 //! lex differently from PostgreSQL. Strings hold only `x`, numbers are integers, comments are blanks; long lists of
-//! literals are blanked too, so that a bulk INSERT costs no more than a single one.
+//! literals are blanked too, and ONLY; so that a bulk INSERT costs no more than a single one.
 
 use super::lex::{Kind, Token};
 
@@ -28,8 +28,37 @@ pub fn clean(text: &[u8], tokens: &[Token]) -> Option<Clean> {
             _ => place.copy_from_slice(token.bytes(text)),
         }
     }
-    let blanked = blank_lists(text, tokens, &mut out);
+    let blanked = blank_lists(text, tokens, &mut out) + blank_only(text, tokens, &mut out);
     Some(Clean { text: String::from_utf8(out).ok()?, tokens: tokens.len() - blanked })
+}
+
+/// Blanks ONLY before a table's name, and the parentheses that may stand around that: it changes no name, and sqlparser
+/// takes it for one. How many tokens went.
+fn blank_only(text: &[u8], tokens: &[Token], out: &mut [u8]) -> usize {
+    let mut blanked = 0;
+    let mut blank = |token: &Token| {
+        out[token.range()].fill(b' ');
+        blanked += 1;
+    };
+    let is_name = |token: &Token| matches!(token.kind, Kind::Word | Kind::Quoted | Kind::UnicodeQuoted);
+    for (place, pair) in tokens.windows(2).enumerate() {
+        let [before, only] = pair else { continue };
+        let in_place =
+            ["from", "join", "update", "into", "using", "table"].iter().any(|word| before.is_word(text, word));
+        let rest = &tokens[place + 2..];
+        if !only.is_word(text, "only") || !(in_place || before.is_punct(text, b',')) {
+            continue;
+        }
+        if rest.first().is_some_and(is_name) {
+            blank(only);
+        } else if let Some(open) = rest.first().filter(|token| token.is_punct(text, b'(')) {
+            let inside = rest[1..].iter().take_while(|token| is_name(token) || token.is_punct(text, b'.')).count();
+            if let Some(close) = rest.get(1 + inside).filter(|token| token.is_punct(text, b')')) {
+                [only, open, close].into_iter().for_each(&mut blank);
+            }
+        }
+    }
+    blanked
 }
 
 fn quoted(place: &mut [u8], quote: u8) {
@@ -90,7 +119,8 @@ fn items(tokens: &[Token], start: usize, item: impl Fn(usize) -> Option<usize>, 
         at = end + 1;
     }
     // What follows must be the list's end or another item of it, else the last literal is the beginning of something longer.
-    let closed = tokens.get(found.end).is_some_and(|next| [b',', b')', b']'].iter().any(|&byte| next.is_punct(text, byte)));
+    let closed =
+        tokens.get(found.end).is_some_and(|next| [b',', b')', b']'].iter().any(|&byte| next.is_punct(text, byte)));
     let row_end = tokens.get(found.end.wrapping_sub(1)).is_some_and(|last| last.is_punct(text, b')'));
     if closed || row_end { found } else { Items { count: 0, first_end: start, end: start } }
 }
@@ -145,7 +175,10 @@ mod tests {
 
     #[test]
     fn literals_lose_their_content_and_names_stay() {
-        assert_eq!(cleaned("select e'\\'', 1.5, $$;$$ /* ' */ from \"A'b\" -- x").0, "select 'xxx', 111, 'xxx' from \"A'b\"");
+        assert_eq!(
+            cleaned("select e'\\'', 1.5, $$;$$ /* ' */ from \"A'b\" -- x").0,
+            "select 'xxx', 111, 'xxx' from \"A'b\""
+        );
         let text = b"select \xff from t";
         assert!(clean(text, &lex(text).filter(|token| !token.kind.is_gap()).collect::<Vec<_>>()).is_none());
     }
@@ -153,7 +186,10 @@ mod tests {
     #[test]
     fn long_lists_are_shortened_and_short_ones_are_not() {
         let numbers = vec!["-1"; 40].join(",");
-        assert_eq!(cleaned(&format!("select f(a) where a in ({numbers})")), ("select f(a) where a in (-1 )".into(), 12));
+        assert_eq!(
+            cleaned(&format!("select f(a) where a in ({numbers})")),
+            ("select f(a) where a in (-1 )".into(), 12)
+        );
         let rows = vec!["(1, 'x', null, $1::int)"; 40].join(", ");
         let (text, _) = cleaned(&format!("insert into t values {rows} returning a"));
         assert_eq!(text, "insert into t values (1, 'x', null, $1::int) returning a");

@@ -131,7 +131,22 @@ fn is_word_part(byte: u8) -> bool {
 fn is_operator(byte: u8) -> bool {
     matches!(
         byte,
-        b'~' | b'!' | b'@' | b'#' | b'^' | b'&' | b'|' | b'`' | b'?' | b'+' | b'-' | b'*' | b'/' | b'%' | b'<' | b'>' | b'='
+        b'~' | b'!'
+            | b'@'
+            | b'#'
+            | b'^'
+            | b'&'
+            | b'|'
+            | b'`'
+            | b'?'
+            | b'+'
+            | b'-'
+            | b'*'
+            | b'/'
+            | b'%'
+            | b'<'
+            | b'>'
+            | b'='
     )
 }
 
@@ -187,7 +202,8 @@ fn word(text: &[u8], at: usize, first: u8) -> (Kind, usize) {
 /// The rest of a string constant whose first quote lies before `at`. With `escapes`, a backslash takes the next byte.
 fn quoted_text(text: &[u8], mut at: usize, escapes: bool) -> (Kind, usize) {
     loop {
-        let stop = if escapes { memchr::memchr2(b'\'', b'\\', &text[at..]) } else { memchr::memchr(b'\'', &text[at..]) };
+        let stop =
+            if escapes { memchr::memchr2(b'\'', b'\\', &text[at..]) } else { memchr::memchr(b'\'', &text[at..]) };
         let Some(offset) = stop else { return (Kind::Unterminated, text.len()) };
         at += offset + 1;
         if text[at - 1] == b'\\' {
@@ -403,7 +419,10 @@ mod tests {
 
     /// The tokens that are no gap, as kind and text.
     fn tokens(text: &str) -> Vec<(Kind, &str)> {
-        lex(text.as_bytes()).filter(|token| !token.kind.is_gap()).map(|token| (token.kind, &text[token.range()])).collect()
+        lex(text.as_bytes())
+            .filter(|token| !token.kind.is_gap())
+            .map(|token| (token.kind, &text[token.range()]))
+            .collect()
     }
 
     #[test]
@@ -411,16 +430,76 @@ mod tests {
         use Kind::*;
         for (text, expected) in [
             ("select é$1", vec![(Word, "select"), (Word, "é$1")]),
-            (r#""a""b" U&"d\0061" uescape '!' x"#, vec![(Quoted, r#""a""b""#), (UnicodeQuoted, r#"U&"d\0061" uescape '!'"#), (Word, "x")]),
+            (
+                r#""a""b" U&"d\0061" uescape '!' x"#,
+                vec![(Quoted, r#""a""b""#), (UnicodeQuoted, r#"U&"d\0061" uescape '!'"#), (Word, "x")],
+            ),
             (r"'a\' 'b''c'", vec![(Text, r"'a\'"), (Text, "'b''c'")]),
             (r"E'a\'b' e'\\'", vec![(Text, r"E'a\'b'"), (Text, r"e'\\'")]),
-            ("b'01'x'ff'n'z' u&'z' UESCAPE '!'", vec![(Text, "b'01'"), (Text, "x'ff'"), (Text, "n'z'"), (Text, "u&'z' UESCAPE '!'")]),
+            (
+                "b'01'x'ff'n'z' u&'z' UESCAPE '!'",
+                vec![(Text, "b'01'"), (Text, "x'ff'"), (Text, "n'z'"), (Text, "u&'z' UESCAPE '!'")],
+            ),
             ("'a' -- c\n  'b' 'c'", vec![(Text, "'a' -- c\n  'b'"), (Text, "'c'")]),
-            ("$$a'$$ $t$ $$ $t$ $1 $ $é1$x$é1$", vec![(Text, "$$a'$$"), (Text, "$t$ $$ $t$"), (Param, "$1"), (Unknown, "$"), (Text, "$é1$x$é1$")]),
-            ("1 1.5 .5e-3 1e5 0x1F 0b101 1_000 1..2 1.", vec![(Number, "1"), (Number, "1.5"), (Number, ".5e-3"), (Number, "1e5"), (Number, "0x1F"), (Number, "0b101"), (Number, "1_000"), (Number, "1"), (Punct, ".."), (Number, "2"), (Number, "1.")]),
-            ("a.b a::int :=x[1:2]", vec![(Word, "a"), (Punct, "."), (Word, "b"), (Word, "a"), (Punct, "::"), (Word, "int"), (Punct, ":="), (Word, "x"), (Punct, "["), (Number, "1"), (Punct, ":"), (Number, "2"), (Punct, "]")]),
-            ("1=-1 a@-b *- <>+-", vec![(Number, "1"), (Operator, "="), (Operator, "-"), (Number, "1"), (Word, "a"), (Operator, "@-"), (Word, "b"), (Operator, "*"), (Operator, "-"), (Operator, "<>"), (Operator, "+"), (Operator, "-")]),
-            ("a--b\nc /* /* */ ' */ d -/**/e", vec![(Word, "a"), (Word, "c"), (Word, "d"), (Operator, "-"), (Word, "e")]),
+            (
+                "$$a'$$ $t$ $$ $t$ $1 $ $é1$x$é1$",
+                vec![(Text, "$$a'$$"), (Text, "$t$ $$ $t$"), (Param, "$1"), (Unknown, "$"), (Text, "$é1$x$é1$")],
+            ),
+            (
+                "1 1.5 .5e-3 1e5 0x1F 0b101 1_000 1..2 1.",
+                vec![
+                    (Number, "1"),
+                    (Number, "1.5"),
+                    (Number, ".5e-3"),
+                    (Number, "1e5"),
+                    (Number, "0x1F"),
+                    (Number, "0b101"),
+                    (Number, "1_000"),
+                    (Number, "1"),
+                    (Punct, ".."),
+                    (Number, "2"),
+                    (Number, "1."),
+                ],
+            ),
+            (
+                "a.b a::int :=x[1:2]",
+                vec![
+                    (Word, "a"),
+                    (Punct, "."),
+                    (Word, "b"),
+                    (Word, "a"),
+                    (Punct, "::"),
+                    (Word, "int"),
+                    (Punct, ":="),
+                    (Word, "x"),
+                    (Punct, "["),
+                    (Number, "1"),
+                    (Punct, ":"),
+                    (Number, "2"),
+                    (Punct, "]"),
+                ],
+            ),
+            (
+                "1=-1 a@-b *- <>+-",
+                vec![
+                    (Number, "1"),
+                    (Operator, "="),
+                    (Operator, "-"),
+                    (Number, "1"),
+                    (Word, "a"),
+                    (Operator, "@-"),
+                    (Word, "b"),
+                    (Operator, "*"),
+                    (Operator, "-"),
+                    (Operator, "<>"),
+                    (Operator, "+"),
+                    (Operator, "-"),
+                ],
+            ),
+            (
+                "a--b\nc /* /* */ ' */ d -/**/e",
+                vec![(Word, "a"), (Word, "c"), (Word, "d"), (Operator, "-"), (Word, "e")],
+            ),
             ("'abc", vec![(Unterminated, "'abc")]),
             ("x /* /* */", vec![(Word, "x"), (Unterminated, "/* /* */")]),
             ("$a$ b", vec![(Unterminated, "$a$ b")]),

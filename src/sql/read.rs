@@ -26,16 +26,17 @@ pub struct Limits {
 }
 
 impl Default for Limits {
-    /// 16 MiB, 100,000 tokens, 10,000 deep.
+    /// 16 MiB, 100,000 tokens, 5,000 deep: squawk-syntax takes time by the square of the depth for some chains.
     fn default() -> Limits {
-        Limits { bytes_max: 16 << 20, tokens_max: 100_000, depth_max: 10_000 }
+        Limits { bytes_max: 16 << 20, tokens_max: 100_000, depth_max: 5_000 }
     }
 }
 
 /// Up to this depth a statement is parsed on the caller's own stack.
-const OWN_STACK_DEPTH_MAX: usize = 100;
-/// Stack for each level of depth: what a build without optimisation needs at worst, doubled.
-const STACK_BYTES_PER_LEVEL: usize = 16 << 10;
+const OWN_STACK_DEPTH_MAX: usize = 48;
+/// Stack for each level of depth: what a build without optimisation was seen to need at worst (13 KiB for sqlparser on
+/// `t JOIN t JOIN ... ON a ON a`), doubled and more.
+const STACK_BYTES_PER_LEVEL: usize = 32 << 10;
 /// EXPLAIN of EXPLAIN and the like end here.
 const INNER_MAX: usize = 4;
 
@@ -201,7 +202,9 @@ fn depth(text: &[u8], tokens: &[Token]) -> Depth {
                 below -= level.since_comma + level.set_operations;
             }
             b',' => level.since_comma = 0,
-            _ if ["union", "intersect", "except"].iter().any(|word| token.is_word(text, word)) => level.set_operations += 1,
+            _ if ["union", "intersect", "except"].iter().any(|word| token.is_word(text, word)) => {
+                level.set_operations += 1
+            }
             _ => level.since_comma += 1,
         }
         bound.tree = bound.tree.max(below + level.since_comma + level.set_operations);

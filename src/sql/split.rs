@@ -9,7 +9,7 @@ use super::lex::{Kind, Token, lex};
 pub struct Statement {
     /// Its bytes, with blanks and comments around it but without its `;`.
     pub range: Range<usize>,
-    /// Offset in the whole text just behind its last token that is no comment.
+    /// Offset in the whole text just behind its last token that is no comment and no `;`.
     pub end: usize,
 }
 
@@ -27,7 +27,7 @@ pub fn split(text: &[u8]) -> Vec<Statement> {
             }
             start = token.end;
             body = Body::default();
-        } else {
+        } else if !token.is_punct(text, b';') {
             end = Some(token.end);
         }
     }
@@ -116,7 +116,10 @@ mod tests {
     use super::*;
 
     fn pieces(text: &str) -> Vec<&str> {
-        split(text.as_bytes()).into_iter().map(|statement| text[statement.range.start..statement.end].trim_start()).collect()
+        split(text.as_bytes())
+            .into_iter()
+            .map(|statement| text[statement.range.start..statement.end].trim_start())
+            .collect()
     }
 
     #[test]
@@ -126,13 +129,22 @@ mod tests {
             (" ; -- x\n;", vec![]),
             ("select 1", vec!["select 1"]),
             ("select 1; /* x */ select ';' ; -- y", vec!["select 1", "/* x */ select ';'"]),
-            ("create rule r as on insert to t do (delete from u; notify x); select 2", vec!["create rule r as on insert to t do (delete from u; notify x)", "select 2"]),
+            (
+                "create rule r as on insert to t do (delete from u; notify x); select 2",
+                vec!["create rule r as on insert to t do (delete from u; notify x)", "select 2"],
+            ),
             (
                 "create or replace function f() returns int begin atomic select case a when 1 then 2 end as end; select 2; end; commit",
-                vec!["create or replace function f() returns int begin atomic select case a when 1 then 2 end as end; select 2; end", "commit"],
+                vec![
+                    "create or replace function f() returns int begin atomic select case a when 1 then 2 end as end; select 2; end",
+                    "commit",
+                ],
             ),
             ("begin; update t set a = 1; end", vec!["begin", "update t set a = 1", "end"]),
-            ("create function f() returns int as $$ begin; end $$ language plpgsql; begin", vec!["create function f() returns int as $$ begin; end $$ language plpgsql", "begin"]),
+            (
+                "create function f() returns int as $$ begin; end $$ language plpgsql; begin",
+                vec!["create function f() returns int as $$ begin; end $$ language plpgsql", "begin"],
+            ),
         ] {
             assert_eq!(pieces(text), expected, "{text}");
         }
@@ -140,7 +152,13 @@ mod tests {
 
     #[test]
     fn the_end_leaves_comments_and_semicolons_behind() {
-        for (text, expected) in [("select 1 ; -- x", 8), ("", 0), ("/* */ ;", 0), ("a /* b */", 1), ("insert into t values ('x')/**/;;", 26)] {
+        for (text, expected) in [
+            ("select 1 ; -- x", 8),
+            ("", 0),
+            ("/* */ ;", 0),
+            ("a /* b */", 1),
+            ("insert into t values ('x')/**/;;", 26),
+        ] {
             assert_eq!(end(text.as_bytes()), expected, "{text}");
         }
     }

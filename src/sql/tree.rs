@@ -31,6 +31,19 @@ impl<'a> Source<'a> {
         name::qualified(self.text, self.tokens_of(node))
     }
 
+    /// Whether one of these keywords stands right inside the parentheses of a call, not deeper.
+    fn has_word(&self, call: &SyntaxNode, words: &[&str]) -> bool {
+        let mut depth = 0usize;
+        self.tokens_of(call).iter().any(|token| {
+            if token.is_punct(self.text, b'(') {
+                depth += 1;
+            } else if token.is_punct(self.text, b')') {
+                depth = depth.saturating_sub(1);
+            }
+            depth == 1 && words.iter().any(|word| token.is_word(self.text, word))
+        })
+    }
+
     fn ident(&self, node: &SyntaxNode) -> Option<String> {
         match self.tokens_of(node) {
             [token] => name::fold(self.text, token),
@@ -200,6 +213,11 @@ impl Reader<'_> {
     }
 
     fn relation(&mut self, node: &SyntaxNode) -> Option<()> {
+        if let [token] = self.source.tokens_of(node)
+            && is_value_function(self.source.text, token)
+        {
+            return None; // FROM current_date: no table, though both parsers say so
+        }
         let name = self.source.name(node)?;
         if let Some(write) = self.writes.last_mut()
             && write.table.is_none()
@@ -272,6 +290,11 @@ impl Reader<'_> {
 
     /// Forms with keywords that PostgreSQL turns into calls of its own functions.
     fn special_call(&mut self, kind: K, node: &SyntaxNode) {
+        if is_function_before_17(kind) {
+            let first = self.source.tokens_of(node).first().and_then(|token| name::fold(self.source.text, token));
+            self.functions.extend(first.map(|name| Name { schema: None, name }));
+        }
+        let has = |words: &[&str]| self.source.has_word(node, words);
         let name = match kind {
             K::EXTRACT_FN => "extract",
             K::SUBSTRING_FN => "substring",
@@ -279,17 +302,16 @@ impl Reader<'_> {
             K::OVERLAY_FN => "overlay",
             K::COLLATION_FOR_FN => "pg_collation_for",
             K::XML_EXISTS_FN => "xmlexists",
-            K::TRIM_FN => {
-                let second = self.source.tokens_of(node).get(2);
-                match second {
-                    Some(token) if token.is_word(self.source.text, "leading") => "ltrim",
-                    Some(token) if token.is_word(self.source.text, "trailing") => "rtrim",
-                    _ => "btrim",
-                }
-            }
+            K::JSON_OBJECT_FN => "json_object",
+            K::TRIM_FN if has(&["leading"]) => "ltrim",
+            K::TRIM_FN if has(&["trailing"]) => "rtrim",
+            K::TRIM_FN => "btrim",
             _ => return,
         };
-        self.functions.insert(Name { schema: Some("pg_catalog".to_owned()), name: name.to_owned() });
+        // With commas instead of keywords these two are calls like any other.
+        let plain = matches!(kind, K::SUBSTRING_FN | K::OVERLAY_FN) && !has(&["from", "for", "similar", "placing"]);
+        let schema = if plain { None } else { Some("pg_catalog".to_owned()) };
+        self.functions.insert(Name { schema, name: name.to_owned() });
     }
 
     fn finish(self) -> Facts {
@@ -330,6 +352,24 @@ fn cte_name(source: Source<'_>, table: &SyntaxNode) -> Option<String> {
     source.ident(&table.children().find(|child| child.kind() == K::CTE_NAME)?)
 }
 
+/// A function without parentheses, which may stand in FROM.
+fn is_value_function(text: &[u8], token: &Token) -> bool {
+    let words = [
+        "current_catalog",
+        "current_date",
+        "current_role",
+        "current_schema",
+        "current_time",
+        "current_timestamp",
+        "current_user",
+        "localtime",
+        "localtimestamp",
+        "session_user",
+        "user",
+    ];
+    words.iter().any(|word| token.is_word(text, word))
+}
+
 /// Whether this name stands where `write` names its table.
 fn is_target_of(node: &SyntaxNode, write: &SyntaxNode) -> bool {
     let parent = match node.parent() {
@@ -339,7 +379,39 @@ fn is_target_of(node: &SyntaxNode, write: &SyntaxNode) -> bool {
     parent.as_ref() == Some(write)
 }
 
+/// Expressions of PostgreSQL 16 and 17 whose names an older server takes for functions, which anyone may have made.
+fn is_function_before_17(kind: K) -> bool {
+    matches!(
+        kind,
+        K::JSON_ARRAY_FN
+            | K::JSON_ARRAY_AGG_FN
+            | K::JSON_OBJECT_FN
+            | K::JSON_OBJECT_AGG_FN
+            | K::JSON_EXISTS_FN
+            | K::JSON_QUERY_FN
+            | K::JSON_VALUE_FN
+            | K::JSON_SCALAR_FN
+            | K::JSON_SERIALIZE_FN
+            | K::JSON_FN
+            | K::JSON_TABLE
+    )
+}
+
 /// Written like calls, but no functions: parts of the grammar.
 fn is_expression(name: &str) -> bool {
-    matches!(name, "coalesce" | "greatest" | "least" | "nullif" | "grouping" | "row" | "xmlconcat" | "xmlforest" | "merge_action")
+    matches!(
+        name,
+        "coalesce"
+            | "greatest"
+            | "least"
+            | "nullif"
+            | "grouping"
+            | "row"
+            | "xmlconcat"
+            | "xmlforest"
+            | "current_time"
+            | "current_timestamp"
+            | "localtime"
+            | "localtimestamp"
+    )
 }

@@ -185,11 +185,8 @@ pub fn read(words: Words<'_>, bare: Facts) -> Option<Read> {
         "truncate" => return truncate(words, bare).map(Read::Whole),
         "lock" => return lock(words, bare).map(Read::Whole),
         "create" => return Some(create(words, bare)),
-        "call" | "execute" => {
-            let functions = words.calls();
-            let verb = if keyword == "call" { Verb::Call } else { Verb::Execute(words.ident()?) };
-            return Some(Read::Whole(Facts { verb, functions, ..bare }));
-        }
+        "call" => Verb::Call,
+        "execute" => Verb::Execute(words.ident()?),
         "begin" | "start" | "commit" | "end" | "rollback" | "abort" | "savepoint" | "release" => {
             transaction(words, &keyword)?
         }
@@ -198,12 +195,13 @@ pub fn read(words: Words<'_>, bare: Facts) -> Option<Read> {
         "listen" | "unlisten" | "notify" => Verb::Notify,
         "do" => Verb::Do,
         "vacuum" | "analyze" | "analyse" | "checkpoint" | "cluster" | "load" => Verb::Maintenance,
-        "alter" | "drop" | "grant" | "revoke" | "comment" | "refresh" | "reindex" | "security" | "import" | "reassign" => {
-            Verb::Ddl { temporary: false }
-        }
+        "alter" | "drop" | "grant" | "revoke" | "comment" | "refresh" | "reindex" | "security" | "import"
+        | "reassign" => Verb::Ddl { temporary: false },
         _ => return None,
     };
-    Some(Read::Whole(Facts { verb, ..bare }))
+    // The arguments of EXECUTE and CALL, and the procedure itself.
+    let functions = if matches!(verb, Verb::Execute(_) | Verb::Call) { words.calls() } else { Vec::new() };
+    Some(Read::Whole(Facts { verb, functions, ..bare }))
 }
 
 fn transaction(mut words: Words<'_>, keyword: &str) -> Option<Verb> {
@@ -281,7 +279,13 @@ fn setting(mut words: Words<'_>, keyword: &str) -> Option<Verb> {
         "reset" => reset(words),
         "show" => Some(Verb::Show),
         "discard" => {
-            let kinds = [("all", "all"), ("plans", "plans"), ("temp", "temp"), ("temporary", "temp"), ("sequences", "sequences")];
+            let kinds = [
+                ("all", "all"),
+                ("plans", "plans"),
+                ("temp", "temp"),
+                ("temporary", "temp"),
+                ("sequences", "sequences"),
+            ];
             let (_, kind) = kinds.into_iter().find(|(word, _)| words.eat(word))?;
             words.is_done().then(|| Verb::Discard(kind.to_owned()))
         }
@@ -358,7 +362,10 @@ fn explain(mut words: Words<'_>, bare: Facts) -> Option<Read> {
     let mut analyze = false;
     let mut options = words;
     options.at += 1;
-    if words.is_punct(b'(') && !options.is_punct(b'(') && !["select", "values", "table", "with"].iter().any(|word| options.is(word)) {
+    if words.is_punct(b'(')
+        && !options.is_punct(b'(')
+        && !["select", "values", "table", "with"].iter().any(|word| options.is(word))
+    {
         let end = {
             let mut end = words;
             end.skip_parens()?;
@@ -467,8 +474,12 @@ fn copy(mut words: Words<'_>, bare: Facts) -> Option<Read> {
     let client = words.eat_any(&["stdin", "stdout"]);
     let functions = if from { words.calls_behind("where") } else { Vec::new() };
     Some(Read::Whole(match (from, client) {
-        (true, true) => Facts { verb: Verb::CopyFromStdin, targets: vec![whole_table(table)], columns, functions, ..bare },
-        (true, false) => Facts { verb: Verb::CopyFromServer, targets: vec![whole_table(table)], columns, functions, ..bare },
+        (true, true) => {
+            Facts { verb: Verb::CopyFromStdin, targets: vec![whole_table(table)], columns, functions, ..bare }
+        }
+        (true, false) => {
+            Facts { verb: Verb::CopyFromServer, targets: vec![whole_table(table)], columns, functions, ..bare }
+        }
         (false, _) => Facts { verb: Verb::CopyTo, reads: vec![table], columns, ..bare },
     }))
 }
@@ -496,7 +507,9 @@ fn create(mut words: Words<'_>, bare: Facts) -> Read {
     let queries = ["select", "with", "values", "execute"];
     let mut behind = words;
     while table && !behind.is_done() {
-        if behind.eat("as") && (queries.iter().any(|query| behind.is(query)) || behind.is("table") || behind.is_punct(b'(')) {
+        if behind.eat("as")
+            && (queries.iter().any(|query| behind.is(query)) || behind.is("table") || behind.is_punct(b'('))
+        {
             return Read::DdlWithQuery(facts);
         }
         behind.at += 1;
