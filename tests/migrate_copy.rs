@@ -30,19 +30,19 @@ async fn tables_with_keys_of_many_types_become_equal() {
         CREATE TABLE k_parts_a PARTITION OF k_parts FOR VALUES IN ('a'); CREATE TABLE k_parts_b PARTITION OF k_parts DEFAULT;
         CREATE TABLE \"K \"\"quoted\"\"\" (\"a b\" bytea PRIMARY KEY, \"select\" text)";
     let world = World::new(schema).await;
-    let fill = "INSERT INTO k_uuid SELECT md5(n::text)::uuid, 'ok', '{sad,happy}', (n, 'happy', 'é' || n), ARRAY[(n, 'sad', NULL)::s.point3], '{\"a\": 1}', n || '.10' FROM generate_series(1, 300) n;
+    let fill = "INSERT INTO k_uuid SELECT md5(n::text)::uuid, 'ok', '{sad,happy}', (n, 'happy', 'é' || n)::s.point3, ARRAY[(n, 'sad', NULL)::s.point3], '{\"a\": 1}', (n || '.10')::numeric FROM generate_series(1, 300) n;
         INSERT INTO k_two SELECT 'ä' || n, '2024-01-01'::timestamptz + n * interval '1 hour', n FROM generate_series(1, 300) n;
         INSERT INTO k_citext SELECT 'Key' || n, n FROM generate_series(1, 300) n;
-        INSERT INTO k_numeric SELECT n || '.50', n FROM generate_series(1, 300) n; INSERT INTO k_numeric VALUES ('NaN', 0);
+        INSERT INTO k_numeric SELECT (n || '.50')::numeric, n FROM generate_series(1, 300) n; INSERT INTO k_numeric VALUES ('NaN', 0);
         INSERT INTO k_enum VALUES ('sad', 1), ('ok', 2), ('happy', 3);
         INSERT INTO k_array VALUES ('{sad}', 1), ('{sad,ok}', 2), ('{}', 3);
         INSERT INTO k_point VALUES ((1, 'ok', 'x'), 1), ((2, NULL, 'y'), 2);
         INSERT INTO k_domain SELECT 'd' || n, 'v' || n FROM generate_series(1, 300) n;
         INSERT INTO k_unique SELECT n, 'b' || n, NULL FROM generate_series(1, 300) n;
-        INSERT INTO k_only SELECT FROM generate_series(1, 300);
+        INSERT INTO k_only OVERRIDING SYSTEM VALUE SELECT n FROM generate_series(1, 300) n;
         INSERT INTO k_identity (k, v) SELECT n, n FROM generate_series(1, 300) n;
         INSERT INTO k_parts SELECT n, CASE WHEN n % 2 = 0 THEN 'a' ELSE 'z' END, n FROM generate_series(1, 300) n;
-        INSERT INTO \"K \"\"quoted\"\"\" SELECT decode(md5(n::text), 'hex'), n FROM generate_series(1, 300) n;";
+        INSERT INTO \"K \"\"quoted\"\"\" SELECT decode(md5(n::text), 'hex'), n::text FROM generate_series(1, 300) n;";
     world.on_old(fill).await;
     let tables: Vec<String> = world
         .catalog()
@@ -52,7 +52,7 @@ async fn tables_with_keys_of_many_types_become_equal() {
         .filter(|table| table.opaque.is_none())
         .map(|table| table.qualified(Side::Old))
         .collect();
-    assert_eq!(tables.len(), 14, "{tables:?}");
+    assert_eq!(tables.len(), 13, "{tables:?}");
     let mut pair = world.pair_with(Settings { chunk_rows: 50, ..Settings::default() }).await;
     for round in 0..3 {
         for table in world.catalog().await.tables.values() {
