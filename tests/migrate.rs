@@ -380,3 +380,47 @@ async fn a_debt_with_a_holder_is_payable_when_it_is_released_or_gone() {
         world.assert_equal("t").await;
     }
 }
+
+/// Interleaving 4: the mirror's backend is frozen with images in flight; the proxy degrades. Until that backend is gone nobody pays.
+#[tokio::test(flavor = "multi_thread")]
+async fn i04_a_frozen_carrier_that_wakes_up_changes_nothing() {
+    let world = World::new(T).await;
+    let table = world.table("t").await;
+    world.both("INSERT INTO t VALUES (1, 'a', 1)").await;
+    for commit_in_flight in [false, true] {
+        let (t1, m1) = (world.old().await, world.new_replica().await);
+        exec(&t1, "BEGIN; UPDATE t SET v = v + 1").await;
+        exec(&m1, "BEGIN; SELECT pg_current_xact_id()").await;
+        let mut named = carrier(&m1).await;
+        if commit_in_flight {
+            // Its images were executed before, and only its COMMIT is late.
+            exec(&m1, "UPDATE t SET v = v + 1").await;
+        } else {
+            named.xid = None;
+        }
+        signal(named.pid, "STOP");
+        let late = if commit_in_flight { "COMMIT" } else { "UPDATE t SET v = 100" };
+        let late = tokio::spawn(async move { m1.batch_execute(late).await });
+        owe(&t1, Some(&named), &[key(&table, 1)]).await;
+        exec(&t1, "COMMIT").await;
+        // The row is written again, and that is owed too.
+        exec(&t1, "UPDATE t SET v = v + 10").await;
+        owe(&t1, None, &[key(&table, 1)]).await;
+        let mut repair = world.repair().await;
+        for _ in 0..3 {
+            tokio::time::sleep(Duration::from_millis(400)).await;
+            let summary = repair.pass().await.expect("passes");
+            assert_eq!(summary.in_flight, 1, "{summary:?}");
+        }
+        signal(named.pid, "CONT");
+        assert_eq!(late.await.expect("ends").is_ok(), commit_in_flight);
+        repair::wait(&mut repair, Duration::from_secs(10)).await.expect("drains");
+        world.assert_equal("t").await;
+        assert_eq!(world.debts_left().await, 0);
+    }
+}
+
+fn signal(pid: i32, name: &str) {
+    let sent = std::process::Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
+    assert!(sent.expect("kill runs").success());
+}

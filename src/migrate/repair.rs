@@ -103,6 +103,14 @@ impl Repair {
     /// Goes through the ledger once, oldest rows first. Err: a server failed; what was paid by then is paid, and no row was cleared
     /// that was not. After an error ask `pair.is_broken()` whether new connections are needed.
     pub async fn pass(&mut self) -> Result<Summary, Error> {
+        let passed = self.pass_once().await;
+        if passed.is_err() {
+            self.pair.abandon().await;
+        }
+        passed
+    }
+
+    async fn pass_once(&mut self) -> Result<Summary, Error> {
         let mut summary = Summary::default();
         let mut after = 0;
         loop {

@@ -60,11 +60,6 @@ impl<'a> TableSql<'a> {
         columns.map(read).collect::<Vec<_>>().join(", ")
     }
 
-    /// All columns, in the order of the definition.
-    pub fn read_all(&self) -> String {
-        self.read(0..self.table.columns.len())
-    }
-
     /// The columns that can be written here. The same columns are read on the other side for it.
     pub fn read_columns(&self, columns: &[usize]) -> String {
         self.read(columns.iter().copied())
