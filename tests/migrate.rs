@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use crossfade::ledger::debts::Debt;
-use crossfade::migrate::{self, reconcile};
 use crossfade::migrate::repair;
+use crossfade::migrate::{self, reconcile};
 use crossfade::phase::Side;
 use migrate_support::*;
 
@@ -136,7 +136,11 @@ async fn a_row_that_looks_equal_under_an_open_change_is_not_believed() {
     world.owe(&[key(&table, 1)]).await;
     let mut repair = world.repair().await;
     let summary = repair.pass().await.expect("passes");
-    assert_eq!((summary.cleared, summary.owed), (0, 1), "the row's lock on the mirror says that something is under way");
+    assert_eq!(
+        (summary.cleared, summary.owed),
+        (0, 1),
+        "the row's lock on the mirror says that something is under way"
+    );
     exec(&m1, "COMMIT").await;
     let summary = repair::wait(&mut repair, Duration::from_secs(10)).await.expect("drains");
     assert_eq!((summary.cleared, summary.repaired_rows), (1, 1));
@@ -149,7 +153,12 @@ async fn i08_a_debt_that_is_entered_meanwhile_is_not_cleared() {
     let world = World::new(T).await;
     let table = world.table("t").await;
     world.on_old("INSERT INTO t VALUES (1, 'a', 1)").await;
+    // T2, degraded, has its ledger id already, a lower one, and will commit it late.
+    let t2 = world.old().await;
+    exec(&t2, "BEGIN").await;
+    let second = owe(&t2, None, &[key(&table, 1)]).await;
     let first = world.owe(&[key(&table, 1)]).await;
+    assert!(second < first);
     // Reconcile is held in the middle of its work: it waits for this insert, having read the ledger.
     let m1 = world.new_replica().await;
     exec(&m1, "BEGIN; INSERT INTO t VALUES (1, 'stale', 0)").await;
@@ -159,18 +168,20 @@ async fn i08_a_debt_that_is_entered_meanwhile_is_not_cleared() {
         (repair, summary)
     });
     tokio::time::sleep(Duration::from_millis(50)).await;
-    let t2 = world.old().await;
-    exec(&t2, "SET lock_timeout = '5s'").await;
-    // T2 is degraded; its change waits for reconcile's row lock, and may come before or after it.
-    exec(&t2, "BEGIN; UPDATE t SET v = 2 WHERE k = 1").await;
-    let second = owe(&t2, None, &[key(&table, 1)]).await;
-    assert!(second > first);
+    // This waits for reconcile's row lock, or reconcile skips the row.
+    exec(&t2, "UPDATE t SET v = 2 WHERE k = 1; COMMIT").await;
     exec(&m1, "ROLLBACK").await;
-    exec(&t2, "COMMIT").await;
     let (mut repair, _) = paying.await.expect("ends");
-    let left: Vec<i64> =
-        world.old().await.query("SELECT id FROM crossfade.ledger", &[]).await.unwrap().iter().map(|row| row.get(0)).collect();
-    assert!(left.contains(&second), "it was not there when the ledger was read: {left:?}");
+    let left: Vec<i64> = world
+        .old()
+        .await
+        .query("SELECT id FROM crossfade.ledger", &[])
+        .await
+        .unwrap()
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    assert_eq!(left, [second], "it was not there when the ledger was read");
     repair::wait(&mut repair, Duration::from_secs(10)).await.expect("drains");
     world.assert_equal("t").await;
 }
@@ -233,7 +244,8 @@ async fn i16_the_application_is_never_the_victim() {
                 owe(&authority, None, &[key(&table, a), key(&table, b)]).await;
                 exec(&mirror, "BEGIN").await;
                 for k in [a, b] {
-                    let v: i32 = authority.query_one("SELECT v FROM t WHERE k = $1", &[&k]).await.expect("reads").get(0);
+                    let v: i32 =
+                        authority.query_one("SELECT v FROM t WHERE k = $1", &[&k]).await.expect("reads").get(0);
                     exec(&mirror, &format!("UPDATE t SET v = {v} WHERE k = {k}")).await;
                     tokio::time::sleep(Duration::from_millis(2)).await;
                 }
@@ -277,7 +289,7 @@ async fn a_row_that_the_mirror_refuses_is_kept_and_blocks_no_other() {
     let table = world.table("t").await;
     world.on_new("ALTER TABLE t ADD CHECK (v < 100)").await;
     world.on_old("INSERT INTO t SELECT n, 'u' || n, n FROM generate_series(1, 200) n WHERE n <> 150").await;
-    world.on_old("UPDATE t SET v = 1 WHERE v > 100; UPDATE t SET v = 100 WHERE k = 77").await;
+    world.on_old("UPDATE t SET v = 1 WHERE v >= 100; UPDATE t SET v = 100 WHERE k = 77").await;
     let refused = world.owe(&[key(&table, 77)]).await;
     world.owe(&[key(&table, 78), key(&table, 10)]).await;
     world.owe(&[Debt::Table { table: table.number }]).await;
@@ -285,8 +297,13 @@ async fn a_row_that_the_mirror_refuses_is_kept_and_blocks_no_other() {
     let summary = repair.pass().await.expect("passes");
     assert_eq!((summary.cleared, summary.owed, summary.repaired_rows), (1, 2, 198));
     assert_eq!(summary.refused.len(), 1);
-    let error: String =
-        world.old().await.query_one("SELECT error FROM crossfade.ledger WHERE id = $1", &[&refused]).await.unwrap().get(0);
+    let error: String = world
+        .old()
+        .await
+        .query_one("SELECT error FROM crossfade.ledger WHERE id = $1", &[&refused])
+        .await
+        .unwrap()
+        .get(0);
     assert!(error.contains("check constraint") && !error.contains("77"), "{error}");
     let told = repair::wait(&mut repair, Duration::from_millis(100)).await.expect_err("it cannot");
     assert!(told.to_string().contains("check constraint"), "{told}");
@@ -308,7 +325,9 @@ async fn debts_in_flight_are_left_alone_and_carried_ones_cleared_without_repair(
     let mut repair = world.repair().await;
     let summary = repair.pass().await.expect("passes");
     assert_eq!((summary.cleared, summary.in_flight, summary.owed), (0, 1, 0));
-    let counts = migrate::debt::counts(Side::Old, &world.old().await, Some(&world.client(Side::New).await)).await.expect("counts");
+    let counts = migrate::debt::counts(Side::Old, &world.old().await, Some(&world.client(Side::New).await))
+        .await
+        .expect("counts");
     assert_eq!((counts.in_flight, counts.owed), (1, 0));
     exec(&m1, "COMMIT").await;
     let summary = repair.pass().await.expect("passes");
@@ -319,7 +338,9 @@ async fn debts_in_flight_are_left_alone_and_carried_ones_cleared_without_repair(
     owe(&t1, Some(&carrier(&m1).await), &[key(&table, 1)]).await;
     exec(&t1, "COMMIT").await;
     exec(&m1, "ROLLBACK").await;
-    let counts = migrate::debt::counts(Side::Old, &world.old().await, Some(&world.client(Side::New).await)).await.expect("counts");
+    let counts = migrate::debt::counts(Side::Old, &world.old().await, Some(&world.client(Side::New).await))
+        .await
+        .expect("counts");
     assert_eq!((counts.owed, counts.tables[&table.number].keys), (1, 1));
     assert!(counts.ledger_bytes > 0 && counts.oldest.is_some() && !counts.partial);
     assert_eq!(repair.pass().await.expect("passes").repaired_rows, 1);
@@ -346,7 +367,8 @@ async fn a_debt_with_a_holder_is_payable_when_it_is_released_or_gone() {
     let mut repair = world.repair().await;
     for released in [true, false] {
         let t1 = world.old().await;
-        let debt: i64 = t1.query_one("SELECT crossfade.owe_unwrapped($1, 'call')", &[&&bytes[..]]).await.unwrap().get(0);
+        let debt: i64 =
+            t1.query_one("SELECT crossfade.owe_unwrapped($1, 'call')", &[&&bytes[..]]).await.unwrap().get(0);
         exec(&t1, &format!("INSERT INTO t VALUES ({}, NULL, 1)", i32::from(released))).await;
         assert_eq!(repair.pass().await.expect("passes").in_flight, 1);
         if released {
@@ -357,4 +379,48 @@ async fn a_debt_with_a_holder_is_payable_when_it_is_released_or_gone() {
         repair::wait(&mut repair, Duration::from_secs(10)).await.expect("drains");
         world.assert_equal("t").await;
     }
+}
+
+/// Interleaving 4: the mirror's backend is frozen with images in flight; the proxy degrades. Until that backend is gone nobody pays.
+#[tokio::test(flavor = "multi_thread")]
+async fn i04_a_frozen_carrier_that_wakes_up_changes_nothing() {
+    let world = World::new(T).await;
+    let table = world.table("t").await;
+    world.both("INSERT INTO t VALUES (1, 'a', 1)").await;
+    for commit_in_flight in [false, true] {
+        let (t1, m1) = (world.old().await, world.new_replica().await);
+        exec(&t1, "BEGIN; UPDATE t SET v = v + 1").await;
+        exec(&m1, "BEGIN; SELECT pg_current_xact_id()").await;
+        let mut named = carrier(&m1).await;
+        if commit_in_flight {
+            // Its images were executed before, and only its COMMIT is late.
+            exec(&m1, "UPDATE t SET v = v + 1").await;
+        } else {
+            named.xid = None;
+        }
+        signal(named.pid, "STOP");
+        let late = if commit_in_flight { "COMMIT" } else { "UPDATE t SET v = 100" };
+        let late = tokio::spawn(async move { m1.batch_execute(late).await });
+        owe(&t1, Some(&named), &[key(&table, 1)]).await;
+        exec(&t1, "COMMIT").await;
+        // The row is written again, and that is owed too.
+        exec(&t1, "UPDATE t SET v = v + 10").await;
+        owe(&t1, None, &[key(&table, 1)]).await;
+        let mut repair = world.repair().await;
+        for _ in 0..3 {
+            tokio::time::sleep(Duration::from_millis(400)).await;
+            let summary = repair.pass().await.expect("passes");
+            assert_eq!(summary.in_flight, 1, "{summary:?}");
+        }
+        signal(named.pid, "CONT");
+        assert_eq!(late.await.expect("ends").is_ok(), commit_in_flight);
+        repair::wait(&mut repair, Duration::from_secs(10)).await.expect("drains");
+        world.assert_equal("t").await;
+        assert_eq!(world.debts_left().await, 0);
+    }
+}
+
+fn signal(pid: i32, name: &str) {
+    let sent = std::process::Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
+    assert!(sent.expect("kill runs").success());
 }

@@ -32,7 +32,8 @@ pub enum Clearing {
 /// incarnation; returns which one it is.
 pub async fn flush(mirror: &Client) -> Result<String, ClearError> {
     // A commit that wrote nothing flushes nothing. Not `local`: where the mirror has synchronous standbys, it promises them too.
-    let sql = "BEGIN; SET LOCAL synchronous_commit = on; UPDATE crossfade.flush SET n = n + 1; \
+    // Others flush too, and hold the row while they do: nothing else is locked here, so waiting is harmless.
+    let sql = "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL lock_timeout = '10s'; UPDATE crossfade.flush SET n = n + 1; \
                SELECT crossfade.incarnate()::text; COMMIT";
     let answers = match mirror.simple_query(sql).await {
         Ok(answers) => answers,
@@ -46,8 +47,8 @@ pub async fn flush(mirror: &Client) -> Result<String, ClearError> {
         SimpleQueryMessage::CommandComplete(rows) => Some(*rows),
         _ => None,
     });
-    // Completions: BEGIN, SET, UPDATE, SELECT, COMMIT.
-    if wrote.take(3).last() != Some(1) {
+    // Completions: BEGIN, SET, SET, UPDATE, SELECT, COMMIT.
+    if wrote.take(4).last() != Some(1) {
         return Err(ClearError::NothingWritten);
     }
     answers

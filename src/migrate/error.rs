@@ -87,12 +87,12 @@ impl Error {
 
     /// What the error means for the rows that were under way.
     pub(crate) fn meaning(&self) -> Meaning {
-        let Error::Server { code, .. } = self else { return Meaning::Fatal };
+        let Error::Server { code, message, .. } = self else { return Meaning::Fatal };
         match code.code() {
             // lock_timeout, statement_timeout, deadlock, serialization
             "55P03" | "57014" | "40P01" | "40001" => Meaning::Busy,
-            // "cached plan must not change result type"
-            "0A000" => Meaning::Busy,
+            // "cached plan must not change result type": the plans are made anew.
+            "0A000" if message.contains("cached plan") => Meaning::Busy,
             "23505" | "23P01" => Meaning::Conflict,
             other => match &other[..2] {
                 // The server goes away, is out of resources, or broken: not about these rows.

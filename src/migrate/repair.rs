@@ -62,6 +62,11 @@ struct Ledger {
 }
 
 impl Ledger {
+    fn none_of(&mut self, table: u32, keys: HashSet<Values>, why: Unpaid) {
+        self.keys.insert(table, keys.into_iter().map(|key| (key, why.clone())).collect());
+        self.tables.insert(table, why);
+    }
+
     fn unpaid(&self, debt: &Debt) -> Option<&Unpaid> {
         match debt {
             Debt::Key { table, key } => self.keys.get(table)?.get(key),
@@ -98,6 +103,14 @@ impl Repair {
     /// Goes through the ledger once, oldest rows first. Err: a server failed; what was paid by then is paid, and no row was cleared
     /// that was not. After an error ask `pair.is_broken()` whether new connections are needed.
     pub async fn pass(&mut self) -> Result<Summary, Error> {
+        let passed = self.pass_once().await;
+        if passed.is_err() {
+            self.pair.abandon().await;
+        }
+        passed
+    }
+
+    async fn pass_once(&mut self) -> Result<Summary, Error> {
         let mut summary = Summary::default();
         let mut after = 0;
         loop {
@@ -197,27 +210,27 @@ impl Repair {
         keys: HashSet<Values>,
         ledger: &mut Ledger,
     ) -> Result<(), Error> {
-        let all = |why: Unpaid, ledger: &mut Ledger, keys: HashSet<Values>| {
-            ledger.tables.insert(number, why.clone());
-            ledger.keys.insert(number, keys.into_iter().map(|key| (key, why.clone())).collect());
-        };
         let Some(table) = self.catalog.tables.get(&number).cloned() else {
             let why = format!("table number {number} is not among the migrating tables any more");
-            all(Unpaid::Refused(why), ledger, keys);
+            ledger.none_of(number, keys, Unpaid::Refused(why));
             return Ok(());
         };
         if !lock_tables(&mut self.pair, &[number]).await? {
-            all(Unpaid::Busy, ledger, keys);
+            ledger.none_of(number, keys, Unpaid::Busy);
             return Ok(());
         }
         let paid = self.reconcile(&table, whole, &keys).await;
         unlock_tables(&mut self.pair, &[number]).await?;
         let outcome = match paid {
             Ok(outcome) => outcome,
-            Err(Error::Unfit(why)) => return Ok(all(Unpaid::Refused(why), ledger, keys)),
+            Err(Error::Unfit(why)) => {
+                ledger.none_of(number, keys, Unpaid::Refused(why));
+                return Ok(());
+            }
             Err(Error::Deadline(why)) => {
                 tracing::warn!(table = table.label(), why, "a whole-table debt waits");
-                return Ok(all(Unpaid::Busy, ledger, keys));
+                ledger.none_of(number, keys, Unpaid::Busy);
+                return Ok(());
             }
             Err(error) => return Err(error),
         };

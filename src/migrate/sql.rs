@@ -2,7 +2,7 @@
 //!
 //! Keys are passed as one array for each key column and joined by `unnest(...) WITH ORDINALITY`, so that the server compares them by
 //! its own `=` (citext, numeric) and the answer says by position which key it is about. Columns of array type cannot be elements
-//! of an array: tables with such a key are asked for one key at a time.
+//! of an array, and unnest takes composites apart: tables with such a key are asked for one key at a time.
 
 use bytes::Bytes;
 use tokio_postgres::types::ToSql;
@@ -32,7 +32,8 @@ impl<'a> TableSql<'a> {
     pub fn new(table: &'a Table, side: Side) -> TableSql<'a> {
         let key: &[usize] = table.key.as_ref().map_or(&[], |key| &key.columns);
         let writable = (0..table.columns.len()).filter(|&at| !*table.columns[at].generated.get(side)).collect();
-        let many = !key.iter().any(|&at| matches!(table.columns[at].kind.layout, Layout::Array(_)));
+        let many =
+            !key.iter().any(|&at| matches!(table.columns[at].kind.layout, Layout::Array(_) | Layout::Composite(_)));
         TableSql { table, side, key, writable, many }
     }
 
@@ -57,11 +58,6 @@ impl<'a> TableSql<'a> {
             Format::Text => format!("(t.{})::text", self.name(at)),
         };
         columns.map(read).collect::<Vec<_>>().join(", ")
-    }
-
-    /// All columns, in the order of the definition.
-    pub fn read_all(&self) -> String {
-        self.read(0..self.table.columns.len())
     }
 
     /// The columns that can be written here. The same columns are read on the other side for it.

@@ -3,6 +3,8 @@
 //! Also the plain copy of what was there before: a chunk that the mirror lacks altogether goes over by COPY.
 
 use super::across::key_across;
+use std::time::Instant;
+
 use super::binary::{Raw, values};
 use super::error::Error;
 use super::gone;
@@ -12,6 +14,8 @@ use super::sql::{TableSql, references};
 use crate::catalog::Table;
 use crate::ledger::debts::Values;
 
+/// Refused rows after which a walk ends: the table stays owed, and what is wrong is not about single rows.
+const REFUSED_MOST: usize = 1000;
 /// Rows of the first chunk; later ones by what the first have shown.
 const FIRST: usize = 100;
 
@@ -49,8 +53,16 @@ async fn walk_authority(
             return Ok(());
         }
         done += found.len() as u64;
+        let begun = Instant::now();
         let chunk = chunk_of_keys(pair, table, found).await?;
         outcome.add(chunk);
+        if begun.elapsed() > pair.wait / 2 {
+            // Statements about several rows are cut off after `wait`.
+            page.rows = (page.rows / 4).max(1);
+        }
+        if outcome.refused.len() > REFUSED_MOST {
+            return Ok(());
+        }
         // Bounded: a table with more locked rows than this is held by someone for long.
         if outcome.locked.len() > 100 * pair.settings.chunk_rows {
             let locked = std::mem::take(&mut outcome.locked);
