@@ -219,10 +219,10 @@ async fn the_server_leg_refuses_what_it_must() {
         ("localhost", with("verify-full", other)),
         ("localhost", with("verify-ca", other)),
     ] {
-        let error = log_in(&cluster, "app", "app-pw", host, &query).await.err().expect("no TLS error");
+        let error = log_in(&cluster, "app", "app-pw", host, &query).await.expect_err("no TLS error");
         assert!(matches!(error, ConnectError::Tls { .. }), "{error}");
     }
-    let error = log_in(&cluster, "app", "wrong", "127.0.0.1", "").await.err().expect("logged in");
+    let error = log_in(&cluster, "app", "wrong", "127.0.0.1", "").await.expect_err("logged in");
     assert_eq!(error.refusal(), Some(&b"28P01"[..]), "{error}");
     let nowhere = auth_support::parse_database("postgres://u@127.0.0.1:1/d");
     let error = connect(&nowhere, &Credentials::new("app", None), &parameters("app"), 0).await.err().unwrap();
