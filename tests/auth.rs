@@ -53,6 +53,20 @@ async fn scram_with_verifiers_of_pg_authid() {
 }
 
 #[tokio::test]
+async fn a_changed_password_is_known_at_once() {
+    let cluster = Cluster::shared();
+    let relay = relay(&cluster, AuthMethod::Scram, None).await;
+    let control = cluster.control().connect("test").await.unwrap();
+    let login = async |password: &str| psql(relay.address, &format!("user=fickle password={password}"), WHO).await;
+    assert!(login("one").await.is_err());
+    control.batch_execute("CREATE ROLE fickle LOGIN PASSWORD 'one'").await.unwrap();
+    assert_eq!(login("one").await, Ok("fickle@shop".into()));
+    control.batch_execute("ALTER ROLE fickle PASSWORD 'two'").await.unwrap();
+    assert!(login("one").await.is_err());
+    assert_eq!(login("two").await, Ok("fickle@shop".into()));
+}
+
+#[tokio::test]
 async fn channel_binding_over_tls_that_ends_here() {
     let cluster = Cluster::shared();
     let ca = cluster.certificates.ca.display().to_string();
