@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
@@ -12,6 +13,9 @@ use tokio_postgres::error::SqlState;
 use super::md5;
 use super::scram::{ITERATIONS, Key, ScramKeys, ScramVerifier};
 use crate::config::{ConnectError, Database, User};
+
+/// After a failed connection no other is tried for so long: logins that queue up must not each wait for their own.
+const DOWN_TIME: Duration = Duration::from_secs(1);
 
 /// LEFT JOIN: also for a role that does not exist we want to know how the server would have asked for its password.
 const QUERY: &str = "SELECT current_setting('password_encryption') = 'md5', role.rolpassword, \
@@ -78,6 +82,17 @@ pub enum LookupError {
     },
 }
 
+/// The way to pg_authid.
+enum Link {
+    Closed,
+    Open(Arc<Connection>),
+    /// No database could be reached.
+    Down {
+        since: Instant,
+        why: String,
+    },
+}
+
 /// An open control connection, shared by all lookups under way, which it pipelines.
 struct Connection {
     client: tokio_postgres::Client,
@@ -91,7 +106,7 @@ pub struct Verifiers {
     users: HashMap<Vec<u8>, Secret>,
     /// Asked in order, the next only where one cannot be reached.
     databases: Vec<Database>,
-    connection: tokio::sync::Mutex<Option<Arc<Connection>>>,
+    link: tokio::sync::Mutex<Link>,
     /// Verifiers of those `users:` that were given as passwords.
     derived: Mutex<HashMap<Vec<u8>, ScramVerifier>>,
     mock_seed: Key,
@@ -105,7 +120,7 @@ impl Verifiers {
             users,
             mock_seed: mock_seed(&databases),
             databases,
-            connection: tokio::sync::Mutex::new(None),
+            link: tokio::sync::Mutex::new(Link::Closed),
             derived: Mutex::default(),
         }
     }
@@ -155,25 +170,29 @@ impl Verifiers {
 
     /// The connection that is open and not `broken`, or a new one.
     async fn open(&self, broken: Option<&Arc<Connection>>) -> Result<Arc<Connection>, LookupError> {
-        let mut connection = self.connection.lock().await;
-        if let Some(open) = connection.as_ref()
-            && !open.client.is_closed()
-            && !broken.is_some_and(|broken| Arc::ptr_eq(broken, open))
-        {
-            return Ok(open.clone());
+        let mut link = self.link.lock().await;
+        match &*link {
+            Link::Open(open) if !open.client.is_closed() && !broken.is_some_and(|broken| Arc::ptr_eq(broken, open)) => {
+                return Ok(open.clone());
+            }
+            Link::Down { since, why } if since.elapsed() < DOWN_TIME => {
+                return Err(LookupError::Query { place: "the database".into(), message: why.clone() });
+            }
+            Link::Closed | Link::Open(_) | Link::Down { .. } => {}
         }
-        let mut last = None;
+        let mut last = LookupError::Query { place: "the database".into(), message: "none is known".into() };
         for database in &self.databases {
             match Connection::open(database).await {
                 Ok(open) => {
                     let open = Arc::new(open);
-                    *connection = Some(open.clone());
+                    *link = Link::Open(open.clone());
                     return Ok(open);
                 }
-                Err(error) => last = Some(error),
+                Err(error) => last = error,
             }
         }
-        Err(last.unwrap_or_else(|| LookupError::Query { place: "no database".into(), message: "none is known".into() }))
+        *link = Link::Down { since: Instant::now(), why: last.to_string() };
+        Err(last)
     }
 }
 
