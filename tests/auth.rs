@@ -53,6 +53,20 @@ async fn scram_with_verifiers_of_pg_authid() {
 }
 
 #[tokio::test]
+async fn a_changed_password_is_known_at_once() {
+    let cluster = Cluster::shared();
+    let relay = relay(&cluster, AuthMethod::Scram, None).await;
+    let control = cluster.control().connect("test").await.unwrap();
+    let login = async |password: &str| psql(relay.address, &format!("user=fickle password={password}"), WHO).await;
+    assert!(login("one").await.is_err());
+    control.batch_execute("CREATE ROLE fickle LOGIN PASSWORD 'one'").await.unwrap();
+    assert_eq!(login("one").await, Ok("fickle@shop".into()));
+    control.batch_execute("ALTER ROLE fickle PASSWORD 'two'").await.unwrap();
+    assert!(login("one").await.is_err());
+    assert_eq!(login("two").await, Ok("fickle@shop".into()));
+}
+
+#[tokio::test]
 async fn channel_binding_over_tls_that_ends_here() {
     let cluster = Cluster::shared();
     let ca = cluster.certificates.ca.display().to_string();
@@ -157,7 +171,13 @@ async fn the_lookup_survives_a_broken_connection() {
     assert!(verifiers.role(b"no such role").await.unwrap().secret.is_none());
 
     let nowhere = Verifiers::new(&BTreeMap::new(), vec![auth_support::parse_database("postgres://u@127.0.0.1:1/d")]);
-    assert!(nowhere.role(b"app").await.is_err());
+    for _ in 0..2 {
+        let error = nowhere.role(b"app").await.err().unwrap().to_string();
+        assert!(error.contains("verifiers cannot be read") && error.contains("127.0.0.1:1"), "{error}");
+    }
+    // Where the first cannot be reached, the next is asked.
+    let databases = vec![auth_support::parse_database("postgres://u@127.0.0.1:1/d"), cluster.control()];
+    assert!(Verifiers::new(&BTreeMap::new(), databases).role(b"app").await.unwrap().secret.is_some());
 }
 
 fn parameters(user: &str) -> Vec<(Bytes, Bytes)> {
@@ -219,10 +239,10 @@ async fn the_server_leg_refuses_what_it_must() {
         ("localhost", with("verify-full", other)),
         ("localhost", with("verify-ca", other)),
     ] {
-        let error = log_in(&cluster, "app", "app-pw", host, &query).await.err().expect("no TLS error");
+        let error = log_in(&cluster, "app", "app-pw", host, &query).await.expect_err("no TLS error");
         assert!(matches!(error, ConnectError::Tls { .. }), "{error}");
     }
-    let error = log_in(&cluster, "app", "wrong", "127.0.0.1", "").await.err().expect("logged in");
+    let error = log_in(&cluster, "app", "wrong", "127.0.0.1", "").await.expect_err("logged in");
     assert_eq!(error.refusal(), Some(&b"28P01"[..]), "{error}");
     let nowhere = auth_support::parse_database("postgres://u@127.0.0.1:1/d");
     let error = connect(&nowhere, &Credentials::new("app", None), &parameters("app"), 0).await.err().unwrap();

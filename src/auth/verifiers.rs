@@ -2,20 +2,20 @@
 //! connection of its own that is opened when first needed and again when it broke.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
+use tokio::time::timeout;
+use tokio_postgres::error::SqlState;
 
 use super::md5;
 use super::scram::{ITERATIONS, Key, ScramKeys, ScramVerifier};
 use crate::config::{ConnectError, Database, User};
 
-/// How long an answer of pg_authid holds: a changed password is known after so long.
-const CACHE_TIME: Duration = Duration::from_secs(5);
-/// Answers that are kept at most, so that made-up names cannot fill the memory.
-const CACHE_MAX: usize = 10_000;
+/// After a failed connection no other is tried for so long: logins that queue up must not each wait for their own.
+const DOWN_TIME: Duration = Duration::from_secs(1);
 
 /// LEFT JOIN: also for a role that does not exist we want to know how the server would have asked for its password.
 const QUERY: &str = "SELECT current_setting('password_encryption') = 'md5', role.rolpassword, \
@@ -82,13 +82,31 @@ pub enum LookupError {
     },
 }
 
-/// Looks up roles.
+/// The way to pg_authid.
+enum Link {
+    Closed,
+    Open(Arc<Connection>),
+    /// No database could be reached.
+    Down {
+        since: Instant,
+        why: String,
+    },
+}
+
+/// An open control connection, shared by all lookups under way, which it pipelines.
+struct Connection {
+    client: tokio_postgres::Client,
+    query: tokio_postgres::Statement,
+    database: Database,
+}
+
+/// Looks up roles. Each login asks anew, so that a password holds from the moment in which it was changed, as it does
+/// without a proxy.
 pub struct Verifiers {
     users: HashMap<Vec<u8>, Secret>,
     /// Asked in order, the next only where one cannot be reached.
     databases: Vec<Database>,
-    connection: tokio::sync::Mutex<Option<(tokio_postgres::Client, Database)>>,
-    cache: Mutex<HashMap<String, (Instant, Role)>>,
+    link: tokio::sync::Mutex<Link>,
     /// Verifiers of those `users:` that were given as passwords.
     derived: Mutex<HashMap<Vec<u8>, ScramVerifier>>,
     mock_seed: Key,
@@ -102,8 +120,7 @@ impl Verifiers {
             users,
             mock_seed: mock_seed(&databases),
             databases,
-            connection: tokio::sync::Mutex::new(None),
-            cache: Mutex::default(),
+            link: tokio::sync::Mutex::new(Link::Closed),
             derived: Mutex::default(),
         }
     }
@@ -122,18 +139,7 @@ impl Verifiers {
         let Ok(name) = std::str::from_utf8(user) else {
             return Ok(Role { secret: None, may_login: true, md5_by_default: false });
         };
-        if let Some(role) = self.cached(name) {
-            return Ok(role);
-        }
-        let role = self.ask(name).await?;
-        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        if cache.len() >= CACHE_MAX {
-            cache.retain(|_, (at, _)| at.elapsed() < CACHE_TIME);
-        }
-        if cache.len() < CACHE_MAX {
-            cache.insert(name.to_owned(), (Instant::now(), role.clone()));
-        }
-        Ok(role)
+        self.ask(name).await
     }
 
     /// The verifier of a password from `users:`, computed once.
@@ -153,57 +159,67 @@ impl Verifiers {
         ScramVerifier::mock(user, &self.mock_seed)
     }
 
-    fn cached(&self, name: &str) -> Option<Role> {
-        let cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        cache.get(name).filter(|(at, _)| at.elapsed() < CACHE_TIME).map(|(_, role)| role.clone())
+    async fn ask(&self, name: &str) -> Result<Role, LookupError> {
+        let open = self.open(None).await?;
+        match open.ask(name).await {
+            // It may have died unseen: a fresh one gets a second try.
+            Err(LookupError::Query { .. }) => self.open(Some(&open)).await?.ask(name).await,
+            result => result,
+        }
+    }
+
+    /// The connection that is open and not `broken`, or a new one.
+    async fn open(&self, broken: Option<&Arc<Connection>>) -> Result<Arc<Connection>, LookupError> {
+        let mut link = self.link.lock().await;
+        match &*link {
+            Link::Open(open) if !open.client.is_closed() && !broken.is_some_and(|broken| Arc::ptr_eq(broken, open)) => {
+                return Ok(open.clone());
+            }
+            Link::Down { since, why } if since.elapsed() < DOWN_TIME => {
+                return Err(LookupError::Query { place: "the database".into(), message: why.clone() });
+            }
+            Link::Closed | Link::Open(_) | Link::Down { .. } => {}
+        }
+        let mut last = LookupError::Query { place: "the database".into(), message: "none is known".into() };
+        for database in &self.databases {
+            match Connection::open(database).await {
+                Ok(open) => {
+                    let open = Arc::new(open);
+                    *link = Link::Open(open.clone());
+                    return Ok(open);
+                }
+                Err(error) => last = error,
+            }
+        }
+        *link = Link::Down { since: Instant::now(), why: last.to_string() };
+        Err(last)
+    }
+}
+
+impl Connection {
+    async fn open(database: &Database) -> Result<Connection, LookupError> {
+        let client = database.connect("crossfade verifiers").await?;
+        let query = timeout(database.connect_timeout, client.prepare(QUERY))
+            .await
+            .map_err(|_| query_error(database, "no answer in time"))?
+            .map_err(|error| query_error(database, &error.to_string()))?;
+        Ok(Connection { client, query, database: database.clone() })
     }
 
     async fn ask(&self, name: &str) -> Result<Role, LookupError> {
-        let mut connection = self.connection.lock().await;
-        // An old connection may have died unseen: then a fresh one gets a second try.
-        for fresh in [false, true] {
-            let (client, database) = match connection.take() {
-                Some(open) if !fresh && !open.0.is_closed() => open,
-                _ => self.open().await?,
-            };
-            let query = async { client.query_one(QUERY, &[&name]).await };
-            let answer = match tokio::time::timeout(database.connect_timeout, query).await {
-                Ok(answer) => answer,
-                Err(_) if fresh => return Err(query_error(&database, "no answer in time")),
-                Err(_) => continue,
-            };
-            match answer {
-                Ok(row) => {
-                    *connection = Some((client, database));
-                    return Ok(read_role(&row));
-                }
-                Err(error) => match error.as_db_error() {
-                    Some(db) if *db.code() == tokio_postgres::error::SqlState::INSUFFICIENT_PRIVILEGE => {
-                        let (control, place) = (database.user.clone(), database.place());
-                        *connection = Some((client, database));
-                        return Err(LookupError::Forbidden { control, place });
-                    }
-                    Some(db) if fresh => return Err(query_error(&database, db.message())),
-                    None if fresh => return Err(query_error(&database, "the connection broke")),
-                    _ => {}
-                },
-            }
+        let answer =
+            timeout(self.database.connect_timeout, async { self.client.query_one(&self.query, &[&name]).await });
+        let error = match answer.await {
+            Ok(Ok(row)) => return Ok(read_role(&row)),
+            Ok(Err(error)) => error,
+            Err(_) => return Err(query_error(&self.database, "no answer in time")),
+        };
+        if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) {
+            let (control, place) = (self.database.user.clone(), self.database.place());
+            return Err(LookupError::Forbidden { control, place });
         }
-        Err(LookupError::Query { place: String::new(), message: "no database to ask".into() })
-    }
-
-    async fn open(&self) -> Result<(tokio_postgres::Client, Database), LookupError> {
-        let mut last = None;
-        for database in &self.databases {
-            match database.connect("crossfade verifiers").await {
-                Ok(client) => return Ok((client, database.clone())),
-                Err(error) => last = Some(error),
-            }
-        }
-        Err(last.map_or_else(
-            || LookupError::Query { place: "no database".into(), message: "none is configured".into() },
-            LookupError::Connect,
-        ))
+        let message = error.as_db_error().map_or("the connection broke", |error| error.message());
+        Err(query_error(&self.database, message))
     }
 }
 

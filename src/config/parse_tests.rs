@@ -169,3 +169,11 @@ fn a_password_file_stands_in_for_the_password() {
     assert!(error.message.contains("cannot be read"), "{error}");
     assert_eq!((error.key.as_str(), error.place), ("old", Some((3, 1))));
 }
+
+proptest::proptest! {
+    #[test]
+    fn any_text_is_read_without_panic(more in "([a-z]{1,6}: |- |\n|  |[{}\\[\\]\",:&*!$%]|[a-z0-9]{1,4}){0,30}") {
+        let _ = read(&format!("{SMALL}{more}"));
+        let _ = read(&more);
+    }
+}

@@ -213,4 +213,11 @@ mod tests {
             assert!(!error.contains("hunter2"), "{error}");
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_url_is_read_without_panic(rest in "([a-z%@:/?&=,0-9]|\\[|\\]|ü){0,40}") {
+            let _ = parse_url(&format!("postgres://{rest}"));
+        }
+    }
 }

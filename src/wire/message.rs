@@ -101,3 +101,41 @@ pub fn error_field(body: &[u8], field: u8) -> Option<&[u8]> {
     }
     None
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn errors_of_ours_are_read_back() {
+        let mut buf = BytesMut::from(&fatal("28P01", "no\0pe", None, Some("try again"))[..]);
+        buf.extend_from_slice(b"Z");
+        let message = take_message(&mut buf, 1000).unwrap().unwrap();
+        assert_eq!((message.tag, &buf[..]), (b'E', &b"Z"[..]));
+        assert_eq!(error_field(&message.body, b'C'), Some(&b"28P01"[..]));
+        assert_eq!(error_field(&message.body, b'M'), Some(&b"nope"[..]));
+        assert_eq!(error_field(&message.body, b'H'), Some(&b"try again"[..]));
+        assert_eq!(error_field(&message.body, b'D'), None);
+        assert_eq!(message.encode(), fatal("28P01", "nope", None, Some("try again")));
+    }
+
+    #[test]
+    fn lengths_are_bounded() {
+        for header in [&b"p\0\0\0\x03"[..], b"p\0\0\x10\0", b"p\xff\xff\xff\xff"] {
+            assert!(take_message(&mut BytesMut::from(header), 100).is_err(), "{header:?}");
+        }
+        assert_eq!(take_message(&mut BytesMut::from(&b"p\0\0\0\x05"[..]), 100).unwrap(), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
+            let mut buf = BytesMut::from(&bytes[..]);
+            while let Ok(Some(message)) = take_message(&mut buf, 50) {
+                prop_assert!(message.body.len() <= 50);
+            }
+            let _ = error_field(&bytes, b'C');
+        }
+    }
+}

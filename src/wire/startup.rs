@@ -90,11 +90,13 @@ pub enum AcceptError {
         code: &'static str,
         /// What it was told.
         message: String,
+        /// What it can do.
+        hint: Option<&'static str>,
     },
 }
 
 fn refused(code: &'static str, message: impl Into<String>) -> AcceptError {
-    AcceptError::Refused { code, message: message.into() }
+    AcceptError::Refused { code, message: message.into(), hint: None }
 }
 
 /// Hears a new connection out. Without `tls` a client that asks for it is told that there is none.
@@ -126,8 +128,8 @@ pub async fn accept(tcp: TcpStream, tls: Option<&ServerTls>) -> Result<Accepted,
             Ok(Answer::Cancel(key)) => return Ok(Accepted::Cancel { key, stream: greeting.stream }),
             Ok(Answer::Login(packet)) => return greeting.login(packet).await.map(Accepted::Session),
             Err(error) => {
-                if let AcceptError::Refused { code, message } = &error {
-                    say_why(&mut greeting.stream, code, message).await;
+                if let AcceptError::Refused { code, message, hint } = &error {
+                    say_why(&mut greeting.stream, code, message, *hint).await;
                 }
                 return Err(error);
             }
@@ -180,7 +182,11 @@ impl<'t> Greeting<'t> {
             Packet::Gssenc => Err(unsupported(GSSENC)),
             Packet::Cancel(key) => Ok(Answer::Cancel(key)),
             Packet::Startup(_) if self.tls.is_some_and(|tls| tls.required) && !self.stream.is_tls() => {
-                Err(refused("28000", "this proxy takes only connections with TLS"))
+                Err(AcceptError::Refused {
+                    code: "28000",
+                    message: "this proxy takes only connections with TLS".into(),
+                    hint: Some("Set sslmode=require (or higher) in the client's connection string."),
+                })
             }
             Packet::Startup(startup) => Ok(Answer::Login(startup)),
         }
@@ -226,15 +232,14 @@ async fn handshake(stream: Stream, tls: &ServerTls, alpn: Alpn) -> Result<Stream
     let mut stream = Stream::TlsServer(Box::new(stream));
     if alpn == Alpn::Required && !named {
         let message = "received direct TLS connection request without ALPN protocol negotiation extension";
-        say_why(&mut stream, "08P01", message).await;
+        say_why(&mut stream, "08P01", message, None).await;
         return Err(refused("08P01", message));
     }
     Ok(stream)
 }
 
 /// The client may be gone already: then nobody needs to know why.
-async fn say_why(stream: &mut Stream, code: &str, message: &str) {
-    let hint = (code == "28000").then_some("Set sslmode=require (or higher) in the client's connection string.");
+async fn say_why(stream: &mut Stream, code: &str, message: &str, hint: Option<&str>) {
     let _ = stream.write_all(&fatal(code, message, None, hint)).await;
     let _ = stream.shutdown().await;
 }
@@ -326,10 +331,7 @@ fn parse_startup(minor: u16, mut rest: Bytes) -> Result<StartupPacket, AcceptErr
     }
     let user = packet.parameters.iter().rev().find(|(name, _)| name == "user");
     if user.is_none_or(|(_, user)| user.is_empty()) {
-        return Err(AcceptError::Refused {
-            code: "28000",
-            message: "no PostgreSQL user name specified in startup packet".into(),
-        });
+        return Err(refused("28000", "no PostgreSQL user name specified in startup packet"));
     }
     Ok(packet)
 }
