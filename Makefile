@@ -48,7 +48,7 @@ proof: setup
 bench:
 	scripts/setup.sh postgres
 	$(CARGO) build --locked --release
-	bench/run.sh
+	bench/run
 
 fuzz:
 	PROPTEST_CASES=$(FUZZ_CASES) $(CARGO) test --locked --release --lib -- fuzz

@@ -32,6 +32,13 @@ fn logs(config: &Config) {
     if config.log.json { builder.json().init() } else { builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init() }
 }
 
+/// `crossfade demo`.
+pub async fn demo(options: crate::demo::Options) -> Result<bool, Trouble> {
+    let report = crate::demo::run(options).await?;
+    println!("{report}");
+    Ok(report.passed())
+}
+
 /// `crossfade install`.
 pub async fn install(path: &Path, print_sql: bool) -> Result<bool, Trouble> {
     if print_sql {

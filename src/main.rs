@@ -50,6 +50,8 @@ enum Command {
         /// The statement.
         sql: String,
     },
+    /// The whole migration on two throw-away clusters, with a load running.
+    Demo(crossfade::demo::Options),
 }
 
 fn main() -> ExitCode {
@@ -72,6 +74,7 @@ async fn run(arguments: Arguments) -> ExitCode {
         Command::Repair { wait, timeout, table } => cli::repair(&path, wait, std::time::Duration::from_secs(timeout), &table).await,
         Command::Status { json } => cli::status(&path, json).await,
         Command::Explain { sql } => cli::explain(&path, &sql).await,
+        Command::Demo(options) => cli::demo(options).await,
     };
     match outcome {
         Ok(true) => ExitCode::SUCCESS,

@@ -20,6 +20,10 @@ use crate::switch::mover;
 /// How often debts that were paid are cleared.
 const CLEAR: Duration = Duration::from_millis(200);
 
+/// How long after a closed gate a move is tried again; and after one that held clients in vain.
+const MOVE_AGAIN: Duration = Duration::from_secs(1);
+const MOVE_HELD: Duration = Duration::from_secs(30);
+
 /// How often debts that are owed are looked for.
 const REPAIR: Duration = Duration::from_secs(1);
 
@@ -251,7 +255,8 @@ async fn read_again(shared: &Shared) -> Result<(), mover::MoveError> {
 
 /// Keeps the metrics that are read from the databases.
 async fn observe(shared: Arc<Shared>) {
-    let mut hands: Option<(Side, Client)> = None;
+    let mut authority: Option<(Side, Client)> = None;
+    let mut mirror: Option<(Side, Client)> = None;
     loop {
         tokio::time::sleep(Duration::from_secs(1)).await;
         let world = shared.world.load_full();
@@ -260,32 +265,45 @@ async fn observe(shared: Arc<Shared>) {
         metrics.plan_hits.inc_by(hits.saturating_sub(metrics.plan_hits.get()));
         metrics.plan_misses.inc_by(misses.saturating_sub(metrics.plan_misses.get()));
         metrics.plan_cache_bytes.set(bytes as i64);
-        let up = world.phase.mirror().is_none_or(|mirror| shared.health.get(mirror).up());
-        metrics.mirror_up.set(i64::from(up));
-        if world.phase.mirror().is_none() {
+        let Some(side) = world.phase.mirror() else {
+            metrics.mirror_up.set(1);
             metrics.set_debts(&[]);
             metrics.tainted_tables.set(0);
             metrics.debt_in_flight.set(0);
+            metrics.debt_oldest_seconds.set(0.0);
             continue;
-        }
-        let authority = world.phase.authority();
-        if hands.as_ref().is_none_or(|(side, client)| *side != authority || client.is_closed()) {
-            let config = shared.config.load_full();
-            hands = Shared::database(&config, authority).connect("crossfade status").await.ok().map(|client| (authority, client));
-        }
-        let Some((_, client)) = &hands else { continue };
-        if let Err(error) = read_debts(&shared, &world, client).await {
+        };
+        let up = shared.health.get(side).up();
+        metrics.mirror_up.set(i64::from(up));
+        keep_open(&shared, &mut authority, side.other(), true).await;
+        keep_open(&shared, &mut mirror, side, up).await;
+        let Some((_, client)) = &authority else { continue };
+        if let Err(error) = read_debts(&shared, &world, client, mirror.as_ref().map(|(_, client)| client)).await {
             debug!(%error, "the ledger cannot be read");
-            hands = None;
+            (authority, mirror) = (None, None);
         }
     }
 }
 
-async fn read_debts(shared: &Shared, world: &World, client: &Client) -> Result<(), migrate::Error> {
-    let counts = migrate::debt::counts(world.phase.authority(), client, None).await?;
+async fn keep_open(shared: &Shared, client: &mut Option<(Side, Client)>, side: Side, up: bool) {
+    if !up || client.as_ref().is_some_and(|(known, client)| *known != side || client.is_closed()) {
+        *client = None;
+    }
+    if up && client.is_none() {
+        let config = shared.config.load_full();
+        *client = Shared::database(&config, side).connect("crossfade status").await.ok().map(|client| (side, client));
+    }
+}
+
+async fn read_debts(shared: &Shared, world: &World, authority: &Client, mirror: Option<&Client>) -> Result<(), migrate::Error> {
+    let counts = migrate::debt::counts(world.phase.authority(), authority, mirror).await?;
     let metrics = &shared.metrics;
     let label = |number: u32| world.catalog.tables.get(&number).map_or_else(|| format!("table {number}"), |table| table.label());
-    let owed: Vec<(String, i64)> = counts.tables.iter().map(|(number, debt)| (label(*number), (debt.keys + debt.whole + debt.taints + debt.rows) as i64)).collect();
+    let owed: Vec<(String, i64)> = counts
+        .tables
+        .iter()
+        .map(|(number, debt)| (label(*number), (debt.keys + debt.whole + debt.taints + debt.rows) as i64))
+        .collect();
     metrics.set_debts(&owed);
     metrics.tainted_tables.set(counts.tables.values().filter(|debt| debt.taints > 0).count() as i64);
     metrics.debt_in_flight.set(counts.in_flight as i64);
@@ -342,6 +360,7 @@ fn reload(shared: &Shared, path: &std::path::Path) {
 /// Moves the phase to what the file says, one step at a time; what is in the way is said once.
 async fn move_phase(shared: Arc<Shared>) {
     let mut said = String::new();
+    let mut pause = MOVE_AGAIN;
     loop {
         let want = shared.config.load().phase;
         if want != shared.world.load().phase {
@@ -349,14 +368,17 @@ async fn move_phase(shared: Arc<Shared>) {
             match mover::step(&shared, want).await {
                 Ok(_) => {
                     said.clear();
+                    pause = MOVE_AGAIN;
                     *lock(&shared.waiting) = None;
                     continue;
                 }
                 Err(error) => {
+                    // A move that held clients in vain must not hold them again and again.
+                    pause = if error.held_clients() { (pause * 2).max(MOVE_HELD).min(MOVE_HELD * 8) } else { MOVE_AGAIN };
                     let error = error.to_string();
                     *lock(&shared.waiting) = Some(error.clone());
                     if error != said {
-                        warn!(%want, %error, "the phase cannot move yet; it is tried again every second");
+                        warn!(%want, %error, "the phase cannot move yet; it is tried again");
                         said = error;
                     }
                 }
@@ -365,8 +387,8 @@ async fn move_phase(shared: Arc<Shared>) {
             *lock(&shared.waiting) = None;
         }
         tokio::select! {
-            () = shared.wanted.notified() => {}
-            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+            () = shared.wanted.notified() => pause = MOVE_AGAIN,
+            () = tokio::time::sleep(pause) => {}
         }
     }
 }

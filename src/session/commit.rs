@@ -68,13 +68,11 @@ impl Session {
 
     /// COMMIT in the extended protocol: `frame` is the client's Execute.
     pub(super) async fn commit_extended(&mut self, frame: Bytes, chain: bool) -> Result<(), End> {
-        frame::flush(&mut self.server.out);
         self.settle().await?;
         self.held = Held::default();
         let settled = self.before_commit().await?;
         self.server.out.extend_from_slice(&frame);
         self.queue.push(Expected { kind: Kind::Execute, to: To::Client, hold: true, done: Done::End { chain } });
-        frame::flush(&mut self.server.out);
         self.answered(settled).await?;
         if let Some(complete) = self.held.complete.take() {
             self.client.out.extend_from_slice(&complete);
@@ -100,7 +98,6 @@ impl Session {
     /// The end of a block of ours around a pipeline: the client has sent Sync.
     pub(super) async fn commit_pipeline(&mut self) -> Result<(), End> {
         if !self.queue.is_empty() {
-            frame::flush(&mut self.server.out);
             self.settle().await?;
         }
         if self.queue.skipping() {

@@ -158,6 +158,11 @@ impl Queue {
         }
     }
 
+    /// The server may keep the last replies in its buffer until it is sent Sync or Flush.
+    pub fn needs_flush(&self) -> bool {
+        self.owed.back().is_some_and(|owed| !matches!(owed.kind, Kind::Sync | Kind::Query | Kind::Call))
+    }
+
     /// Number of replies owed.
     pub fn len(&self) -> usize {
         self.owed.len()

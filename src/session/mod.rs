@@ -252,6 +252,9 @@ impl Session {
         if !self.queue.is_empty() {
             self.replies()?;
         }
+        if self.queue.needs_flush() {
+            frame::flush(&mut self.server.out);
+        }
         while !self.queue.is_empty() {
             self.drive_server().await?;
             self.replies()?;

@@ -354,9 +354,13 @@ impl Session {
             let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
             Bytes::copy_from_slice(fields.string()?)
         };
+        if !self.queue.is_empty() && !self.unsynced {
+            // Whether a block is open is known only when the messages before the last Sync were answered.
+            self.settle().await?;
+        }
         let planned = self.current(&name);
         if let Some(planned) = &planned {
-            self.open_block_for(planned).await?;
+            self.open_block_for(planned);
         }
         self.unsynced = true;
         self.queue.push(Expected::client(Kind::Bind));
@@ -377,20 +381,11 @@ impl Session {
     }
 
     /// Before a write outside any block: a block of ours, so that its images, its debts and its commit have one transaction.
-    async fn open_block_for(&mut self, planned: &Planned) -> Result<(), End> {
-        match &planned.plan {
-            Plan::Pass => return Ok(()),
-            Plan::Opaque(opaque) if opaque.unwrapped => return Ok(()),
-            _ => {}
-        }
-        if !self.queue.is_empty() && !self.unsynced {
-            // Whether a block is open is known only when the messages before the last Sync were answered.
-            self.settle().await?;
-        }
-        if !self.in_block() {
+    fn open_block_for(&mut self, planned: &Planned) {
+        let unwrapped = matches!(&planned.plan, Plan::Opaque(opaque) if opaque.unwrapped);
+        if planned.plan != Plan::Pass && !unwrapped && !self.in_block() {
             self.begin_ours();
         }
-        Ok(())
     }
 
     /// A transaction block is open, the client's or ours.

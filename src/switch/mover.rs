@@ -17,9 +17,12 @@ use crate::shared::{Shared, World};
 /// Why the phase stays.
 #[derive(Debug, thiserror::Error)]
 pub enum MoveError {
-    /// A gate is closed.
+    /// A gate is closed; nobody was held.
     #[error("{0}")]
     Closed(String),
+    /// Clients were held for as long as `move.pause` allows, in vain, and released.
+    #[error("{0}")]
+    Held(String),
     /// A side cannot be reached.
     #[error("{0}")]
     Connect(#[from] crate::config::ConnectError),
@@ -35,6 +38,13 @@ pub enum MoveError {
     /// A database said no.
     #[error("{0}")]
     Database(#[from] tokio_postgres::Error),
+}
+
+impl MoveError {
+    /// Clients had to wait for nothing.
+    pub fn held_clients(&self) -> bool {
+        !matches!(self, MoveError::Closed(_) | MoveError::Connect(_))
+    }
 }
 
 /// Control connections of one move.
@@ -175,7 +185,7 @@ async fn behind_the_gate(
     let pause = config.moves.pause;
     let deadline = Instant::now() + pause;
     if tokio::time::timeout(pause, shared.gate.drained()).await.is_err() {
-        return Err(MoveError::Closed(format!(
+        return Err(MoveError::Held(format!(
             "{} transactions have not ended within move.pause ({pause:?}); clients were released and the phase stays {from}",
             shared.gate.under_way()
         )));
@@ -219,7 +229,7 @@ async fn writers_gone(authority: &Client, catalog: &Catalog, side: Side, deadlin
         let Some(row) = authority.query_opt(sql, &[&oids]).await? else { return Ok(()) };
         if Instant::now() > deadline {
             let (who, name): (String, String) = (row.get(0), row.get(1));
-            return Err(MoveError::Closed(format!("backend {who} ({name}) on {side} holds a writer's lock on a migrating table and has not ended within move.pause")));
+            return Err(MoveError::Held(format!("backend {who} ({name}) on {side} holds a writer's lock on a migrating table and has not ended within move.pause")));
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -264,7 +274,7 @@ async fn nothing_owed(shared: &Arc<Shared>, config: &Config, hands: &Hands, from
             return Ok(());
         }
         if Instant::now() > deadline {
-            return Err(MoveError::Closed(format!("{left} debts are left on {authority}; clients were released and the phase stays {from}")));
+            return Err(MoveError::Held(format!("{left} debts are left on {authority}; clients were released and the phase stays {from}")));
         }
         let first = Shared::database(config, authority).connect("crossfade move").await?;
         let second = Shared::database(config, authority.other()).connect("crossfade move").await?;
