@@ -38,6 +38,8 @@ const OWN_STACK_DEPTH_MAX: usize = 48;
 /// Stack for each level of depth: what a build without optimisation was seen to need at worst (13 KiB for sqlparser on
 /// `t JOIN t JOIN ... ON a ON a`), doubled and more.
 const STACK_BYTES_PER_LEVEL: usize = 32 << 10;
+/// Most tokens that are kept at all: 24 bytes each.
+const KEPT_TOKENS_MAX: usize = 3_000_000;
 /// EXPLAIN of EXPLAIN and the like end here.
 const INNER_MAX: usize = 4;
 
@@ -50,6 +52,9 @@ pub fn read(text: &[u8], limits: Limits) -> Facts {
 fn read_inner(text: &[u8], limits: Limits, level: usize) -> Facts {
     let tokens = significant(text);
     let bare = bare(text, &tokens);
+    if tokens.len() > KEPT_TOKENS_MAX {
+        return Facts { parameters: u16::MAX, end: super::end(text), ..bare };
+    }
     if tokens.is_empty() {
         return Facts { verb: Verb::Empty, ..bare };
     }
@@ -75,7 +80,7 @@ fn read_inner(text: &[u8], limits: Limits, level: usize) -> Facts {
 /// where a statement inside lies).
 pub fn place(facts: &Facts, text: &[u8]) -> Facts {
     let tokens = significant(text);
-    let mut placed = Facts { end: tokens.last().map_or(0, |token| token.end), ..facts.clone() };
+    let mut placed = Facts { end: super::end(text), ..facts.clone() };
     if let Some(inner) = &mut placed.inner
         && let Some(Read::Around(_, range)) = utility::read(Words::new(text, &tokens), bare(text, &tokens))
     {
@@ -84,9 +89,12 @@ pub fn place(facts: &Facts, text: &[u8]) -> Facts {
     placed
 }
 
-/// The tokens without gaps and without `;` at the ends.
+/// The tokens without gaps and without `;` at the ends. Of a text with more than are kept one too many.
 fn significant(text: &[u8]) -> Vec<Token> {
-    let mut tokens: Vec<Token> = lex(text).filter(|token| !token.kind.is_gap()).collect();
+    let mut tokens: Vec<Token> = lex(text).filter(|token| !token.kind.is_gap()).take(KEPT_TOKENS_MAX + 1).collect();
+    if tokens.len() > KEPT_TOKENS_MAX {
+        return tokens;
+    }
     while tokens.last().is_some_and(|token| token.is_punct(text, b';')) {
         tokens.pop();
     }
@@ -157,7 +165,7 @@ fn query(text: &[u8], tokens: &[Token], bare: Facts, limits: Limits) -> Option<F
         let facts = tree::read(&clean.text, Source { text, tokens }, bare)?;
         // A decoded name is not in the cleaned text.
         let decoded = tokens.iter().any(|token| token.kind == Kind::UnicodeQuoted);
-        let second = if decoded { None } else { check::read(&clean.text, depth.nesting) };
+        let second = if decoded { None } else { check::read(&clean.compact, depth.nesting) };
         match second {
             Some(reading) if !check::agrees(&facts, &reading) => None,
             Some(reading) => Some(with_functions(facts, reading.functions)),
