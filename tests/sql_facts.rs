@@ -360,3 +360,27 @@ fn forms_that_one_parser_alone_cannot_read() {
         assert_eq!(read(text).verb, verb, "{text}");
     }
 }
+
+#[test]
+fn facts_move_to_another_statement_of_the_same_shape() {
+    for (one, other) in [
+        ("update t set a = 1 returning b", "update  t set a = 100000 returning b /* x */;"),
+        ("explain (analyze 1) update t set a = 1", "  explain /* x */ (analyze 1000) update t set a = 1000"),
+        ("prepare p as explain analyze select 'x'", "prepare  p as   explain analyze select 'xyz'"),
+        ("copy (select 1, 2) to stdout", "/**/copy (select 1000,  2) to stdout"),
+        ("declare c cursor for select 1", "declare c  cursor for select 1;"),
+    ] {
+        assert_eq!(sql::shape(one.as_bytes()).text, sql::shape(other.as_bytes()).text);
+        assert_ne!(read(one), read(other), "{one}");
+        assert_eq!(sql::place(&read(one), other.as_bytes()), read(other), "{other}");
+        assert_eq!(sql::place(&read(other), one.as_bytes()), read(one), "{one}");
+    }
+}
+
+#[test]
+fn of_what_is_no_one_statement_no_target_is_believed() {
+    assert_eq!(targets(&read("update t set a = 1; delete from u")), "");
+    assert_eq!(targets(&read("update t set a = 'x")), "");
+    assert_eq!(targets(&read("with x as (select 1) update t set nonsense")), "");
+    assert_eq!(targets(&read("update s.t set nonsense")), "s.t t");
+}

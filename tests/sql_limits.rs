@@ -6,7 +6,7 @@ use crossfade::sql::facts::{Facts, Verb};
 use crossfade::sql::{self, Limits};
 
 /// Generous: a build without optimisation on a busy machine.
-const TIME_MAX: Duration = Duration::from_secs(20);
+const TIME_MAX: Duration = Duration::from_secs(60);
 
 /// Read on a stack as small as a runtime's worker has.
 fn read(text: String) -> Facts {
@@ -39,6 +39,9 @@ fn long_lists_are_read_in_full() {
     assert!(text.len() > 9_000_000);
     let facts = read(text);
     assert_eq!((facts.verb, facts.reads.len(), facts.functions.len()), (Verb::Select, 1, 1));
+
+    let facts = read("a ".repeat(4_000_000));
+    assert_eq!((facts.verb, facts.end), (Verb::Other, 7_999_999));
 
     let rows = vec!["('a', 1, null, -1.5, default)"; 100_000].join(",\n");
     let facts = read(format!("insert into t (a, b, c, d, e) values {rows} returning a"));
@@ -86,7 +89,7 @@ fn no_form_of_depth_overflows_the_stack() {
             if times == 12 && !close.contains("x") && open != "(" {
                 assert_ne!(facts.verb, Verb::Other, "{shown}");
             }
-            assert!(began.elapsed() < Duration::from_secs(5), "{shown} took {:?}", began.elapsed());
+            assert!(began.elapsed() < Duration::from_secs(20), "{shown} took {:?}", began.elapsed());
         }
     }
 }

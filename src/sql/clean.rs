@@ -11,6 +11,8 @@ const LIST_MIN: usize = 16;
 pub struct Clean {
     /// As many bytes as the statement, names at the same places.
     pub text: String,
+    /// The same with single blanks, for a parser that makes a token of each.
+    pub compact: String,
     /// Tokens that are no blank.
     pub tokens: usize,
 }
@@ -29,7 +31,21 @@ pub fn clean(text: &[u8], tokens: &[Token]) -> Option<Clean> {
         }
     }
     let blanked = blank_lists(text, tokens, &mut out) + blank_only(text, tokens, &mut out);
-    Some(Clean { text: String::from_utf8(out).ok()?, tokens: tokens.len() - blanked })
+    let compact = String::from_utf8(compact(tokens, &out)).ok()?;
+    Some(Clean { text: String::from_utf8(out).ok()?, compact, tokens: tokens.len() - blanked })
+}
+
+fn compact(tokens: &[Token], out: &[u8]) -> Vec<u8> {
+    let mut compact = Vec::new();
+    let mut end = 0;
+    for token in tokens.iter().filter(|token| out[token.start] != b' ') {
+        if token.start > end {
+            compact.push(b' ');
+        }
+        compact.extend_from_slice(&out[token.range()]);
+        end = token.end;
+    }
+    compact
 }
 
 /// Blanks ONLY before a table's name, and the parentheses that may stand around that: it changes no name, and sqlparser
@@ -170,6 +186,7 @@ mod tests {
         let tokens: Vec<Token> = lex(text.as_bytes()).filter(|token| !token.kind.is_gap()).collect();
         let clean = clean(text.as_bytes(), &tokens).unwrap();
         assert_eq!(clean.text.len(), text.len());
+        assert_eq!(clean.compact.split_whitespace().count(), clean.text.split_whitespace().count());
         (clean.text.split_whitespace().collect::<Vec<_>>().join(" "), clean.tokens)
     }
 

@@ -1,4 +1,10 @@
 //! Statements as text: tokens, shapes, facts. Pure; never prints a statement from a tree; knows no catalog.
+//!
+//! The way of a text: [`split`] cuts a Query string into statements, [`shape`] takes the literals out of one (a cache's
+//! key), [`read`] tells its [`facts`], and [`place`] moves the facts of one statement to another of its shape. All lex as
+//! PostgreSQL does with `standard_conforming_strings` on, and in an encoding that is also one of servers: a session that
+//! turned it off, or whose client_encoding is SJIS, BIG5, GBK, UHC, GB18030 or JOHAB, must not be believed what is said here
+//! of texts that are not ASCII; one in another encoding than UTF8 only where [`names_are_ascii`].
 
 mod check;
 mod clean;
@@ -10,8 +16,10 @@ mod shape;
 mod split;
 mod tree;
 mod utility;
+mod words;
 
 pub use lex::lex;
-pub use read::{Limits, read};
+pub use name::names_are_ascii;
+pub use read::{Limits, place, read};
 pub use shape::{Shape, shape};
 pub use split::{Statement, end, split};

@@ -1,7 +1,7 @@
 //! Identifiers: folding, unquoting, quoting.
 
 use super::facts::Name;
-use super::lex::{Kind, Token};
+use super::lex::{Kind, Token, lex};
 
 /// An identifier's most bytes: NAMEDATALEN less one. What is longer, PostgreSQL cuts.
 const NAME_BYTES_MAX: usize = 63;
@@ -61,6 +61,15 @@ fn unicode(spelled: &str) -> Option<String> {
     Some(name)
 }
 
+/// Whether no identifier of the text has a byte from 0x80 on. What others mean depends on client_encoding: where that is
+/// not UTF8, a name in the facts is then not the name that the server sees.
+pub fn names_are_ascii(text: &[u8]) -> bool {
+    text.is_ascii()
+        || lex(text)
+            .filter(|token| matches!(token.kind, Kind::Word | Kind::Quoted | Kind::UnicodeQuoted))
+            .all(|token| token.bytes(text).is_ascii())
+}
+
 fn char_code(digits: &str) -> Option<u32> {
     if !digits.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return None;
@@ -86,7 +95,7 @@ pub fn qualified(text: &[u8], tokens: &[Token]) -> Option<Name> {
             _ => return None,
         }
     }
-    if tokens.len() % 2 == 0 || parts.len() > 3 {
+    if tokens.len().is_multiple_of(2) || parts.len() > 3 {
         return None;
     }
     let name = parts.pop()?;
@@ -129,7 +138,6 @@ const KEYWORDS: &[&str] = &[
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sql::lex::lex;
 
     fn folded(text: &str) -> Option<String> {
         fold(text.as_bytes(), &lex(text.as_bytes()).next().unwrap())
@@ -153,6 +161,13 @@ mod tests {
         ] {
             assert_eq!(folded(text).as_deref(), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn only_names_count_as_names() {
+        assert!(names_are_ascii("select 'é', a /* é */".as_bytes()));
+        assert!(!names_are_ascii("select 'é', é".as_bytes()));
+        assert!(!names_are_ascii(b"select \"\xe9\""));
     }
 
     #[test]

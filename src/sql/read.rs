@@ -12,7 +12,8 @@ use super::facts::{Facts, Name, Target, Verb};
 use super::lex::{Kind, Token, lex};
 use super::name;
 use super::tree::{self, Source};
-use super::utility::{self, Read, Words};
+use super::utility::{self, Read};
+use super::words::Words;
 
 /// What a statement may cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +38,8 @@ const OWN_STACK_DEPTH_MAX: usize = 48;
 /// Stack for each level of depth: what a build without optimisation was seen to need at worst (13 KiB for sqlparser on
 /// `t JOIN t JOIN ... ON a ON a`), doubled and more.
 const STACK_BYTES_PER_LEVEL: usize = 32 << 10;
+/// Most tokens that are kept at all: 24 bytes each.
+const KEPT_TOKENS_MAX: usize = 3_000_000;
 /// EXPLAIN of EXPLAIN and the like end here.
 const INNER_MAX: usize = 4;
 
@@ -47,13 +50,62 @@ pub fn read(text: &[u8], limits: Limits) -> Facts {
 }
 
 fn read_inner(text: &[u8], limits: Limits, level: usize) -> Facts {
-    let mut tokens: Vec<Token> = lex(text).filter(|token| !token.kind.is_gap()).collect();
+    let tokens = significant(text);
+    let bare = bare(text, &tokens);
+    if tokens.len() > KEPT_TOKENS_MAX {
+        return Facts { parameters: u16::MAX, end: super::end(text), ..bare };
+    }
+    if tokens.is_empty() {
+        return Facts { verb: Verb::Empty, ..bare };
+    }
+    let broken = tokens.iter().any(|token| matches!(token.kind, Kind::Unknown | Kind::Unterminated));
+    let several = tokens.iter().any(|token| token.is_punct(text, b';')) && super::split(text).len() > 1;
+    let words = Words::new(text, &tokens);
+    if broken || several || level > INNER_MAX {
+        return Facts { functions: words.calls(), ..bare };
+    }
+    match utility::read(words, bare.clone()) {
+        None => other(words, bare),
+        Some(Read::Whole(facts)) => facts,
+        Some(Read::Tree) => query(text, &tokens, bare.clone(), limits).unwrap_or_else(|| other(words, bare)),
+        Some(Read::DdlWithQuery(facts)) => match query(text, &tokens, bare, limits) {
+            Some(query) => Facts { verb: facts.verb, ..query },
+            None => Facts { functions: words.calls(), ..facts },
+        },
+        Some(Read::Around(facts, range)) => around(facts, range.clone(), read_inner(&text[range], limits, level + 1)),
+    }
+}
+
+/// The facts of a statement, given those of another of the same shape: only places in the text differ (`end`, and
+/// where a statement inside lies).
+pub fn place(facts: &Facts, text: &[u8]) -> Facts {
+    let tokens = significant(text);
+    let mut placed = Facts { end: super::end(text), ..facts.clone() };
+    if let Some(inner) = &mut placed.inner
+        && let Some(Read::Around(_, range)) = utility::read(Words::new(text, &tokens), bare(text, &tokens))
+    {
+        **inner = (range.clone(), place(&inner.1, &text[range]));
+    }
+    placed
+}
+
+/// The tokens without gaps and without `;` at the ends. Of a text with more than are kept one too many.
+fn significant(text: &[u8]) -> Vec<Token> {
+    let mut tokens: Vec<Token> = lex(text).filter(|token| !token.kind.is_gap()).take(KEPT_TOKENS_MAX + 1).collect();
+    if tokens.len() > KEPT_TOKENS_MAX {
+        return tokens;
+    }
     while tokens.last().is_some_and(|token| token.is_punct(text, b';')) {
         tokens.pop();
     }
     let leading = tokens.iter().take_while(|token| token.is_punct(text, b';')).count();
-    let tokens = &tokens[leading..];
-    let bare = Facts {
+    tokens.drain(..leading);
+    tokens
+}
+
+/// What is known before anything is read.
+fn bare(text: &[u8], tokens: &[Token]) -> Facts {
+    Facts {
         verb: Verb::Other,
         targets: Vec::new(),
         reads: Vec::new(),
@@ -67,27 +119,6 @@ fn read_inner(text: &[u8], limits: Limits, level: usize) -> Facts {
         parameters: parameters(text, tokens),
         end: tokens.last().map_or(0, |token| token.end),
         inner: None,
-    };
-    if tokens.is_empty() {
-        return Facts { verb: Verb::Empty, ..bare };
-    }
-    let broken = tokens.iter().any(|token| matches!(token.kind, Kind::Unknown | Kind::Unterminated));
-    let several = tokens.iter().any(|token| token.is_punct(text, b';')) && super::split(text).len() > 1;
-    if broken || several || level > INNER_MAX {
-        return other(text, tokens, bare);
-    }
-    match utility::read(Words::new(text, tokens), bare.clone()) {
-        None => other(text, tokens, bare),
-        Some(Read::Whole(facts)) => facts,
-        Some(Read::Tree) => match query(text, tokens, bare.clone(), limits) {
-            Some(facts) => facts,
-            None => other(text, tokens, bare),
-        },
-        Some(Read::DdlWithQuery(facts)) => match query(text, tokens, bare.clone(), limits) {
-            Some(query) => Facts { verb: facts.verb, ..query },
-            None => Facts { functions: Words::new(text, tokens).calls(), ..facts },
-        },
-        Some(Read::Around(facts, range)) => around(facts, range.clone(), read_inner(&text[range], limits, level + 1)),
     }
 }
 
@@ -107,8 +138,7 @@ fn around(facts: Facts, range: std::ops::Range<usize>, inner: Facts) -> Facts {
 }
 
 /// What tokens alone tell: each name that could be a call, and the table that a plain write names.
-fn other(text: &[u8], tokens: &[Token], bare: Facts) -> Facts {
-    let words = Words::new(text, tokens);
+fn other(words: Words<'_>, bare: Facts) -> Facts {
     let target = |table: Name| Target { row: name::spell(&table.name), table, assigned: Vec::new() };
     Facts { functions: words.calls(), targets: utility::first_target(words).map(target).into_iter().collect(), ..bare }
 }
@@ -135,7 +165,7 @@ fn query(text: &[u8], tokens: &[Token], bare: Facts, limits: Limits) -> Option<F
         let facts = tree::read(&clean.text, Source { text, tokens }, bare)?;
         // A decoded name is not in the cleaned text.
         let decoded = tokens.iter().any(|token| token.kind == Kind::UnicodeQuoted);
-        let second = if decoded { None } else { check::read(&clean.text, depth.nesting) };
+        let second = if decoded { None } else { check::read(&clean.compact, depth.nesting) };
         match second {
             Some(reading) if !check::agrees(&facts, &reading) => None,
             Some(reading) => Some(with_functions(facts, reading.functions)),

@@ -7,7 +7,8 @@ const NUMBER: &[u8] = b"$?";
 /// Stands for a string constant: not the same as a number's, since `date '...'` and `date 1` are not read alike.
 const TEXT: &[u8] = b"'$?'";
 
-/// A statement's shape. Statements of one shape have the same facts but for `Facts::end`.
+/// A statement's shape. Statements of one shape have the same facts but for places in
+/// the text (see [`place`](super::place)).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Shape {
     /// The statement with `$?` for each number and `'$?'` for each string, blanks and comments as single spaces,

@@ -90,9 +90,9 @@ impl Body {
         if self.head != Head::Routine || token.kind != Kind::Word || previous == Previous::Label {
             return false;
         }
-        if is("atomic") && previous == Previous::Begin && self.parens == 0 {
-            self.blocks += 1;
-        } else if is("case") && self.blocks > 0 {
+        let opens =
+            if is("atomic") { previous == Previous::Begin && self.parens == 0 } else { is("case") && self.blocks > 0 };
+        if opens {
             self.blocks += 1;
         } else if is("end") {
             self.blocks = self.blocks.saturating_sub(1);

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use squawk_syntax::{SourceFile, SyntaxKind as K, SyntaxNode};
 
 use super::facts::{Facts, Name, OnConflict, Target, Verb};
-use super::lex::Token;
+use super::lex::{Kind, Token};
 use super::name;
 
 /// A statement's text and its tokens without gaps.
@@ -281,7 +281,7 @@ impl Reader<'_> {
             return Some(()); // a form with keywords: its own node follows
         }
         let name = self.source.name(&callee)?;
-        let plain = self.source.tokens_of(&callee).len() == 1;
+        let plain = matches!(self.source.tokens_of(&callee), [token] if token.kind == Kind::Word);
         if !(plain && is_expression(&name.name)) {
             self.functions.insert(name);
         }

@@ -57,7 +57,15 @@ fn statements(text: &[u8]) -> Vec<String> {
                     let line = text[base + token.start..].iter().position(|&byte| byte == b'\n');
                     cut = Some((base + token.start, line.map_or(text.len(), |length| base + token.start + length)));
                 }
-                (Kind::Unterminated, _) => cut = Some((base + token.start, text[base + token.start..].iter().position(|&byte| byte == b'\n').map_or(text.len(), |length| base + token.start + length + 1))),
+                (Kind::Unterminated, _) => {
+                    cut = Some((
+                        base + token.start,
+                        text[base + token.start..]
+                            .iter()
+                            .position(|&byte| byte == b'\n')
+                            .map_or(text.len(), |length| base + token.start + length + 1),
+                    ))
+                }
                 _ => {}
             }
             if cut.is_some() {
@@ -92,7 +100,9 @@ fn facts(statement: &str) -> Result<Option<Value>, String> {
     let parsed = pg_query::parse(statement, pg_query::ParserOptions::default()).map_err(|error| error.to_string())?;
     let tree = serde_json::to_value(&parsed.protobuf).map_err(|error| error.to_string())?;
     let [raw] = tree["stmts"].as_array().map(Vec::as_slice).unwrap_or_default() else { return Ok(None) };
-    let Some((node, body)) = raw["stmt"]["node"].as_object().and_then(|node| node.iter().next()) else { return Ok(None) };
+    let Some((node, body)) = raw["stmt"]["node"].as_object().and_then(|node| node.iter().next()) else {
+        return Ok(None);
+    };
     let kind = match node.as_str() {
         "SelectStmt" => "select",
         "InsertStmt" => "insert",
@@ -108,7 +118,16 @@ fn facts(statement: &str) -> Result<Option<Value>, String> {
     walk(body, &[], &mut found, true);
     let returning = returns(body);
     let kind = if found.into { "into" } else { kind };
-    Ok(Some(json!([kind, found.targets, returning, found.modifying_cte, found.locking, found.relations, found.functions, statement])))
+    Ok(Some(json!([
+        kind,
+        found.targets,
+        returning,
+        found.modifying_cte,
+        found.locking,
+        found.relations,
+        found.functions,
+        statement
+    ])))
 }
 
 fn returns(body: &Value) -> bool {
@@ -141,12 +160,18 @@ fn walk(value: &Value, ctes: &[String], found: &mut Found, top: bool) {
                 return;
             }
             if let Some(function) = fields.get("funcname").filter(|_| fields.contains_key("agg_star")) {
-                let parts: Vec<String> = function.as_array().into_iter().flatten().filter_map(|part| text(&part["node"]["String"]["sval"])).collect();
+                let parts: Vec<String> = function
+                    .as_array()
+                    .into_iter()
+                    .flatten()
+                    .filter_map(|part| text(&part["node"]["String"]["sval"]))
+                    .collect();
                 if let Some((last, before)) = parts.split_last() {
                     found.functions.insert((before.last().cloned(), last.clone()));
                 }
             }
-            found.locking |= fields.get("locking_clause").and_then(Value::as_array).is_some_and(|list| !list.is_empty());
+            found.locking |=
+                fields.get("locking_clause").and_then(Value::as_array).is_some_and(|list| !list.is_empty());
             found.into |= fields.get("into_clause").is_some_and(|into| !into.is_null());
             let inner = with_clause(fields.get("with_clause"), ctes, found);
             let ctes = inner.as_deref().unwrap_or(ctes);
