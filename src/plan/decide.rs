@@ -38,7 +38,7 @@ const WRITING: &[&str] = &[
 ];
 
 /// What to do with a statement in a phase in which `authority` is mirrored. `role`: the session's current role, where known. `encoding_matches`: the
-/// session's client_encoding is UTF8, as the mirror's sessions' is.
+/// session's client_encoding is UTF8, as the mirror's sessions' is (SQL_ASCII on a server whose encoding is UTF8 comes to the same).
 pub fn plan(facts: &Facts, catalog: &Catalog, authority: Side, role: Option<&str>, encoding_matches: bool) -> Plan {
     let view = View { facts, catalog, side: authority, role, encoding_matches };
     match &facts.verb {
@@ -129,6 +129,8 @@ impl View<'_> {
             let built_in = || WRITING.contains(&function.name.as_str());
             match function.schema.as_deref() {
                 Some("pg_catalog") => built_in(),
+                // pg_temp, or made since the catalog was loaded.
+                Some(_) if !self.catalog.functions.get(self.side).contains(&function.name) => true,
                 Some(_) => of_users(),
                 None => built_in() || of_users(),
             }
@@ -149,7 +151,7 @@ impl View<'_> {
         match plan(inner, self.catalog, self.side, self.role, self.encoding_matches) {
             Plan::Pass => Plan::Pass,
             Plan::Capture(capture) => opaque("explain", capture.tables.clone()),
-            // EXPLAIN ANALYZE EXECUTE, CREATE TABLE AS: what it would be without EXPLAIN, but for DDL, which it does not do.
+            // What it would be without EXPLAIN: EXPLAIN ANALYZE CREATE TABLE AS does make the table.
             Plan::Opaque(opaque) => with(Plan::Opaque(opaque), |plan| plan.reason = "explain"),
             Plan::Truncate(_) | Plan::Copy(_) => opaque("explain", Vec::new()),
         }
