@@ -206,6 +206,8 @@ pub struct Catalog {
     pub triggered: Sides<HashSet<String>>,
     /// Bare names of tables that do not migrate, from where TRUNCATE ... CASCADE or one of its triggers may reach migrating ones.
     pub truncate_reaches: Sides<HashSet<String>>,
+    /// Bare names of tables that do not migrate: a bare name in a statement may mean one of them.
+    pub staying: Sides<HashSet<String>>,
     /// `schema.name` of tables that do not migrate because the other side has none of that name; sorted. With rules: those named there.
     pub one_sided: Sides<Vec<String>>,
     /// (role, table number) that may write the table or a partition and lacks SELECT there, on each side.
@@ -253,6 +255,33 @@ impl Catalog {
         }
     }
 }
+
+/// Functions of pg_catalog that write (large objects), or that run SQL text in which anything may be called.
+pub const WRITING_BUILT_IN: &[&str] = &[
+    "cursor_to_xml",
+    "cursor_to_xmlschema",
+    "database_to_xml",
+    "database_to_xml_and_xmlschema",
+    "lo_close",
+    "lo_creat",
+    "lo_create",
+    "lo_from_bytea",
+    "lo_import",
+    "lo_put",
+    "lo_truncate",
+    "lo_truncate64",
+    "lo_unlink",
+    "lowrite",
+    "query_to_xml",
+    "query_to_xml_and_xmlschema",
+    "query_to_xmlschema",
+    "schema_to_xml",
+    "schema_to_xml_and_xmlschema",
+    "table_to_xml",
+    "table_to_xml_and_xmlschema",
+    "ts_rewrite",
+    "ts_stat",
+];
 
 /// An identifier, quoted for SQL.
 pub fn quote(identifier: &str) -> String {

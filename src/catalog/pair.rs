@@ -181,6 +181,7 @@ fn surroundings(server: &Server, relations: &Relations, catalog: &mut Catalog, s
         if migrating.contains(&oid) {
             continue;
         }
+        catalog.staying.get_mut(side).insert(relation.name.clone());
         let below = Relations::below(&relations.children, oid);
         let effects = effects(server, &below.iter().copied().chain([oid]).collect(), oid, &[]);
         if effects.insert
@@ -355,7 +356,7 @@ fn effects(server: &Server, members: &BTreeSet<u32>, root: u32, key: &[(i16, &st
     let mut effects = SideEffects::default();
     let names: Vec<&str> = key.iter().map(|(_, name)| *name).collect();
     for trigger in members.iter().flat_map(|member| server.triggers.get(member)).flatten() {
-        if !triggers::harmless(trigger) {
+        if !triggers::writes_nothing(trigger, &server.functions) {
             effects.insert |= trigger.bits & INSERT != 0;
             effects.update |= trigger.bits & UPDATE != 0;
             effects.delete |= trigger.bits & DELETE != 0;

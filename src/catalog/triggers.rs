@@ -1,6 +1,10 @@
-//! What a trigger may do: whether a BEFORE ROW trigger can change a row's key. Most of them set `updated_at` and nothing else; to take
-//! each for a change of the key would make every UPDATE of such a table opaque.
+//! What a trigger may do: whether it can write a table, and whether a BEFORE ROW trigger can change a row's key. Most of them set `updated_at`
+//! and nothing else; to take each for a change of the key would make every UPDATE of such a table opaque, and to take each for a write
+//! would have every transaction audited.
 
+use std::collections::HashSet;
+
+use super::WRITING_BUILT_IN;
 use super::read::Trigger;
 
 /// Functions in C that come with PostgreSQL and write no table. None of them can change a key, but for autoinc and insert_username.
@@ -12,9 +16,37 @@ const HARMLESS: &[&str] = &[
     "triggered_change_notification",
 ];
 
-/// The trigger's function writes no table.
-pub(super) fn harmless(trigger: &Trigger) -> bool {
+/// Words of a PL/pgSQL function that may run SQL in which anything is written or called.
+const RUNNING: &[&str] = &[
+    "insert", "update", "delete", "merge", "truncate", "copy", "select", "perform", "execute", "call", "do", "with",
+    "table", "values", "open", "fetch", "move", "create", "alter", "drop", "refresh", "lock", "grant", "revoke",
+    "from", "import", "prepare",
+];
+
+fn harmless(trigger: &Trigger) -> bool {
     matches!(trigger.language.as_str(), "c" | "internal") && HARMLESS.contains(&trigger.function.as_str())
+}
+
+/// Proves that a trigger's function writes no table: one of `HARMLESS`, or PL/pgSQL that runs no SQL but expressions, in which no function of
+/// `functions` (those outside pg_catalog, by their bare names) is called. False where that is not plain to see.
+pub(super) fn writes_nothing(trigger: &Trigger, functions: &HashSet<String>) -> bool {
+    if harmless(trigger) {
+        return true;
+    }
+    if trigger.language != "plpgsql" {
+        return false;
+    }
+    let Some(tokens) = tokens(&trigger.body) else { return false };
+    (0..tokens.len()).all(|at| match (&tokens[at], tokens.get(at + 1)) {
+        // `IS DISTINCT FROM` and `extract(... FROM ...)` read nothing, but FROM without SELECT cannot: it is here for what this list forgets.
+        (Token::Word(word), _) if word == "from" => at > 0 && tokens[at - 1].is("distinct"),
+        (Token::Word(word), _) if RUNNING.contains(&word.as_str()) && !qualified(&tokens, at) => false,
+        (Token::Word(word), Some(Token::Mark('('))) => {
+            let of_schema = qualified(&tokens, at) && !(at > 1 && tokens[at - 2].is("pg_catalog"));
+            !of_schema && !functions.contains(word) && !WRITING_BUILT_IN.contains(&word.as_str())
+        }
+        _ => true,
+    })
 }
 
 /// Proves from the text of a PL/pgSQL function that the row which it returns has the key that it was given: it returns NEW, OLD or NULL,
@@ -29,7 +61,8 @@ pub(super) fn keeps_key(trigger: &Trigger, key: &[&str]) -> bool {
     let Some(tokens) = tokens(&trigger.body) else { return false };
     (0..tokens.len()).all(|at| match &tokens[at] {
         Token::Word(word) if word == "return" => returns_row(&tokens[at + 1..]),
-        Token::Word(word) if (word == "new" || word == "old") && !is_field(&tokens, at) => keeps(&tokens, at, key),
+        // `function.new` is NEW too: a block's variables go by its label.
+        Token::Word(word) if word == "new" || word == "old" => !qualified(&tokens, at) && keeps(&tokens, at, key),
         _ => true,
     })
 }
@@ -96,7 +129,7 @@ fn tokens(body: &str) -> Option<Vec<Token>> {
     Some(found)
 }
 
-fn is_field(tokens: &[Token], at: usize) -> bool {
+fn qualified(tokens: &[Token], at: usize) -> bool {
     at > 0 && tokens[at - 1] == Token::Mark('.')
 }
 
@@ -142,7 +175,9 @@ fn keeps(tokens: &[Token], at: usize, key: &[&str]) -> bool {
                 Token::Mark(')') => depth - 1,
                 _ => depth,
             });
-            word_before(&["return"])
+            let copied = before == Some(&Token::Mark(':'));
+            (copied && next == Some(&Token::Mark(';')))
+                || word_before(&["return"])
                 || (word_before(&["from", "if", "when", "and", "or"]) && !may_assign && next != Some(&Token::Mark(':')))
                 || (open > 0 && !may_assign && matches!(next, Some(Token::Mark(',' | ')'))))
         }
@@ -168,6 +203,7 @@ mod tests {
             "BEGIN INSERT INTO log SELECT NEW.*; RETURN COALESCE(NEW, OLD); END",
             "BEGIN PERFORM note(to_jsonb(NEW), NEW.id); RETURN NEW; END",
             "BEGIN NEW.\"Id\" := 3; RETURN NEW; END",
+            "DECLARE r t := NEW; BEGIN r.id := 3; INSERT INTO log SELECT r.*; RETURN NEW; END",
         ];
         for body in keeping {
             assert!(keeps_key(&trigger(body), &["id"]), "{body}");
@@ -181,6 +217,10 @@ mod tests {
             "BEGIN SELECT max(id), 2 INTO x, NEW.id FROM t; RETURN NEW; END",
             "BEGIN NEW := OLD; RETURN NEW; END",
             "BEGIN NEW = OLD; RETURN NEW; END",
+            "BEGIN f.new.id := 3; RETURN NEW; END",
+            "BEGIN IF TG_OP = 'UPDATE' THEN NEW.n := 1; ELSE NEW.id = 4; END IF; RETURN NEW; END",
+            "BEGIN EXECUTE 'SELECT 1' INTO NEW.id; RETURN NEW; END",
+            "BEGIN NEW.id := $1; RETURN NEW; END",
             "BEGIN SELECT * INTO NEW FROM t; RETURN NEW; END",
             "BEGIN RETURN f(NEW); END",
             "DECLARE r t; BEGIN r := NEW; RETURN r; END",
@@ -196,5 +236,35 @@ mod tests {
         let sql = Trigger { language: "c".into(), ..trigger("") };
         assert!(!keeps_key(&sql, &["id"]));
         assert!(keeps_key(&Trigger { function: "moddatetime".into(), ..sql }, &["id"]));
+    }
+
+    #[test]
+    fn a_trigger_that_runs_no_sql_is_told_from_one_that_may_write() {
+        let functions = HashSet::from(["make".to_owned(), "lower".to_owned()]);
+        let quiet = [
+            "BEGIN NEW.updated_at := now(); RETURN NEW; END",
+            "BEGIN IF NEW.a IS DISTINCT FROM OLD.a THEN NEW.n := coalesce(OLD.n, 0) + 1; END IF; RETURN NEW; END",
+            "BEGIN IF TG_OP = 'UPDATE' THEN NEW.n := pg_catalog.lower('x'); END IF; RETURN NEW; -- insert\n END",
+            "BEGIN RAISE EXCEPTION 'no % here', upper(NEW.a); END",
+        ];
+        // pg_catalog.lower is taken for the user's of that name: the safe side.
+        for body in quiet.iter().filter(|body| !body.contains("pg_catalog.lower")) {
+            assert!(writes_nothing(&trigger(body), &functions), "{body}");
+        }
+        assert!(quiet.iter().all(|body| writes_nothing(&trigger(body), &HashSet::new())));
+        let writing = [
+            "BEGIN INSERT INTO log VALUES (1); RETURN NEW; END",
+            "BEGIN PERFORM make(); RETURN NEW; END",
+            "BEGIN NEW.n := make(); RETURN NEW; END",
+            "BEGIN NEW.n := \"make\" (); RETURN NEW; END",
+            "BEGIN NEW.n := other.thing(); RETURN NEW; END",
+            "BEGIN NEW.n := (SELECT max(id) FROM t); RETURN NEW; END",
+            "BEGIN NEW.n := lower(NEW.a); RETURN NEW; END",
+            "BEGIN NEW.n := lo_create(0); RETURN NEW; END",
+            "BEGIN EXECUTE NEW.a; RETURN NEW; END",
+        ];
+        for body in writing {
+            assert!(!writes_nothing(&trigger(body), &functions), "{body}");
+        }
     }
 }

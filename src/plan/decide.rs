@@ -6,39 +6,12 @@ use std::sync::Arc;
 
 use super::splice::{expression, texts};
 use super::{Capture, CopyIn, Effect, Opaque, Plan};
-use crate::catalog::{Catalog, Resolution, SideEffects, Table};
+use crate::catalog::{Catalog, Resolution, SideEffects, Table, WRITING_BUILT_IN};
 use crate::phase::Side;
 use crate::sql::facts::{Facts, Name, OnConflict, Target, Verb};
 
-/// Functions of pg_catalog that write (large objects), or that run SQL text in which anything may be called.
-const WRITING: &[&str] = &[
-    "cursor_to_xml",
-    "cursor_to_xmlschema",
-    "database_to_xml",
-    "database_to_xml_and_xmlschema",
-    "lo_close",
-    "lo_creat",
-    "lo_create",
-    "lo_from_bytea",
-    "lo_import",
-    "lo_put",
-    "lo_truncate",
-    "lo_truncate64",
-    "lo_unlink",
-    "lowrite",
-    "query_to_xml",
-    "query_to_xml_and_xmlschema",
-    "query_to_xmlschema",
-    "schema_to_xml",
-    "schema_to_xml_and_xmlschema",
-    "table_to_xml",
-    "table_to_xml_and_xmlschema",
-    "ts_rewrite",
-    "ts_stat",
-];
-
 /// What to do with a statement in a phase in which `authority` is mirrored. `role`: the session's current role, where known. `encoding_matches`: the
-/// session's client_encoding is UTF8, as the mirror's sessions' is.
+/// session's client_encoding is UTF8, as the mirror's sessions' is (SQL_ASCII on a server whose encoding is UTF8 comes to the same).
 pub fn plan(facts: &Facts, catalog: &Catalog, authority: Side, role: Option<&str>, encoding_matches: bool) -> Plan {
     let view = View { facts, catalog, side: authority, role, encoding_matches };
     match &facts.verb {
@@ -126,9 +99,11 @@ impl View<'_> {
     fn calls(&self) -> bool {
         let writes = |function: &Name| {
             let of_users = || self.catalog.writing_functions.get(self.side).contains(&function.name);
-            let built_in = || WRITING.contains(&function.name.as_str());
+            let built_in = || WRITING_BUILT_IN.contains(&function.name.as_str());
             match function.schema.as_deref() {
                 Some("pg_catalog") => built_in(),
+                // pg_temp, or made since the catalog was loaded.
+                Some(_) if !self.catalog.functions.get(self.side).contains(&function.name) => true,
                 Some(_) => of_users(),
                 None => built_in() || of_users(),
             }
@@ -149,7 +124,7 @@ impl View<'_> {
         match plan(inner, self.catalog, self.side, self.role, self.encoding_matches) {
             Plan::Pass => Plan::Pass,
             Plan::Capture(capture) => opaque("explain", capture.tables.clone()),
-            // EXPLAIN ANALYZE EXECUTE, CREATE TABLE AS: what it would be without EXPLAIN, but for DDL, which it does not do.
+            // What it would be without EXPLAIN: EXPLAIN ANALYZE CREATE TABLE AS does make the table.
             Plan::Opaque(opaque) => with(Plan::Opaque(opaque), |plan| plan.reason = "explain"),
             Plan::Truncate(_) | Plan::Copy(_) => opaque("explain", Vec::new()),
         }
@@ -228,8 +203,8 @@ impl View<'_> {
                 tables,
                 audited: side_effects,
             })),
-            // What triggers, cascades and functions write beside it is not known.
-            Err(reason) if side_effects => opaque(reason, Vec::new()),
+            // What triggers, cascades and functions write beside it is not known, nor which of several tables is meant.
+            Err(reason) if side_effects || reason == "ambiguous" => opaque(reason, Vec::new()),
             Err(reason) => opaque(reason, distinct(self.reached(tables))),
         }
     }
@@ -286,12 +261,14 @@ impl View<'_> {
             return Err("ambiguous");
         }
         let listed = self.catalog.partition_names.get(self.side).contains(name);
+        let bare_elsewhere = target.table.schema.is_none() && self.catalog.staying.get(self.side).contains(name);
         let mut found: Option<String> = None;
         for table in tables {
             let server = self.catalog.encoding.get(self.side);
             let texts = texts(table, server, self.encoding_matches).ok_or("encoding")?;
             let hidden = expression(table, self.side, &target.row, texts, listed);
-            if found.as_ref().is_some_and(|found| *found != hidden) {
+            // A list of columns fits one table only, and would fail on another that search_path finds first.
+            if found.as_ref().is_some_and(|found| *found != hidden) || (bare_elsewhere && !hidden.ends_with(".*))")) {
                 return Err("ambiguous");
             }
             found = Some(hidden);

@@ -6,12 +6,15 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::{Client, NoTls};
 
-/// A server that listens on a Unix socket in its own directory.
+/// A server that listens on a Unix socket in its own directory. Both sides are databases of it, unless PG_BIN_OLD names the programs of
+/// another version of PostgreSQL for old.
 pub struct Server {
     process: Child,
     directory: tempfile::TempDir,
+    old: Option<Box<Server>>,
 }
 
+/// PG_BIN, else the newest version in Debian's place.
 fn binaries() -> PathBuf {
     if let Ok(directory) = std::env::var("PG_BIN") {
         return directory.into();
@@ -34,19 +37,27 @@ fn unprivileged(program: PathBuf) -> Command {
 }
 
 impl Server {
-    /// A new cluster, encoding UTF8.
+    /// A new cluster, encoding UTF8; two where old is of another version.
     pub async fn start() -> Server {
+        let mut server = Server::of(binaries()).await;
+        if let Ok(programs) = std::env::var("PG_BIN_OLD") {
+            server.old = Some(Box::new(Server::of(programs.into()).await));
+        }
+        server
+    }
+
+    async fn of(programs: PathBuf) -> Server {
         let directory = tempfile::Builder::new().prefix("crossfade").tempdir().unwrap();
         let _ = Command::new("chown").arg("postgres").arg(directory.path()).status();
         let data = directory.path().join("data");
-        let made = unprivileged(binaries().join("initdb"))
+        let made = unprivileged(programs.join("initdb"))
             .args(["-U", "postgres", "--auth=trust", "-E", "UTF8", "--locale=C.UTF-8", "-N", "-D"])
             .arg(&data)
             .current_dir(directory.path())
             .output()
             .unwrap();
         assert!(made.status.success(), "initdb: {}", String::from_utf8_lossy(&made.stderr));
-        let process = unprivileged(binaries().join("postgres"))
+        let process = unprivileged(programs.join("postgres"))
             .args(["-c", "listen_addresses=", "-c", "fsync=off", "-c", "max_connections=30", "-D"])
             .arg(&data)
             .arg("-k")
@@ -56,7 +67,7 @@ impl Server {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let server = Server { process, directory };
+        let server = Server { process, directory, old: None };
         let started = Instant::now();
         while server.connect("postgres").await.is_err() {
             assert!(started.elapsed() < Duration::from_secs(60), "the server did not start");
@@ -75,13 +86,17 @@ impl Server {
 
     /// A session of the superuser.
     pub async fn client(&self, database: &str) -> Client {
-        self.connect(database).await.unwrap()
+        match &self.old {
+            Some(old) if database == "old" => old.connect(database).await.unwrap(),
+            _ => self.connect(database).await.unwrap(),
+        }
     }
 
     /// Two new databases, with schema `crossfade` where `installed`.
     pub async fn pair(&self, installed: bool) -> (Client, Client) {
         let admin = self.client("postgres").await;
-        admin.batch_execute("CREATE DATABASE old TEMPLATE template0").await.unwrap();
+        let old_admin = self.old.as_deref().unwrap_or(self).connect("postgres").await.unwrap();
+        old_admin.batch_execute("CREATE DATABASE old TEMPLATE template0").await.unwrap();
         admin.batch_execute("CREATE DATABASE new TEMPLATE template0").await.unwrap();
         let pair = (self.client("old").await, self.client("new").await);
         if installed {
