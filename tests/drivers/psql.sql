@@ -1,7 +1,7 @@
 -- Run by psql -X -a, with errors going on. PIDs and large objects' numbers are taken out of what it prints.
 \set VERBOSITY verbose
 \set SHOW_CONTEXT always
-SELECT current_user, current_database(), pg_backend_pid() = :'BACKEND'::int AS same_pid \gset
+SELECT current_user, current_database() \gset
 \echo :current_user :current_database
 INSERT INTO things (name, flag, big, num, bytes, day, stamp, span, doc, tags, state, couple, seen)
 VALUES ('psql', true, 9007199254740993, 'NaN', '\x00ff', '2026-02-28', '2026-02-28 12:00:00.123456+02', '1 mon 2 days 03:04:05.6',
