@@ -31,7 +31,7 @@ test: setup check test-only
 check: setup
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items --quiet
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --quiet
 	target/tools/bin/cargo-deny --offline --locked check licenses bans sources
 
 # nextest where it is there: it runs the tests of all binaries side by side.

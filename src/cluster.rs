@@ -1,7 +1,7 @@
 //! Throw-away PostgreSQL clusters, for the demo, the benchmarks and the tests.
 //!
 //! A [`Cluster`] is a real server on a port and in a directory of its own. [`programs`] finds the server's programs and
-//! the account that runs them, a template data directory is made once ([`template`]) and copied, [`ports`] keeps a port
+//! the account that runs them, a template data directory is made once (`template`) and copied, [`ports`] keeps a port
 //! for as long as the cluster lives, and [`processes`] finds, freezes and kills the server's processes. Dropping the
 //! cluster kills it and removes its directory; when the process that owns it is itself killed, a watchdog does.
 //!

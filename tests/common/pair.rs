@@ -40,6 +40,9 @@ impl Databases {
         );
         let verifiers = old.psql("postgres", &copy).await.expect("reads the verifiers");
         new.psql("postgres", &verifiers).await.expect("writes the verifiers");
+        // The two sides never give the same number to a type or a table; what mixes them up must show.
+        let spend_oids = "SELECT count(lo_unlink(lo_create(0))) FROM generate_series(1, 1000)";
+        new.psql(DATABASE, spend_oids).await.expect("spends OIDs");
         Databases { old, new }
     }
 
