@@ -125,19 +125,25 @@ async fn a_table_without_a_key_is_copied_in_the_snapshot_of_a_move() {
     let world = World::new(H).await;
     world.on_old("INSERT INTO h SELECT n % 10, n, 'é' FROM generate_series(1, 5000) n").await;
     world.on_new("INSERT INTO h SELECT n, n FROM generate_series(1, 10) n").await;
-    let table = world.table("h").await;
+    let (table, catalog, h2) = (world.table("h").await, world.catalog().await, world.table("h2").await);
+    // Owed from before: the row of h is in the snapshot, the one of h2 is not copied.
+    let five: &[u8] = &5i32.to_be_bytes();
+    world.on_old("INSERT INTO h VALUES (5, NULL, 'x'); INSERT INTO h2 VALUES (5)").await;
+    world.owe(&[row(table.number, 1, &[Some(five), None, Some(b"x")]), row(h2.number, 1, &[Some(five)])]).await;
     let debt = world.owe(&[Debt::Table { table: table.number }]).await;
     let mover = world.old().await;
     exec(&mover, "BEGIN ISOLATION LEVEL REPEATABLE READ").await;
     let snapshot: String = mover.query_one("SELECT pg_export_snapshot()", &[]).await.unwrap().get(0);
     let mut pair = world.pair().await;
-    copy::prepare(&mut pair, &table).await.expect("empties");
+    copy::prepare(&mut pair, &catalog, &table).await.expect("empties");
     // Clients go on: their rows come by image.
     world.both("INSERT INTO h VALUES (-1, -1, 'later')").await;
-    assert_eq!(copy::keyless(&mut pair, &table, &snapshot, &[debt]).await.expect("copies"), 5000);
+    assert_eq!(copy::keyless(&mut pair, &table, &snapshot, &[debt]).await.expect("copies"), 5001);
+    let mut repair = repair::Repair::new(pair, catalog);
+    repair::wait(&mut repair, Duration::from_secs(10)).await.expect("drains");
     world.assert_equal("h").await;
+    world.assert_equal("h2").await;
     assert_eq!(world.debts_left().await, 0);
-    // The outcome of its COMMIT was not known to the mover, say, so that it calls again.
     assert!(world.rows(Side::New, "crossfade.applied").await.is_empty());
 }
 

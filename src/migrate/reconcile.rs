@@ -116,10 +116,12 @@ pub(crate) async fn chunk_of_keys(pair: &mut Pair, table: &Table, keys: Vec<Valu
                     stack.push((left, Mode::Upsert));
                 }
             }
-            (Why::Error(error), _) if keys.len() == 1 => match error.meaning() {
-                Meaning::Busy => outcome.locked.extend(keys),
-                _ => outcome.refused.extend(keys.into_iter().map(|key| (key, error.to_string()))),
-            },
+            (Why::Error(error), _) if keys.len() == 1 || error.meaning() == Meaning::Definition => {
+                match error.meaning() {
+                    Meaning::Busy => outcome.locked.extend(keys),
+                    _ => outcome.refused.extend(keys.into_iter().map(|key| (key, error.to_string()))),
+                }
+            }
             (Why::Error(_), _) => halves(&mut stack, keys, mode),
         }
     }
