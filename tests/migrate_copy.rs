@@ -9,7 +9,7 @@ use crossfade::ledger::clear::{ClearError, Clearing, flush_and_clear};
 use crossfade::ledger::debts::Debt;
 use crossfade::migrate::{self, Settings, copy, reconcile, repair, tokens};
 use crossfade::phase::Side;
-use migrate_support::*;
+use migrate_support::{carrier as carrier_of, *};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tables_with_keys_of_many_types_become_equal() {
@@ -302,7 +302,7 @@ async fn a_flush_in_another_incarnation_clears_nothing() {
     let (t1, m1) = (world.old().await, world.new_replica().await);
     exec(&t1, "BEGIN; INSERT INTO t VALUES (1, 1)").await;
     exec(&m1, "SET synchronous_commit = off; BEGIN; INSERT INTO t VALUES (1, 1)").await;
-    let carrier = carrier(&m1).await;
+    let carrier = carrier_of(&m1).await;
     let id = owe(&t1, Some(&carrier), &[key(&table, 1)]).await;
     exec(&t1, "COMMIT").await;
     exec(&m1, "COMMIT").await;
@@ -312,6 +312,11 @@ async fn a_flush_in_another_incarnation_clears_nothing() {
     let told = flush_and_clear(&mirror, &t1, &[id], &carrier.incarnation, Clearing::Lazy).await;
     assert!(matches!(told, Err(ClearError::Reincarnated)), "{told:?}");
     assert_eq!(world.debts_left().await, 1);
+    world.on_new("DELETE FROM crossfade.flush").await;
+    let now = carrier_of(&mirror).await.incarnation;
+    let told = flush_and_clear(&mirror, &t1, &[id], &now, Clearing::Lazy).await;
+    assert!(matches!(told, Err(ClearError::NothingWritten)), "a commit that wrote nothing flushes nothing: {told:?}");
+    migrate::install(&mirror, Side::New).await.expect("mends");
     let summary = repair::wait(&mut world.repair().await, Duration::from_secs(10)).await.expect("drains");
     assert_eq!(summary.cleared, 1);
     world.assert_equal("t").await;
