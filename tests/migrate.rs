@@ -26,6 +26,9 @@ async fn keys_become_equal_whether_missing_stale_extra_or_equal() {
     let outcome = reconcile::keys(&mut pair, &table, keys).await.expect("reconciles");
     assert_eq!((outcome.written, outcome.removed), (2, 1));
     assert!(outcome.locked.is_empty() && outcome.refused.is_empty());
+    let other =
+        reconcile::keys(&mut pair, &table, vec![vec![None, None], vec![]]).await.expect("is no failure of a server");
+    assert_eq!(other.refused.len(), 2, "keys of another definition");
     let after: String =
         world.client(Side::New).await.query_one("SELECT xmin::text FROM t WHERE k = 2", &[]).await.unwrap().get(0);
     assert_eq!(before, after, "a row that is equal is not written again");
