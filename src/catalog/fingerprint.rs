@@ -54,7 +54,8 @@ WITH schemas AS MATERIALIZED (
 SELECT pg_catalog.concat_ws(':', pg_catalog.count(*), pg_catalog.sum(hash)) FROM parts";
 
 /// A word that changes when a table, column, type, key, trigger, policy, rule, function, role or privilege of a user's schema does.
-/// It says nothing of temporary objects and of what the system owns. Compare it only with one of the same server.
+/// It says nothing of temporary objects and of what the system owns. Compare it only with one of the same server, taken before
+/// the catalog was loaded, so that a change in between is noticed the next time.
 pub async fn fingerprint(client: &Client) -> Result<String, Error> {
     client.query_one(QUERY, &[]).await.map(|row| row.get(0))
 }

@@ -60,7 +60,8 @@ async fn incomplete(old: &Client, new: &Client, all: &Numbers) -> Result<bool, C
 /// Under a lock on old (two proxies may start at once); new is written and committed first, so that a crash leaves a number that the next
 /// start copies to old, never one that is given out twice.
 async fn enter(old: &Client, new: &Client, tables: &[Place]) -> Result<BTreeMap<(String, String), u32>, CatalogError> {
-    let begin = "BEGIN; LOCK TABLE crossfade.tables IN SHARE ROW EXCLUSIVE MODE";
+    let begin =
+        "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; LOCK TABLE crossfade.tables IN SHARE ROW EXCLUSIVE MODE";
     old.batch_execute(begin).await.map_err(|error| CatalogError::server(Side::Old, error))?;
     let entered = enter_locked(old, new, tables).await;
     let end = if entered.is_ok() { "COMMIT" } else { "ROLLBACK" };

@@ -29,7 +29,8 @@ pub(super) fn keeps_key(trigger: &Trigger, key: &[&str]) -> bool {
     let Some(tokens) = tokens(&trigger.body) else { return false };
     (0..tokens.len()).all(|at| match &tokens[at] {
         Token::Word(word) if word == "return" => returns_row(&tokens[at + 1..]),
-        Token::Word(word) if (word == "new" || word == "old") && !is_field(&tokens, at) => keeps(&tokens, at, key),
+        // `function.new` is NEW too: a block's variables go by its label.
+        Token::Word(word) if word == "new" || word == "old" => !qualified(&tokens, at) && keeps(&tokens, at, key),
         _ => true,
     })
 }
@@ -96,7 +97,7 @@ fn tokens(body: &str) -> Option<Vec<Token>> {
     Some(found)
 }
 
-fn is_field(tokens: &[Token], at: usize) -> bool {
+fn qualified(tokens: &[Token], at: usize) -> bool {
     at > 0 && tokens[at - 1] == Token::Mark('.')
 }
 
@@ -142,7 +143,9 @@ fn keeps(tokens: &[Token], at: usize, key: &[&str]) -> bool {
                 Token::Mark(')') => depth - 1,
                 _ => depth,
             });
-            word_before(&["return"])
+            let copied = before == Some(&Token::Mark(':'));
+            (copied && next == Some(&Token::Mark(';')))
+                || word_before(&["return"])
                 || (word_before(&["from", "if", "when", "and", "or"]) && !may_assign && next != Some(&Token::Mark(':')))
                 || (open > 0 && !may_assign && matches!(next, Some(Token::Mark(',' | ')'))))
         }
@@ -168,6 +171,7 @@ mod tests {
             "BEGIN INSERT INTO log SELECT NEW.*; RETURN COALESCE(NEW, OLD); END",
             "BEGIN PERFORM note(to_jsonb(NEW), NEW.id); RETURN NEW; END",
             "BEGIN NEW.\"Id\" := 3; RETURN NEW; END",
+            "DECLARE r t := NEW; BEGIN r.id := 3; INSERT INTO log SELECT r.*; RETURN NEW; END",
         ];
         for body in keeping {
             assert!(keeps_key(&trigger(body), &["id"]), "{body}");
@@ -181,6 +185,10 @@ mod tests {
             "BEGIN SELECT max(id), 2 INTO x, NEW.id FROM t; RETURN NEW; END",
             "BEGIN NEW := OLD; RETURN NEW; END",
             "BEGIN NEW = OLD; RETURN NEW; END",
+            "BEGIN f.new.id := 3; RETURN NEW; END",
+            "BEGIN IF TG_OP = 'UPDATE' THEN NEW.n := 1; ELSE NEW.id = 4; END IF; RETURN NEW; END",
+            "BEGIN EXECUTE 'SELECT 1' INTO NEW.id; RETURN NEW; END",
+            "BEGIN NEW.id := $1; RETURN NEW; END",
             "BEGIN SELECT * INTO NEW FROM t; RETURN NEW; END",
             "BEGIN RETURN f(NEW); END",
             "DECLARE r t; BEGIN r := NEW; RETURN r; END",

@@ -1,5 +1,9 @@
 //! From facts, catalog and phase to a plan: what the session does with a statement. Pure.
+//!
+//! `decide` holds the rules, `splice` the hidden column, `image` what becomes of it, `explain` tells people.
 
+mod decide;
+mod explain;
 pub mod image;
 mod splice;
 
@@ -7,6 +11,9 @@ use std::sync::Arc;
 
 use crate::catalog::Table;
 use crate::sql::facts::Name;
+
+pub use decide::plan;
+pub use explain::explain;
 
 /// What to do with one statement in a mirrored phase.
 #[derive(Clone, Debug, PartialEq)]

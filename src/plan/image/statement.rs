@@ -8,8 +8,6 @@ use super::Statement;
 use crate::catalog::{Column, Format, Table, quote};
 use crate::phase::Side;
 
-/// pg_type's OID of text.
-const TEXT: u32 = 25;
 /// The protocol counts parameters in 16 bits.
 const PARAMETERS_MAX: usize = 65_535;
 
@@ -39,18 +37,16 @@ pub fn needs_replace(table: &Table, side: Side) -> bool {
         || assigned(table, side).is_empty()
 }
 
-/// The columns that DO UPDATE sets: all but the key, or one of the key's where there is no other, for the sake of the row lock.
+/// The columns that DO UPDATE sets: all but the key. The key's too, where equal keys may differ in their bytes ('a' and 'A' in citext); one of
+/// the key's where there is no other column, for the sake of the row lock.
 fn assigned(table: &Table, side: Side) -> Vec<usize> {
     let Some(key) = &table.key else { return Vec::new() };
-    let others: Vec<usize> = writable(table, side).filter(|at| !key.columns.contains(at)).collect();
-    if !others.is_empty() {
-        return others;
+    let of_key = |at: &usize| key.columns.contains(at);
+    let mut found: Vec<usize> = writable(table, side).filter(|at| !of_key(at) || !key.bytewise).collect();
+    if found.is_empty() {
+        found.extend(writable(table, side).find(|at| !*table.columns[*at].identity_always.get(side)));
     }
-    let settable = |at: &&usize| {
-        let column = &table.columns[**at];
-        !column.generated.get(side) && !column.identity_always.get(side)
-    };
-    key.columns.iter().find(settable).copied().into_iter().collect()
+    found
 }
 
 /// Makes `rows` rows (at least one, with distinct keys) what their images say, whether they are there or not. Parameters: `parameters` of each row.
@@ -160,18 +156,13 @@ fn by_key(table: &Table, side: Side, keys: usize, statement: &mut Statement) {
     }
 }
 
-/// The next parameter. One that travels as text is declared as text, whose binary form is its bytes, and cast in the statement.
+/// The next parameter. One that travels as text goes through its type's input function: a cast from text may be another function (text to
+/// regclass takes no number).
 fn parameter(column: &Column, side: Side, statement: &mut Statement) {
-    let number = statement.parameter_types.len() + 1;
-    match column.format {
-        Format::Binary => {
-            let _ = write!(statement.text, "${number}");
-            statement.parameter_types.push(*column.type_oid.get(side));
-        }
-        Format::Text => {
-            let _ = write!(statement.text, "${number}::pg_catalog.text::{}", column.kind.name.get(side));
-            statement.parameter_types.push(TEXT);
-        }
-    }
-    statement.formats.push(1);
+    statement.parameter_types.push(*column.type_oid.get(side));
+    statement.formats.push(match column.format {
+        Format::Binary => 1,
+        Format::Text => 0,
+    });
+    let _ = write!(statement.text, "${}", statement.parameter_types.len());
 }

@@ -1,0 +1,119 @@
+//! `crossfade explain`: what would be done with a statement, in words.
+
+use std::fmt::Write;
+use std::sync::Arc;
+
+use super::{Capture, Effect, Opaque, Plan, plan};
+use crate::catalog::{Catalog, Table};
+use crate::phase::{Phase, Side};
+use crate::sql::facts::{Facts, Name};
+
+/// What the proxy would do with `text`, whose facts these are: its kind, and a line for each phase. For a session whose client_encoding
+/// is UTF8 and whose role may read the tables.
+pub fn explain(text: &str, facts: &Facts, catalog: &Catalog) -> String {
+    let mut out = String::new();
+    let kind = format!("{:?}", facts.verb);
+    let targets: Vec<String> = facts.targets.iter().map(|target| label(&target.table)).collect();
+    let reads: Vec<String> = facts.reads.iter().map(label).collect();
+    let _ = writeln!(out, "statement    {}", kind.split([' ', '(']).next().unwrap_or_default().to_lowercase());
+    if !targets.is_empty() {
+        let _ = writeln!(out, "writes       {}", targets.join(", "));
+    }
+    if !reads.is_empty() {
+        let _ = writeln!(out, "reads        {}", reads.join(", "));
+    }
+    for phase in Phase::ALL {
+        let authority = phase.authority();
+        let _ = write!(out, "{:<14} runs on {authority}", phase.name());
+        let Some(mirror) = phase.mirror() else {
+            let _ = writeln!(out, ", as it is");
+            continue;
+        };
+        let _ = match plan(facts, catalog, authority, None, true) {
+            Plan::Pass => writeln!(out, ", as it is: it writes no migrating table"),
+            Plan::Capture(found) => {
+                let head = text.get(..facts.end).unwrap_or(text);
+                captured(&mut out, &found, mirror)
+                    .and_then(|()| writeln!(out, ". Sent to {authority} as\n               {head}{}", found.splice))
+            }
+            Plan::Opaque(found) => unseen(&mut out, &found),
+            Plan::Truncate(tables) => writeln!(out, "; {} truncated on {mirror} at COMMIT", labels(&tables)),
+            Plan::Copy(copy) => writeln!(out, "; its rows are copied into {} on {mirror}", copy.table.label()),
+        };
+    }
+    out
+}
+
+fn label(name: &Name) -> String {
+    match &name.schema {
+        Some(schema) => format!("{schema}.{}", name.name),
+        None => name.name.clone(),
+    }
+}
+
+fn labels(tables: &[Arc<Table>]) -> String {
+    tables.iter().map(|table| table.label()).collect::<Vec<_>>().join(", ")
+}
+
+fn captured(out: &mut String, found: &Capture, mirror: Side) -> std::fmt::Result {
+    let rows = match found.effect {
+        Effect::Row => "each row as it then is",
+        Effect::Gone => "the key of each row that is gone",
+    };
+    write!(out, "; {rows}, of {}, is mirrored to {mirror}", labels(&found.tables))?;
+    if found.audited {
+        write!(out, "; triggers, cascades or functions may write more, so the transaction is audited before COMMIT")?;
+    }
+    Ok(())
+}
+
+fn unseen(out: &mut String, found: &Opaque) -> std::fmt::Result {
+    write!(out, ", as it is, and is not captured: {}. ", why(found))?;
+    match (found.tables.is_empty(), found.unwrapped) {
+        (false, _) => writeln!(out, "{} will be compared and repaired as a whole", labels(&found.tables)),
+        (true, false) => writeln!(
+            out,
+            "Before COMMIT the server's row counters tell which tables it wrote; those are repaired as a whole"
+        ),
+        (true, true) => {
+            writeln!(out, "Every migrating table that it may have written will be compared and repaired as a whole")
+        }
+    }
+}
+
+/// The reason in words; where a table is to blame, its own.
+fn why(found: &Opaque) -> String {
+    let blamed = found.tables.iter().find_map(|table| Some((table.label(), table.opaque.as_ref()?)));
+    match (found.reason, blamed) {
+        ("definition", Some((table, reason))) => format!("{table}: {reason}"),
+        (reason, _) => words(reason).to_owned(),
+    }
+}
+
+fn words(reason: &'static str) -> &'static str {
+    match reason {
+        "ambiguous" => "the table's name may mean several tables that differ",
+        "call" => "a procedure may write anything",
+        "copy" => "the rows that COPY sends are not all that it writes",
+        "cte" => "it writes in a WITH clause",
+        "current-of" => "WHERE CURRENT OF a cursor",
+        "ddl" => "it changes definitions",
+        "definition" => "the table's definitions differ, or it has a column whose values have no exact form",
+        "do" => "an anonymous block may write anything",
+        "encoding" => "it has text that cannot be had exactly in this client's encoding",
+        "execute" => "a prepared statement of SQL",
+        "explain" => "EXPLAIN ANALYZE runs the write and returns no rows",
+        "function" => "it calls a function that may write",
+        "key-change" => "it may change a row's key",
+        "keyless" => "the table has no key",
+        "merge" => "MERGE",
+        "privilege" => "the role may not read the table",
+        "row-security" => "the table has row security",
+        "rule" => "the table has rules",
+        "trigger" => "triggers, cascades or rules of a table that does not migrate may write others",
+        "truncate" => "TRUNCATE reaches tables that do not migrate, or part of one",
+        "unparsed" => "no reader understood it, so it counts as a write",
+        "view" => "it writes to a view or foreign table",
+        other => other,
+    }
+}
