@@ -26,6 +26,9 @@ async fn keys_become_equal_whether_missing_stale_extra_or_equal() {
     let outcome = reconcile::keys(&mut pair, &table, keys).await.expect("reconciles");
     assert_eq!((outcome.written, outcome.removed), (2, 1));
     assert!(outcome.locked.is_empty() && outcome.refused.is_empty());
+    let other =
+        reconcile::keys(&mut pair, &table, vec![vec![None, None], vec![]]).await.expect("is no failure of a server");
+    assert_eq!(other.refused.len(), 2, "keys of another definition");
     let after: String =
         world.client(Side::New).await.query_one("SELECT xmin::text FROM t WHERE k = 2", &[]).await.unwrap().get(0);
     assert_eq!(before, after, "a row that is equal is not written again");
@@ -423,4 +426,40 @@ async fn i04_a_frozen_carrier_that_wakes_up_changes_nothing() {
 fn signal(pid: i32, name: &str) {
     let sent = std::process::Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status();
     assert!(sent.expect("kill runs").success());
+}
+
+/// The round trip before the mirror's COMMIT: R's session on the authority dies, and with it its row locks, while it waits on the mirror.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_committed_when_the_row_locks_are_lost_on_the_way() {
+    let world = World::new(T).await;
+    world.both(&format!("ALTER DATABASE {} SET deadlock_timeout = '60s'", world.database)).await;
+    let table = world.table("t").await;
+    world.on_old("INSERT INTO t VALUES (1, 'a', 1)").await;
+    world.owe(&[key(&table, 1)]).await;
+    let m1 = world.new_replica().await;
+    exec(&m1, "BEGIN; INSERT INTO t VALUES (1, 'stale', 0)").await;
+    let settings = migrate::Settings { patience: Duration::from_secs(30), ..Default::default() };
+    let mut repair = migrate::repair::Repair::new(world.pair_with(settings).await, world.catalog().await);
+    let pid: i32 = repair.pair.authority.client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+    let paying = tokio::spawn(async move {
+        let told = repair.pass().await;
+        (repair, told)
+    });
+    let watch = world.client(Side::New).await;
+    let waits = "SELECT count(*) FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE NOT l.granted AND a.datname = current_database()";
+    while watch.query_one(waits, &[]).await.expect("reads").get::<_, i64>(0) == 0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let application = world.old().await;
+    application.execute("SELECT pg_terminate_backend($1, 10000)", &[&pid]).await.expect("kills");
+    // Its change is mirrored before R's write lands, say: R's value is older.
+    exec(&application, "UPDATE t SET v = 2 WHERE k = 1").await;
+    exec(&m1, "ROLLBACK").await;
+    let (repair, told) = paying.await.expect("ends");
+    assert!(told.is_err() && repair.pair.is_broken(), "{told:?}");
+    drop(repair);
+    assert_eq!(world.rows(Side::New, "t").await, [""; 0], "the older value was not committed");
+    assert_eq!(world.debts_left().await, 1);
+    repair::wait(&mut world.repair().await, Duration::from_secs(10)).await.expect("drains");
+    world.assert_equal("t").await;
 }

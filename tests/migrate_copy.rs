@@ -9,7 +9,7 @@ use crossfade::ledger::clear::{ClearError, Clearing, flush_and_clear};
 use crossfade::ledger::debts::Debt;
 use crossfade::migrate::{self, Settings, copy, reconcile, repair, tokens};
 use crossfade::phase::Side;
-use migrate_support::*;
+use migrate_support::{carrier as carrier_of, *};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tables_with_keys_of_many_types_become_equal() {
@@ -125,19 +125,25 @@ async fn a_table_without_a_key_is_copied_in_the_snapshot_of_a_move() {
     let world = World::new(H).await;
     world.on_old("INSERT INTO h SELECT n % 10, n, 'é' FROM generate_series(1, 5000) n").await;
     world.on_new("INSERT INTO h SELECT n, n FROM generate_series(1, 10) n").await;
-    let table = world.table("h").await;
+    let (table, catalog, h2) = (world.table("h").await, world.catalog().await, world.table("h2").await);
+    // Owed from before: the row of h is in the snapshot, the one of h2 is not copied.
+    let five: &[u8] = &5i32.to_be_bytes();
+    world.on_old("INSERT INTO h VALUES (5, NULL, 'x'); INSERT INTO h2 VALUES (5)").await;
+    world.owe(&[row(table.number, 1, &[Some(five), None, Some(b"x")]), row(h2.number, 1, &[Some(five)])]).await;
     let debt = world.owe(&[Debt::Table { table: table.number }]).await;
     let mover = world.old().await;
     exec(&mover, "BEGIN ISOLATION LEVEL REPEATABLE READ").await;
     let snapshot: String = mover.query_one("SELECT pg_export_snapshot()", &[]).await.unwrap().get(0);
     let mut pair = world.pair().await;
-    copy::prepare(&mut pair, &table).await.expect("empties");
+    copy::prepare(&mut pair, &catalog, &table).await.expect("empties");
     // Clients go on: their rows come by image.
     world.both("INSERT INTO h VALUES (-1, -1, 'later')").await;
-    assert_eq!(copy::keyless(&mut pair, &table, &snapshot, &[debt]).await.expect("copies"), 5000);
+    assert_eq!(copy::keyless(&mut pair, &table, &snapshot, &[debt]).await.expect("copies"), 5001);
+    let mut repair = repair::Repair::new(pair, catalog);
+    repair::wait(&mut repair, Duration::from_secs(10)).await.expect("drains");
     world.assert_equal("h").await;
+    world.assert_equal("h2").await;
     assert_eq!(world.debts_left().await, 0);
-    // The outcome of its COMMIT was not known to the mover, say, so that it calls again.
     assert!(world.rows(Side::New, "crossfade.applied").await.is_empty());
 }
 
@@ -296,7 +302,7 @@ async fn a_flush_in_another_incarnation_clears_nothing() {
     let (t1, m1) = (world.old().await, world.new_replica().await);
     exec(&t1, "BEGIN; INSERT INTO t VALUES (1, 1)").await;
     exec(&m1, "SET synchronous_commit = off; BEGIN; INSERT INTO t VALUES (1, 1)").await;
-    let carrier = carrier(&m1).await;
+    let carrier = carrier_of(&m1).await;
     let id = owe(&t1, Some(&carrier), &[key(&table, 1)]).await;
     exec(&t1, "COMMIT").await;
     exec(&m1, "COMMIT").await;
@@ -306,6 +312,11 @@ async fn a_flush_in_another_incarnation_clears_nothing() {
     let told = flush_and_clear(&mirror, &t1, &[id], &carrier.incarnation, Clearing::Lazy).await;
     assert!(matches!(told, Err(ClearError::Reincarnated)), "{told:?}");
     assert_eq!(world.debts_left().await, 1);
+    world.on_new("DELETE FROM crossfade.flush").await;
+    let now = carrier_of(&mirror).await.incarnation;
+    let told = flush_and_clear(&mirror, &t1, &[id], &now, Clearing::Lazy).await;
+    assert!(matches!(told, Err(ClearError::NothingWritten)), "a commit that wrote nothing flushes nothing: {told:?}");
+    migrate::install(&mirror, Side::New).await.expect("mends");
     let summary = repair::wait(&mut world.repair().await, Duration::from_secs(10)).await.expect("drains");
     assert_eq!(summary.cleared, 1);
     world.assert_equal("t").await;

@@ -23,18 +23,41 @@ use super::tokens;
 use crate::catalog::{Catalog, Table};
 use crate::ledger::debts::{self, Debt, Values};
 
-/// Empties the mirror's table, and commits that. To be called by the mover after its snapshot is taken and before clients go on;
-/// the table's whole debt must have been entered before.
-pub async fn prepare(pair: &mut Pair, table: &Table) -> Result<(), Error> {
-    pair.mirror.batch("beginning", "BEGIN").await?;
-    let emptied = match empty(pair, table).await {
-        Ok(()) => pair.mirror.batch("committing", "COMMIT").await,
-        Err(error) => Err(error),
-    };
+/// Empties the mirror's table, and commits that durably. To be called by the mover after its snapshot is taken and before clients go on,
+/// when no transaction on it is under way on either side; the table's whole debt must have been entered before. Rows that the ledger
+/// owes to the table are in the snapshot, and count as paid.
+pub async fn prepare(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Result<(), Error> {
+    let incarnation = pair.incarnation().await?;
+    let entries = debts_of(pair, table, &incarnation).await?;
+    let numbers = tables_of(table, &entries);
+    if !lock_tables(pair, &numbers).await? {
+        return Err(Error::Deadline(format!(
+            "another job works on table {}: try again when it has ended",
+            table.label()
+        )));
+    }
+    let emptied = empty_for_good(pair, catalog, table, &entries).await;
     if emptied.is_err() {
         pair.abandon().await;
     }
+    if !pair.is_broken() {
+        unlock_tables(pair, &numbers).await?;
+    }
     emptied
+}
+
+async fn empty_for_good(pair: &mut Pair, catalog: &Catalog, table: &Table, entries: &[Entry]) -> Result<(), Error> {
+    // Durable: were it lost in a crash, the copy would come on top of what was there.
+    pair.mirror.batch("beginning", "BEGIN; SET LOCAL synchronous_commit = on").await?;
+    empty(pair, table).await?;
+    absorb(pair, catalog, table, entries).await?;
+    pair.mirror.batch("committing", "COMMIT").await
+}
+
+/// The table itself, and those that share a token with it.
+fn tables_of(table: &Table, entries: &[Entry]) -> Vec<u32> {
+    let rows = entries.iter().flat_map(|entry| &entry.debts).filter(|debt| matches!(debt, Debt::Row { .. }));
+    rows.map(Debt::table).chain([table.number]).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 /// In the open transaction of the mirror.
@@ -207,13 +230,7 @@ async fn locked_once(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Resul
         return Err(busy(pair, format!("transactions {} stay open", holders.join(", "))));
     }
     let entries = debts_of(pair, table, &incarnation).await?;
-    let numbers: Vec<u32> = (entries.iter().flat_map(|entry| &entry.debts))
-        .filter(|debt| matches!(debt, Debt::Row { .. }))
-        .map(Debt::table)
-        .chain([table.number])
-        .collect::<BTreeSet<_>>()
-        .into_iter()
-        .collect();
+    let numbers = tables_of(table, &entries);
     if !lock_tables(pair, &numbers).await? {
         return Err(busy(pair, "another job works on the table".to_owned()));
     }
@@ -245,7 +262,17 @@ async fn debts_of(pair: &mut Pair, table: &Table, incarnation: &str) -> Result<V
 async fn replace_all(pair: &mut Pair, catalog: &Catalog, table: &Table, entries: &[Entry]) -> Result<u64, Error> {
     pair.mirror.batch("beginning", "BEGIN").await?;
     empty(pair, table).await?;
-    // A transaction's rows are paid together, by one token: those for this table come with the copy, those for others now.
+    absorb(pair, catalog, table, entries).await?;
+    let rows = copy_all(pair, table).await?;
+    // While this answers, the lock on the authority stands.
+    pair.authority.batch("holding the table", "SELECT 1").await?;
+    pair.mirror.batch("committing", "COMMIT").await?;
+    pair.authority.rollback().await?;
+    Ok(rows)
+}
+
+/// A transaction's rows are paid together, by one token: those for this table come with the copy, those for others now.
+async fn absorb(pair: &mut Pair, catalog: &Catalog, table: &Table, entries: &[Entry]) -> Result<(), Error> {
     for entry in entries {
         let mut seen = BTreeSet::new();
         for debt in &entry.debts {
@@ -264,12 +291,7 @@ async fn replace_all(pair: &mut Pair, catalog: &Catalog, table: &Table, entries:
             tokens::insert(pair, catalog, &others).await?;
         }
     }
-    let rows = copy_all(pair, table).await?;
-    // While this answers, the lock on the authority stands.
-    pair.authority.batch("holding the table", "SELECT 1").await?;
-    pair.mirror.batch("committing", "COMMIT").await?;
-    pair.authority.rollback().await?;
-    Ok(rows)
+    Ok(())
 }
 
 /// Clears rows that owe nothing else, and takes the table's whole debts out of the others.

@@ -96,7 +96,8 @@ impl Error {
             "23505" | "23P01" => Meaning::Conflict,
             other => match &other[..2] {
                 // The server goes away, is out of resources, or broken: not about these rows.
-                "08" | "53" | "57" | "58" | "XX" | "F0" => Meaning::Fatal,
+                "08" | "25" | "28" | "53" | "57" | "58" | "XX" | "F0" => Meaning::Fatal,
+                "42" => Meaning::Definition,
                 _ => Meaning::Refused,
             },
         }
@@ -112,6 +113,8 @@ pub(crate) enum Meaning {
     Conflict,
     /// The server does not take these rows.
     Refused,
+    /// The table is not as it was thought to be, or may not be used: no row of it can be written.
+    Definition,
     /// Not about these rows: the job ends.
     Fatal,
 }

@@ -59,8 +59,15 @@ pub(crate) enum Mode {
 /// flushes (`ledger::clear`) before it clears any debt.
 pub async fn keys(pair: &mut Pair, table: &Table, keys: Vec<Values>) -> Result<Outcome, Error> {
     let mut outcome = Outcome::default();
+    let width = table.key.as_ref().map_or(0, |key| key.columns.len());
     let mut seen = HashSet::new();
-    let mut left: Vec<Values> = keys.into_iter().filter(|key| seen.insert(key.clone())).collect();
+    let (mut left, unfit): (Vec<Values>, Vec<Values>) =
+        keys.into_iter().filter(|key| seen.insert(key.clone())).partition(|key| key.len() == width && width > 0);
+    let why = format!(
+        "table {} has another key than when the debt was entered: enter the whole table (repair --table)",
+        table.label()
+    );
+    outcome.refused.extend(unfit.into_iter().map(|key| (key, why.clone())));
     for round in 0..pair.settings.rounds.max(1) {
         if round > 0 {
             tokio::time::sleep(Duration::from_millis(10 << round.min(5))).await;
@@ -116,10 +123,12 @@ pub(crate) async fn chunk_of_keys(pair: &mut Pair, table: &Table, keys: Vec<Valu
                     stack.push((left, Mode::Upsert));
                 }
             }
-            (Why::Error(error), _) if keys.len() == 1 => match error.meaning() {
-                Meaning::Busy => outcome.locked.extend(keys),
-                _ => outcome.refused.extend(keys.into_iter().map(|key| (key, error.to_string()))),
-            },
+            (Why::Error(error), _) if keys.len() == 1 || error.meaning() == Meaning::Definition => {
+                match error.meaning() {
+                    Meaning::Busy => outcome.locked.extend(keys),
+                    _ => outcome.refused.extend(keys.into_iter().map(|key| (key, error.to_string()))),
+                }
+            }
             (Why::Error(_), _) => halves(&mut stack, keys, mode),
         }
     }

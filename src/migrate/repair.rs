@@ -112,8 +112,9 @@ impl Repair {
 
     async fn pass_once(&mut self) -> Result<Summary, Error> {
         let mut summary = Summary::default();
-        let mut after = 0;
-        loop {
+        let (mut after, until) = (0, self.last_id().await?);
+        // Not further: under load there is always a newer row.
+        while after < until {
             let incarnation = self.pair.incarnation().await?;
             let (authority, mirror) = (self.pair.authority.at(), self.pair.mirror.at());
             let entries = payable::read(authority, mirror, after, payable::ROWS, &incarnation).await?;
@@ -123,6 +124,11 @@ impl Repair {
             summary.add(self.batch(entries, &incarnation).await?);
         }
         Ok(summary)
+    }
+
+    async fn last_id(&mut self) -> Result<i64, Error> {
+        let text = "SELECT coalesce(max(id), 0) FROM crossfade.ledger";
+        Ok(self.pair.authority.rows("reading the ledger", text, &[]).await?[0].get(0))
     }
 
     async fn batch(&mut self, entries: Vec<Entry>, incarnation: &str) -> Result<Summary, Error> {
