@@ -126,8 +126,22 @@ fn asks_md5(role: &Role) -> bool {
     }
 }
 
-fn wrong_password(user: &[u8]) -> AuthError {
-    refused("28P01", format!("password authentication failed for user \"{}\"", String::from_utf8_lossy(user)))
+/// The client learns only that it did not work; the operator also what kind of secret it failed on.
+fn wrong_password(user: &[u8], secret: Option<&Secret>) -> AuthError {
+    let reason = match secret {
+        Some(Secret::Password(_) | Secret::Scram(_)) => "the password is wrong",
+        Some(Secret::Md5(_)) => {
+            "the password is wrong, or `auth: scram` met a role whose password is stored as MD5 (use `auth: md5`, or set \
+             the password again with password_encryption = 'scram-sha-256')"
+        }
+        None => "there is no such role, it has no password, or its password has expired (VALID UNTIL)",
+    };
+    AuthError::Refused {
+        code: "28P01",
+        message: format!("password authentication failed for user \"{}\"", String::from_utf8_lossy(user)),
+        detail: None,
+        reason: Some(reason.to_owned()),
+    }
 }
 
 fn empty(user: Bytes) -> Credentials {
@@ -190,7 +204,7 @@ async fn ask_cleartext(startup: &mut Startup, user: Bytes, role: Option<&Role>) 
         Some(Some(Secret::Scram(verifier))) => check_password(verifier.clone(), password.clone()).await,
     };
     if !right {
-        return Err(wrong_password(&user));
+        return Err(wrong_password(&user, role.and_then(|role| role.secret.as_ref())));
     }
     Ok(Credentials { password: Some(password.to_vec()), checked: role.is_some(), ..empty(user) })
 }
@@ -202,10 +216,10 @@ async fn ask_md5(startup: &mut Startup, user: Bytes, role: &Role) -> Result<Cred
     let (stored, password) = match &role.secret {
         Some(Secret::Md5(stored)) => (stored.clone(), None),
         Some(Secret::Password(password)) => (md5::stored(&user, password), Some(password.clone())),
-        Some(Secret::Scram(_)) | None => return Err(wrong_password(&user)),
+        Some(Secret::Scram(_)) | None => return Err(wrong_password(&user, role.secret.as_ref())),
     };
     if !md5::check(&stored, salt, &answer) {
-        return Err(wrong_password(&user));
+        return Err(wrong_password(&user, role.secret.as_ref()));
     }
     Ok(Credentials { password, md5: Some(stored), ..empty(user) })
 }
@@ -242,11 +256,11 @@ async fn ask_scram(
         }
     };
     let offer = Offer { end_point: end_point.as_deref(), plus };
-    let (exchange, challenge) =
-        ServerExchange::start(&first, offer, verifier, &fresh_nonce()).map_err(|error| scram_failed(error, &user))?;
+    let (exchange, challenge) = ServerExchange::start(&first, offer, verifier, &fresh_nonce())
+        .map_err(|error| scram_failed(error, &user, role))?;
     send(startup, SASL_CONTINUE, challenge.as_bytes()).await?;
     let last = receive(startup, SASL_MAX).await?;
-    let (signature, keys) = exchange.finish(&last).map_err(|error| scram_failed(error, &user))?;
+    let (signature, keys) = exchange.finish(&last).map_err(|error| scram_failed(error, &user, role))?;
     send(startup, SASL_FINAL, signature.as_bytes()).await?;
     let password = match &role.secret {
         Some(Secret::Password(password)) => Some(password.clone()),
@@ -271,9 +285,9 @@ fn read_initial_response(mut body: Bytes) -> Result<(String, Option<Bytes>), Aut
     }
 }
 
-fn scram_failed(error: ScramError, user: &[u8]) -> AuthError {
+fn scram_failed(error: ScramError, user: &[u8], role: &Role) -> AuthError {
     match error {
-        ScramError::Proof => wrong_password(user),
+        ScramError::Proof => wrong_password(user, role.secret.as_ref()),
         ScramError::Binding => refused("28000", "SCRAM channel binding check failed"),
         ScramError::Malformed(detail) => AuthError::Refused {
             code: "08P01",

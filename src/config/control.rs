@@ -15,6 +15,16 @@ pub enum ConnectError {
     /// The certificates that `sslrootcert` names cannot be used.
     #[error("{0}")]
     Tls(#[from] TlsError),
+    /// No login in time.
+    #[error("cannot connect to {place} as {user}: no answer within {} s (connect_timeout)", after.as_secs())]
+    Timeout {
+        /// `host:port/database`.
+        place: String,
+        /// The control role.
+        user: String,
+        /// connect_timeout, once for each host.
+        after: Duration,
+    },
     /// No host answered, or the server refused.
     #[error("cannot connect to {place} as {user}: {}", innermost(.error))]
     Postgres {

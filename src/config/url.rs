@@ -33,11 +33,11 @@ pub fn parse_url(text: &str) -> Result<Database, String> {
     let rest = ["postgres://", "postgresql://"].iter().find_map(|scheme| text.strip_prefix(scheme)).ok_or(
         "expected a URL such as postgres://user:password@host:5432/database (a PostgreSQL URL starts with postgres://)",
     )?;
-    let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
     // The password may hold an @ that nobody encoded: libpq ends it at the first one, and so do we.
     let end = rest.find(['/', '@']).unwrap_or(rest.len());
     let (userinfo, rest) =
         if rest[end..].starts_with('@') { (Some(&rest[..end]), &rest[end + 1..]) } else { (None, rest) };
+    let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
     let (hostspec, path) = rest.split_once('/').unwrap_or((rest, ""));
 
     let mut parts = Parts::default();
@@ -103,7 +103,7 @@ fn read_port(text: &str) -> Result<u16, String> {
 
 fn read_parameter(parts: &mut Parts, name: &str, value: String) -> Result<(), String> {
     match name {
-        "host" | "hostaddr" => parts.hosts = value.split(',').map(str::to_owned).collect(),
+        "host" => parts.hosts = value.split(',').map(str::to_owned).collect(),
         "port" => parts.ports = value.split(',').map(read_port).collect::<Result<_, _>>()?,
         "dbname" => parts.database = Some(value),
         "user" => parts.user = Some(value),
@@ -188,6 +188,8 @@ mod tests {
         assert_eq!(db.hosts, [("/run/postgresql".to_owned(), 6000)]);
         let db = parse_url("postgres://me@h").unwrap();
         assert_eq!((db.database.as_str(), db.sslmode), ("me", SslMode::Prefer));
+        let db = parse_url("postgres://me:what?@h/d").unwrap();
+        assert_eq!((db.password.as_deref(), db.database.as_str()), (Some("what?"), "d"));
         let db = parse_url("postgres://me@%2Ftmp%2Fsock/shop").unwrap();
         assert_eq!(db.hosts, [("/tmp/sock".to_owned(), 5432)]);
         let db = parse_url("postgres://me@h/d?sslmode=require&sslrootcert=/ca.pem").unwrap();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
@@ -144,23 +145,24 @@ fn provider() -> Arc<CryptoProvider> {
 }
 
 fn certificates(what: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let file_error = |error| TlsError::File { what, path: path.to_owned(), error };
-    let pem = std::fs::read(path).map_err(file_error)?;
-    let found: Vec<_> = rustls_pemfile::certs(&mut pem.as_slice()).collect::<Result<_, _>>().map_err(file_error)?;
-    if found.is_empty() {
-        return Err(TlsError::Empty { what, path: path.to_owned(), expected: "certificate" });
+    let pem = read(what, path)?;
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+    match found {
+        Ok(found) if !found.is_empty() => Ok(found),
+        _ => Err(TlsError::Empty { what, path: path.to_owned(), expected: "certificate" }),
     }
-    Ok(found)
 }
 
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
-    let file_error = |error| TlsError::File { what: "key", path: path.to_owned(), error };
-    let pem = std::fs::read(path).map_err(file_error)?;
-    rustls_pemfile::private_key(&mut pem.as_slice()).map_err(file_error)?.ok_or_else(|| TlsError::Empty {
+    PrivateKeyDer::from_pem_slice(&read("key", path)?).map_err(|_| TlsError::Empty {
         what: "key",
         path: path.to_owned(),
         expected: "private key (one without a passphrase)",
     })
+}
+
+fn read(what: &'static str, path: &Path) -> Result<Vec<u8>, TlsError> {
+    std::fs::read(path).map_err(|error| TlsError::File { what, path: path.to_owned(), error })
 }
 
 fn root_store(certificates: Vec<CertificateDer<'static>>) -> RootCertStore {

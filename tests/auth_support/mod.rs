@@ -17,7 +17,10 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::TcpListener;
 
-const BIN: &str = "/usr/lib/postgresql/15/bin";
+/// Another server version can be named in $CROSSFADE_TEST_PG_BIN.
+fn bin() -> String {
+    std::env::var("CROSSFADE_TEST_PG_BIN").unwrap_or_else(|_| "/usr/lib/postgresql/15/bin".to_owned())
+}
 
 /// Each host line names its roles, so that one cluster has every method.
 const HBA: &str = "\
@@ -92,7 +95,7 @@ pub fn free_port() -> u16 {
 
 /// PostgreSQL refuses to run as root: then it runs as `postgres`.
 fn postgres_command(program: &str) -> Command {
-    let program = format!("{BIN}/{program}");
+    let program = format!("{}/{program}", bin());
     let root = Command::new("id").arg("-u").output().unwrap().stdout == b"0\n";
     if !root {
         return Command::new(program);
@@ -150,7 +153,16 @@ impl Cluster {
             .arg("-D")
             .arg(&data)
             .args(["-k".as_ref(), dir.path().as_os_str()])
-            .args(["-c", "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "ssl=on"])
+            .args([
+                "-c",
+                "listen_addresses=127.0.0.1",
+                "-c",
+                "fsync=off",
+                "-c",
+                "ssl=on",
+                "-c",
+                "password_encryption=scram-sha-256",
+            ])
             .args(["-c", "logging_collector=off", "-c", &format!("port={port}")])
             .arg("-c")
             .arg(format!("ssl_cert_file={}", certificates.certificate.display()))
