@@ -258,7 +258,7 @@ async fn owe_everything(shared: &Arc<Shared>, config: &Config, hands: &Hands, to
         exporter.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
         let snapshot = exporter.query_one("SELECT pg_export_snapshot()", &[]).await?.get(0);
         let mut pair = migrate::Pair::new(authority, reader, writer, migrate::Settings::default()).await?;
-        migrate::copy::prepare(&mut pair, &table).await?;
+        migrate::copy::prepare(&mut pair, catalog, &table).await?;
         copies.push(KeylessCopy { pair, _exporter: exporter, snapshot, table, debt: id });
     }
     Ok(copies)
