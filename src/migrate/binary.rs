@@ -1,11 +1,11 @@
 //! Values as bytes: to and from the driver without looking inside, arrays for `unnest`, and the file format of COPY BINARY.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use tokio_postgres::types::{FromSql, IsNull, ToSql, Type};
+use tokio_postgres::types::{Format, FromSql, IsNull, ToSql, Type};
 
 use crate::ledger::debts::Values;
 
-/// A value in binary, whatever its type.
+/// A value as it came, whatever its type.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Raw(pub Option<Bytes>);
 
@@ -25,9 +25,17 @@ impl<'a> FromSql<'a> for Raw {
     }
 }
 
-impl ToSql for Raw {
+/// A parameter, whatever its type.
+#[derive(Clone, Debug)]
+pub(crate) struct Parameter {
+    pub value: Option<Bytes>,
+    /// As the type's output function gives it, and its input function takes it.
+    pub text: bool,
+}
+
+impl ToSql for Parameter {
     fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, AnyError> {
-        Ok(match &self.0 {
+        Ok(match &self.value {
             None => IsNull::Yes,
             Some(bytes) => {
                 out.extend_from_slice(bytes);
@@ -38,6 +46,10 @@ impl ToSql for Raw {
 
     fn accepts(_: &Type) -> bool {
         true
+    }
+
+    fn encode_format(&self, _: &Type) -> Format {
+        if self.text { Format::Text } else { Format::Binary }
     }
 
     fn to_sql_checked(&self, ty: &Type, out: &mut BytesMut) -> Result<IsNull, AnyError> {
@@ -51,7 +63,7 @@ pub(crate) fn values(row: &tokio_postgres::Row, from: usize, count: usize) -> Va
 }
 
 /// A one-dimensional array as array_recv reads it.
-pub(crate) fn array<'a>(element: u32, items: impl ExactSizeIterator<Item = &'a Option<Bytes>>) -> Raw {
+pub(crate) fn array<'a>(element: u32, items: impl ExactSizeIterator<Item = &'a Option<Bytes>>) -> Bytes {
     let mut out = BytesMut::new();
     out.put_i32(i32::from(items.len() > 0));
     out.put_i32(1);
@@ -63,7 +75,7 @@ pub(crate) fn array<'a>(element: u32, items: impl ExactSizeIterator<Item = &'a O
     for item in items {
         put(item, &mut out);
     }
-    Raw(Some(out.freeze()))
+    out.freeze()
 }
 
 fn put(value: &Option<Bytes>, out: &mut BytesMut) {

@@ -3,13 +3,13 @@
 use std::collections::HashSet;
 
 use super::across::key_across;
-use super::binary::{Raw, values};
+use super::binary::values;
 use super::error::{Error, Meaning};
 use super::gone;
 use super::link::Pair;
 use super::reconcile::{Mode, Outcome, Trouble, Why, settle, without};
 use super::sql::{TableSql, references};
-use crate::catalog::{Format, Table, quote};
+use crate::catalog::{Table, quote};
 use crate::ledger::debts::Values;
 
 /// What came of it.
@@ -98,7 +98,7 @@ async fn holders(pair: &mut Pair, table: &Table, rows: &[Values]) -> Result<Vec<
     let mut keys = Vec::new();
     for text in questions(pair, &there).await? {
         for row in rows {
-            let parameters: Vec<Raw> = row.iter().cloned().map(Raw).collect();
+            let parameters = there.row_parameters(row);
             for found in pair.mirror.rows("finding who holds a unique value", &text, &references(&parameters)).await? {
                 keys.push(key_across(table, there.side, values(&found, 0, there.key.len())));
             }
@@ -122,8 +122,7 @@ async fn questions(pair: &mut Pair, there: &TableSql<'_>) -> Result<Vec<String>,
     let given: Vec<String> = (there.writable.iter().enumerate())
         .map(|(n, &at)| {
             let column = &table.columns[at];
-            let text = if column.format == Format::Text { "::text" } else { "" };
-            format!("${}{text}::{} AS {}", n + 1, column.kind.name.get(there.side), quote(column.name.get(there.side)))
+            format!("${}::{} AS {}", n + 1, column.kind.name.get(there.side), quote(column.name.get(there.side)))
         })
         .collect();
     let key: Vec<usize> = there.key.to_vec();

@@ -12,7 +12,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::{SinkExt, StreamExt};
 
 use super::across::row_across;
-use super::binary::{COPY_HEADER, COPY_TRAILER, CopyRows, Raw, put_copy_row};
+use super::binary::{COPY_HEADER, COPY_TRAILER, CopyRows, put_copy_row};
 use super::error::{Error, Meaning};
 use super::gone::wait_for_writers;
 use super::link::Pair;
@@ -180,7 +180,7 @@ async fn copy_all(pair: &mut Pair, table: &Table) -> Result<u64, Error> {
 }
 
 async fn insert_one(pair: &mut Pair, there: &TableSql<'_>, row: Values) -> Result<(), Error> {
-    let parameters: Vec<Raw> = row.into_iter().map(Raw).collect();
+    let parameters = there.row_parameters(&row);
     pair.mirror.execute("inserting a row", &there.insert(1, false), &references(&parameters)).await?;
     Ok(())
 }

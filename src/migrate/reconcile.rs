@@ -12,7 +12,7 @@ use bytes::{Bytes, BytesMut};
 use futures_util::SinkExt;
 
 use super::across::{key_across, row_across};
-use super::binary::{COPY_HEADER, COPY_TRAILER, Raw, put_copy_row, values};
+use super::binary::{COPY_HEADER, COPY_TRAILER, put_copy_row, values};
 use super::conflict;
 use super::error::{Error, Meaning};
 use super::gone;
@@ -21,6 +21,7 @@ use super::sql::{TableSql, references};
 pub use super::walk::table;
 use crate::catalog::Table;
 use crate::ledger::debts::Values;
+use crate::plan::image::needs_replace;
 
 /// What became of the keys of a debt. Those that are named nowhere here are equal on both sides, as far as the mirror has flushed.
 #[derive(Clone, Debug, Default)]
@@ -299,7 +300,7 @@ async fn write(
     mode: Mode,
     begun: Option<Instant>,
 ) -> Result<(), Error> {
-    let replace = mode == Mode::Replace || there.replaces();
+    let replace = mode == Mode::Replace || needs_replace(there.table, there.side);
     let mut rows: Vec<&Held> = differing.iter().collect();
     if mode == Mode::Copy && there.copies() && missing.len() >= COPY_FROM {
         copy_in(&mut pair.mirror, there, missing.iter().map(|held| &held.row)).await?;
@@ -314,7 +315,7 @@ async fn write(
     while !rest.is_empty() {
         in_time(pair, begun)?;
         let (some, more) = rest.split_at(there.rows_per_insert(rest.len()));
-        let parameters: Vec<Raw> = some.iter().flat_map(|held| held.row.iter().cloned().map(Raw)).collect();
+        let parameters: Vec<_> = some.iter().flat_map(|held| there.row_parameters(&held.row)).collect();
         let text = there.insert(some.len(), !replace);
         pair.mirror.execute("writing rows", &text, &references(&parameters)).await?;
         rest = more;

@@ -2,18 +2,17 @@
 //!
 //! Keys are passed as one array for each key column and joined by `unnest(...) WITH ORDINALITY`, so that the server compares them by
 //! its own `=` (citext, numeric) and the answer says by position which key it is about. Columns of array type cannot be elements
-//! of an array, and unnest takes composites apart: tables with such a key are asked for one key at a time.
+//! of an array, unnest takes composites apart, and values that travel as text are no elements: tables with such a key are asked for one key
+//! at a time.
 
 use bytes::Bytes;
 use tokio_postgres::types::ToSql;
 
-use super::binary::{Raw, array};
-use crate::catalog::{Column, Format, Layout, Table, quote};
+use super::binary::{Parameter, array};
+use crate::catalog::{Format, Layout, Table, quote};
 use crate::ledger::debts::Values;
 use crate::phase::Side;
-
-/// OID of type text.
-const TEXT: u32 = 25;
+use crate::plan::image;
 
 /// A table's statements on one side.
 pub(crate) struct TableSql<'a> {
@@ -32,8 +31,9 @@ impl<'a> TableSql<'a> {
     pub fn new(table: &'a Table, side: Side) -> TableSql<'a> {
         let key: &[usize] = table.key.as_ref().map_or(&[], |key| &key.columns);
         let writable = (0..table.columns.len()).filter(|&at| !*table.columns[at].generated.get(side)).collect();
-        let many =
-            !key.iter().any(|&at| matches!(table.columns[at].kind.layout, Layout::Array(_) | Layout::Composite(_)));
+        let many = !key.iter().map(|&at| &table.columns[at]).any(|column| {
+            matches!(column.kind.layout, Layout::Array(_) | Layout::Composite(_)) || column.format == Format::Text
+        });
         TableSql { table, side, key, writable, many }
     }
 
@@ -65,12 +65,9 @@ impl<'a> TableSql<'a> {
         self.read(columns.iter().copied())
     }
 
-    /// `$n` as a value of that column.
+    /// `$n` as a value of that column. One that travels as text goes through the type's input function: no cast from text.
     fn parameter(&self, at: usize, number: usize) -> String {
-        match self.table.columns[at].format {
-            Format::Binary => format!("${number}::{}", self.type_name(at)),
-            Format::Text => format!("${number}::text::{}", self.type_name(at)),
-        }
+        format!("${number}::{}", self.type_name(at))
     }
 
     /// The relation `q` of the keys asked for (columns k0, k1, ..., and position `i` from 1).
@@ -81,20 +78,15 @@ impl<'a> TableSql<'a> {
             let one: Vec<String> = self.key.iter().enumerate().map(|(n, &at)| self.parameter(at, n + 1)).collect();
             return format!("(VALUES ({}, 1::bigint)) AS q({names}, i)", one.join(", "));
         }
-        let arrays: Vec<String> = (self.key.iter().enumerate())
-            .map(|(n, &at)| match self.table.columns[at].format {
-                Format::Binary => format!("${}::{}[]", n + 1, self.type_name(at)),
-                Format::Text => format!("${}::text[]", n + 1),
-            })
-            .collect();
+        let arrays: Vec<String> =
+            self.key.iter().enumerate().map(|(n, &at)| format!("${}::{}[]", n + 1, self.type_name(at))).collect();
         format!("unnest({}) WITH ORDINALITY AS q({names}, i)", arrays.join(", "))
     }
 
     fn matches(&self) -> String {
-        let equal = |(n, &at): (usize, &usize)| match self.table.columns[at].format {
-            Format::Binary => format!("t.{} = q.k{n}", self.name(at)),
-            Format::Text => format!("t.{} = q.k{n}::{}", self.name(at), self.type_name(at)),
-        };
+        let Some(key) = &self.table.key else { return "false".to_owned() };
+        let equals = key.equals.get(self.side);
+        let equal = |(n, &at): (usize, &usize)| format!("t.{} {} q.k{n}", self.name(at), equals[n]);
         self.key.iter().enumerate().map(equal).collect::<Vec<_>>().join(" AND ")
     }
 
@@ -172,50 +164,8 @@ impl<'a> TableSql<'a> {
 
     /// Inserts `rows` rows of the writable columns; with `upsert`, a row that is there is rewritten.
     pub fn insert(&self, rows: usize, upsert: bool) -> String {
-        let columns: Vec<String> = self.writable.iter().map(|&at| self.name(at)).collect();
-        let width = self.writable.len();
-        let row = |row: usize| {
-            let values: Vec<String> =
-                self.writable.iter().enumerate().map(|(n, &at)| self.parameter(at, row * width + n + 1)).collect();
-            format!("({})", values.join(", "))
-        };
-        let rows: Vec<String> = (0..rows).map(row).collect();
-        let always = self.table.columns.iter().any(|column| *column.identity_always.get(self.side));
-        format!(
-            "INSERT INTO {} ({}) {}VALUES {}{}",
-            self.table.qualified(self.side),
-            columns.join(", "),
-            if always { "OVERRIDING SYSTEM VALUE " } else { "" },
-            rows.join(", "),
-            if upsert { self.on_conflict() } else { String::new() }
-        )
-    }
-
-    fn on_conflict(&self) -> String {
-        let bytewise = self.table.key.as_ref().is_none_or(|key| key.bytewise);
-        let names: Vec<String> = self.key.iter().map(|&at| self.name(at)).collect();
-        // Equal keys whose bytes differ ('A' and 'a' of citext) must be rewritten too.
-        let settable = |at: &usize| {
-            !(*self.table.columns[*at].identity_always.get(self.side) || bytewise && self.key.contains(at))
-        };
-        let mut set: Vec<usize> = self.writable.iter().copied().filter(settable).collect();
-        if set.is_empty() {
-            // Nothing but the key: it is set to itself for the row's lock, where it may be set at all.
-            set.extend(self.key.iter().copied().find(|&at| !*self.table.columns[at].identity_always.get(self.side)));
-        }
-        if set.is_empty() {
-            return format!(" ON CONFLICT ({}) DO NOTHING", names.join(", "));
-        }
-        let set: Vec<String> = set.iter().map(|&at| format!("{0} = EXCLUDED.{0}", self.name(at))).collect();
-        format!(" ON CONFLICT ({}) DO UPDATE SET {}", names.join(", "), set.join(", "))
-    }
-
-    /// ON CONFLICT cannot be used: a deferrable key is no arbiter, an identity GENERATED ALWAYS outside the key cannot be SET.
-    pub fn replaces(&self) -> bool {
-        let Some(key) = &self.table.key else { return false };
-        let fixed =
-            |(at, column): (usize, &Column)| *column.identity_always.get(self.side) && !key.columns.contains(&at);
-        *key.deferrable.get(self.side) || self.table.columns.iter().enumerate().any(fixed)
+        let statement = if upsert { image::upsert } else { image::insert };
+        statement(self.table, self.side, rows).text
     }
 
     /// COPY in binary takes the rows as they are.
@@ -236,24 +186,35 @@ impl<'a> TableSql<'a> {
     }
 
     /// The parameters of a question about these keys; where `many` is false there is one key.
-    pub fn asked_parameters(&self, keys: &[&Values]) -> Vec<Raw> {
+    pub fn asked_parameters(&self, keys: &[&Values]) -> Vec<Parameter> {
         if !self.many {
-            return keys[0].iter().cloned().map(Raw).collect();
+            return self.key_parameters(keys[0]);
         }
         let column = |n: usize| {
-            let column = &self.table.columns[self.key[n]];
-            let element = match column.format {
-                Format::Binary => *column.kind.oid.get(self.side),
-                Format::Text => TEXT,
-            };
+            let element = *self.table.columns[self.key[n]].kind.oid.get(self.side);
             let values: Vec<&Option<Bytes>> = keys.iter().map(|key| &key[n]).collect();
-            array(element, values.into_iter())
+            Parameter { value: Some(array(element, values.into_iter())), text: false }
         };
         (0..self.key.len()).map(column).collect()
+    }
+
+    /// The parameters that one key is.
+    pub fn key_parameters(&self, key: &[Option<Bytes>]) -> Vec<Parameter> {
+        self.parameters(self.key, key)
+    }
+
+    /// The parameters that one row of the writable columns is.
+    pub fn row_parameters(&self, row: &[Option<Bytes>]) -> Vec<Parameter> {
+        self.parameters(&self.writable, row)
+    }
+
+    fn parameters(&self, columns: &[usize], values: &[Option<Bytes>]) -> Vec<Parameter> {
+        let text = |at: usize| self.table.columns[at].format == Format::Text;
+        columns.iter().zip(values).map(|(&at, value)| Parameter { value: value.clone(), text: text(at) }).collect()
     }
 }
 
 /// As the driver takes them.
-pub(crate) fn references(parameters: &[Raw]) -> Vec<&(dyn ToSql + Sync)> {
+pub(crate) fn references(parameters: &[Parameter]) -> Vec<&(dyn ToSql + Sync)> {
     parameters.iter().map(|parameter| parameter as &(dyn ToSql + Sync)).collect()
 }

@@ -7,7 +7,6 @@
 use std::collections::HashSet;
 
 use super::across::row_across;
-use super::binary::Raw;
 use super::error::Error;
 use super::link::{Link, Pair};
 use super::payable;
@@ -50,7 +49,8 @@ pub(crate) async fn insert(pair: &mut Pair, catalog: &Catalog, rows: &[(u32, &Va
         let there = TableSql::new(table, pair.mirror.side);
         let columns: Vec<usize> = (0..table.columns.len()).collect();
         let row = row_across(table, pair.authority.side, &columns, (*row).clone());
-        let parameters: Vec<Raw> = there.writable.iter().map(|&at| Raw(row[at].clone())).collect();
+        let values: Vec<_> = there.writable.iter().map(|&at| row[at].clone()).collect();
+        let parameters = there.row_parameters(&values);
         pair.mirror.execute("inserting a row", &there.insert(1, false), &references(&parameters)).await?;
     }
     Ok(rows.len() as u64)

@@ -5,7 +5,7 @@
 use super::across::key_across;
 use std::time::Instant;
 
-use super::binary::{Raw, values};
+use super::binary::{Parameter, values};
 use super::error::Error;
 use super::gone;
 use super::link::{Link, Pair};
@@ -24,10 +24,13 @@ const FIRST: usize = 100;
 ///
 /// One pass is enough: while the debt is open every writer is mirrored, so a key that is written behind the walk is that writer's debt.
 pub async fn table(pair: &mut Pair, table: &Table, progress: &mut (dyn FnMut(u64) + Send)) -> Result<Outcome, Error> {
-    if table.key.is_none() || table.opaque.is_some() {
+    if let Some(why) = &table.opaque {
+        return Err(Error::Unfit(format!("table {} cannot be mirrored: {why}", table.label())));
+    }
+    if table.key.is_none() {
+        let name = table.label();
         return Err(Error::Unfit(format!(
-            "table {} has no key that reconcile could walk: copy it by name (repair --table)",
-            table.label()
+            "table {name} has no key that reconcile could walk: copy it by name (repair --table)"
         )));
     }
     let mut outcome = Outcome::default();
@@ -114,8 +117,9 @@ impl Page {
     async fn next(&mut self, link: &mut Link, table: &Table, limits: (usize, usize)) -> Result<Vec<Values>, Error> {
         let sql = TableSql::new(table, link.side);
         let rows = self.rows as i64;
-        let mut parameters: Vec<Raw> = self.after.iter().flatten().cloned().map(Raw).collect();
-        parameters.push(Raw(Some(bytes::Bytes::copy_from_slice(&rows.to_be_bytes()))));
+        let mut parameters = self.after.as_deref().map_or_else(Vec::new, |after| sql.key_parameters(after));
+        let rows = bytes::Bytes::copy_from_slice(&rows.to_be_bytes());
+        parameters.push(Parameter { value: Some(rows), text: false });
         let found = link.rows("reading keys", &sql.page(self.after.is_some()), &references(&parameters)).await?;
         let (mut keys, mut bytes) = (Vec::new(), 0usize);
         for row in &found {

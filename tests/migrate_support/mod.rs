@@ -2,6 +2,7 @@
 //! it ends. Each test has a database of its own on both.
 #![allow(dead_code)]
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -69,10 +70,12 @@ impl Cluster {
             data.display(),
             dir.display()
         );
+        // A group of its own: what is sent to the group of the tests (Ctrl-C, a time limit) must not reach it.
         let guard = command("sh")
             .args(["-c", &script])
             .current_dir("/tmp")
             .stdin(Stdio::piped())
+            .process_group(0)
             .spawn()
             .expect("the guard starts");
         run({
