@@ -116,10 +116,15 @@ impl Database {
     /// Opens a connection as the control role. Its I/O runs in a task of its own until the client is dropped.
     pub async fn connect(&self, application_name: &str) -> Result<tokio_postgres::Client, ConnectError> {
         let connector = MakeRustlsConnect::new((*self.tls_config()?).clone());
-        let result = self.tokio_postgres(application_name).connect(connector).await;
-        let (client, connection) =
-            result.map_err(|error| ConnectError::Postgres { place: self.place(), user: self.user.clone(), error })?;
-        let place = self.place();
+        // tokio-postgres bounds only the TCP connection: a server that is frozen then would hold us for ever.
+        let after = self.connect_timeout.saturating_mul(self.hosts.len().max(1) as u32);
+        let settings = self.tokio_postgres(application_name);
+        let (place, user) = (self.place(), self.user.clone());
+        let (client, connection) = match tokio::time::timeout(after, settings.connect(connector)).await {
+            Ok(Ok(open)) => open,
+            Ok(Err(error)) => return Err(ConnectError::Postgres { place, user, error }),
+            Err(_) => return Err(ConnectError::Timeout { place, user, after }),
+        };
         tokio::spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(place, error = innermost(&error), "control connection ended");

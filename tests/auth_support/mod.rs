@@ -1,6 +1,8 @@
 //! A small PostgreSQL cluster with a role for each way to log in, a certificate authority, and a relay that puts
 //! `accept`, `authenticate` and `connect` in a row. Everything ends when it is dropped.
 
+#![allow(dead_code)] // each test binary uses its part
+
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
