@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use crate::catalog::Sides;
 use crate::config::{self, Config};
-use crate::migrate::{self, Pair};
 use crate::migrate::repair::{self, Repair};
+use crate::migrate::{self, Pair};
 use crate::phase::Side;
 use crate::server;
 use crate::shared::Shared;
@@ -27,9 +27,14 @@ pub async fn run(path: &Path) -> Result<bool, Trouble> {
 }
 
 fn logs(config: &Config) {
-    let filter = tracing_subscriber::EnvFilter::try_new(&config.log.level).unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let filter = tracing_subscriber::EnvFilter::try_new(&config.log.level)
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_target(false).with_writer(std::io::stderr);
-    if config.log.json { builder.json().init() } else { builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init() }
+    if config.log.json {
+        builder.json().init()
+    } else {
+        builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init()
+    }
 }
 
 /// `crossfade demo`.
@@ -91,13 +96,20 @@ pub async fn repair(path: &Path, wait: bool, timeout: Duration, tables: &[String
     let second = Shared::database(&config, mirror).connect("crossfade repair").await?;
     let mut pair = Pair::new(authority, first, second, migrate::Settings::default()).await?;
     for name in tables {
-        let table = catalog.tables.values().find(|table| table.label() == *name || table.name.old == *name).ok_or_else(|| format!("{name} is no migrating table"))?;
+        let table = catalog
+            .tables
+            .values()
+            .find(|table| table.label() == *name || table.name.old == *name)
+            .ok_or_else(|| format!("{name} is no migrating table"))?;
         let copied = migrate::copy::locked(&mut pair, &catalog, table).await?;
         println!("{}: {copied} rows copied", table.label());
     }
     let mut worker = Repair::new(pair, Arc::new(catalog));
     let summary = if wait { repair::wait(&mut worker, timeout).await? } else { worker.pass().await? };
-    println!("cleared {}, rows repaired {}, owed {}, in flight {}", summary.cleared, summary.repaired_rows, summary.owed, summary.in_flight);
+    println!(
+        "cleared {}, rows repaired {}, owed {}, in flight {}",
+        summary.cleared, summary.repaired_rows, summary.owed, summary.in_flight
+    );
     for (table, error) in &summary.refused {
         println!("{table}: the {mirror} database refuses rows: {error}");
     }
@@ -139,7 +151,8 @@ pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
                 })
             })
             .collect();
-        document["not_migrating"] = serde_json::json!({ "only_old": catalog.one_sided.old, "only_new": catalog.one_sided.new });
+        document["not_migrating"] =
+            serde_json::json!({ "only_old": catalog.one_sided.old, "only_new": catalog.one_sided.new });
         document["debt"] = serde_json::json!({
             "owed": counts.owed, "in_flight": counts.in_flight, "ledger_bytes": counts.ledger_bytes, "partial": counts.partial,
             "oldest_seconds": counts.oldest.map(|age| age.as_secs_f64()),
@@ -168,7 +181,13 @@ async fn ask_proxy(admin: std::net::SocketAddr) -> Option<serde_json::Value> {
 
 fn for_people(document: &serde_json::Value) -> String {
     let text = |value: &serde_json::Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    let mut out = format!("{}: phase {} (epoch {}), authority {}\n", text(&document["migration"]), text(&document["phase"]), document["epoch"], text(&document["authority"]));
+    let mut out = format!(
+        "{}: phase {} (epoch {}), authority {}\n",
+        text(&document["migration"]),
+        text(&document["phase"]),
+        document["epoch"],
+        text(&document["authority"])
+    );
     if document["wanted"] != document["phase"] {
         out += &format!("the file wants {}\n", text(&document["wanted"]));
     }
@@ -184,7 +203,10 @@ fn for_people(document: &serde_json::Value) -> String {
         None => out += "proxy: not running here, or its admin port does not answer\n",
     }
     if let Some(debt) = document["debt"].as_object() {
-        out += &format!("debt: {} owed, {} in flight, ledger {} bytes\n", debt["owed"], debt["in_flight"], debt["ledger_bytes"]);
+        out += &format!(
+            "debt: {} owed, {} in flight, ledger {} bytes\n",
+            debt["owed"], debt["in_flight"], debt["ledger_bytes"]
+        );
     }
     for table in document["tables"].as_array().into_iter().flatten() {
         let mut notes = Vec::new();
@@ -205,7 +227,11 @@ fn for_people(document: &serde_json::Value) -> String {
         if let Some(why) = table["opaque"].as_str() {
             notes.push(format!("cannot be mirrored: {why}"));
         }
-        out += &format!("  {}: {}\n", text(&table["table"]), if notes.is_empty() { "equal, or in flight".to_owned() } else { notes.join(", ") });
+        out += &format!(
+            "  {}: {}\n",
+            text(&table["table"]),
+            if notes.is_empty() { "equal, or in flight".to_owned() } else { notes.join(", ") }
+        );
     }
     out
 }

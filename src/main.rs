@@ -71,7 +71,9 @@ async fn run(arguments: Arguments) -> ExitCode {
     let outcome = match arguments.command {
         Command::Run => cli::run(&path).await,
         Command::Install { print_sql } => cli::install(&path, print_sql).await,
-        Command::Repair { wait, timeout, table } => cli::repair(&path, wait, std::time::Duration::from_secs(timeout), &table).await,
+        Command::Repair { wait, timeout, table } => {
+            cli::repair(&path, wait, std::time::Duration::from_secs(timeout), &table).await
+        }
         Command::Status { json } => cli::status(&path, json).await,
         Command::Explain { sql } => cli::explain(&path, &sql).await,
         Command::Demo(options) => cli::demo(options).await,

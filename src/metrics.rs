@@ -3,8 +3,8 @@
 use std::sync::Mutex;
 
 use prometheus::{
-    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    Registry, TextEncoder,
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+    Opts, Registry, TextEncoder,
 };
 
 use crate::phase::{Phase, Side};
@@ -75,27 +75,46 @@ impl Metrics {
             server_connections: gauges(r, "server_connections", "Sessions on the servers", &["side"])?,
             statements: counters(r, "statements_total", "Statements", &["class", "side"])?,
             statement_seconds: {
-                let options = HistogramOpts::new("statement_seconds", "Time from a statement's arrival to the end of its answer").buckets(buckets());
+                let options =
+                    HistogramOpts::new("statement_seconds", "Time from a statement's arrival to the end of its answer")
+                        .buckets(buckets());
                 let vec = HistogramVec::new(options, &["class", "side"])?;
                 r.register(Box::new(vec.clone()))?;
                 vec
             },
             mirror_images: counters(r, "mirror_images_total", "Images that went over to the mirror", &["table"])?,
             mirror_commit_seconds: histogram(r, "mirror_commit_seconds", "Time that a COMMIT waited for the mirror")?,
-            mirror_failures: counters(r, "mirror_failures_total", "Transactions that the mirror did not take", &["reason"])?,
+            mirror_failures: counters(
+                r,
+                "mirror_failures_total",
+                "Transactions that the mirror did not take",
+                &["reason"],
+            )?,
             mirror_up: gauge(r, "mirror_up", "0 while the mirror is known to be down")?,
             debt_keys: gauges(r, "debt_keys", "Debts owed (a whole-table debt counts as one)", &["table"])?,
             debt_in_flight: gauge(r, "debt_in_flight", "Debts whose mirror transaction is still at work")?,
             debt_oldest_seconds: float(r, "debt_oldest_seconds", "Age of the oldest debt")?,
             ledger_bytes: gauge(r, "ledger_bytes", "Size of the ledger on the authority")?,
-            opaque_writes: counters(r, "opaque_writes_total", "Writes whose images could not be captured", &["reason"])?,
+            opaque_writes: counters(
+                r,
+                "opaque_writes_total",
+                "Writes whose images could not be captured",
+                &["reason"],
+            )?,
             tainted_tables: gauge(r, "tainted_tables", "Tables with an open taint")?,
             backfill_progress: {
-                let vec = GaugeVec::new(Opts::new("backfill_progress", "Share of a table that was copied or compared"), &["table"])?;
+                let vec = GaugeVec::new(
+                    Opts::new("backfill_progress", "Share of a table that was copied or compared"),
+                    &["table"],
+                )?;
                 r.register(Box::new(vec.clone()))?;
                 vec
             },
-            config_reload_failures: counter(r, "config_reload_failures_total", "Configuration files that were refused")?,
+            config_reload_failures: counter(
+                r,
+                "config_reload_failures_total",
+                "Configuration files that were refused",
+            )?,
             plan_hits: counter(r, "plan_cache_hits_total", "Statements whose plan was known")?,
             plan_misses: counter(r, "plan_cache_misses_total", "Statements that had to be read")?,
             plan_cache_bytes: gauge(r, "plan_cache_bytes", "Size of the plan cache")?,

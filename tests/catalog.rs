@@ -211,7 +211,7 @@ async fn numbers_are_the_same_on_both_sides_and_for_ever() {
     };
     let rules: Vec<TableRule> = ["photos", "public.users"]
         .iter()
-        .map(|name| TableRule { name: (*name).to_owned(), to: None, rest: serde_json::Value::Null })
+        .map(|name| TableRule { name: (*name).to_owned(), ..TableRule::default() })
         .collect();
     let few = catalog::load(&old, &new, Some(&rules), &[]).await.unwrap();
     assert_eq!(numbers(&few), [("public.photos".into(), 1), ("public.users".into(), 2)]);

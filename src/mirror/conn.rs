@@ -153,7 +153,9 @@ impl MirrorConn {
             b"SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint, replace(crossfade.incarnate()::text, '-', '') FROM pg_stat_activity WHERE pid = pg_backend_pid()",
         );
         let row = self.until_ready().await?.ok_or_else(|| io::Error::other("no row in pg_stat_activity"))?;
-        let text = |value: Option<&Bytes>| value.and_then(|v| std::str::from_utf8(v).ok().map(str::to_owned)).unwrap_or_default();
+        let text = |value: Option<&Bytes>| {
+            value.and_then(|v| std::str::from_utf8(v).ok().map(str::to_owned)).unwrap_or_default()
+        };
         let wrong = || io::Error::new(io::ErrorKind::InvalidData, "the mirror did not say who it is");
         let incarnation = u128::from_str_radix(&text(row.get(2)), 16).map_err(|_| wrong())?.to_be_bytes();
         let pid = text(row.first()).parse().map_err(|_| wrong())?;
@@ -189,7 +191,12 @@ impl MirrorConn {
             self.put_step(number, step, &mut awaited);
         }
         if let Some(token) = token {
-            frame::parse(&mut self.conn.out, b"", b"INSERT INTO crossfade.applied (token) VALUES ($1) ON CONFLICT DO NOTHING", &[2950]);
+            frame::parse(
+                &mut self.conn.out,
+                b"",
+                b"INSERT INTO crossfade.applied (token) VALUES ($1) ON CONFLICT DO NOTHING",
+                &[2950],
+            );
             self.bind_execute(b"", &[1], std::iter::once(Some(&token[..])));
             awaited.push(Await::Any);
         }
@@ -207,7 +214,9 @@ impl MirrorConn {
         let mut xid = None;
         loop {
             match self.next(timeout).await? {
-                (b'D', payload) => xid = values(&payload)?.first().and_then(|v| std::str::from_utf8(v).ok()?.parse().ok()),
+                (b'D', payload) => {
+                    xid = values(&payload)?.first().and_then(|v| std::str::from_utf8(v).ok()?.parse().ok())
+                }
                 (b'C', _) => break,
                 _ => {}
             }
@@ -236,7 +245,9 @@ impl MirrorConn {
             Step::Upsert(table, rows) => self.put_rows(table, Verb::Upsert, rows, &mut |_| awaited.push(Await::Any)),
             Step::Insert(table, rows) => self.put_rows(table, Verb::Insert, rows, &mut |_| awaited.push(Await::Any)),
             Step::Delete(table, rows) => {
-                self.put_rows(table, Verb::Delete, rows, &mut |rows| awaited.push(Await::Deleted { step: number, rows }));
+                self.put_rows(table, Verb::Delete, rows, &mut |rows| {
+                    awaited.push(Await::Deleted { step: number, rows })
+                });
             }
             Step::Truncate(tables) => {
                 let names: Vec<_> = tables.iter().map(|table| table.qualified(self.side)).collect();
@@ -292,7 +303,12 @@ impl MirrorConn {
         (name, formats)
     }
 
-    fn bind_execute<'v>(&mut self, name: &[u8], formats: &[i16], values: impl ExactSizeIterator<Item = Option<&'v [u8]>>) {
+    fn bind_execute<'v>(
+        &mut self,
+        name: &[u8],
+        formats: &[i16],
+        values: impl ExactSizeIterator<Item = Option<&'v [u8]>>,
+    ) {
         frame::bind(&mut self.conn.out, b"", name, formats, values, 0);
         frame::execute(&mut self.conn.out, b"");
         self.open = true;
@@ -322,7 +338,8 @@ impl MirrorConn {
 
     /// The next answer within the time-out. An error ends the transaction: the session is made ready for another one.
     async fn next(&mut self, timeout: Duration) -> Result<(u8, Bytes), Failure> {
-        let (tag, payload) = tokio::time::timeout(timeout, self.conn.frame()).await.map_err(|_| Failure::Timeout(timeout))??;
+        let (tag, payload) =
+            tokio::time::timeout(timeout, self.conn.frame()).await.map_err(|_| Failure::Timeout(timeout))??;
         if tag == b'E' {
             let error = frame::server_error(&payload);
             // A statement that failed to parse is not there, and neither are those parsed behind it in this flight.

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use bytes::BytesMut;
 
+use super::writes::Op;
 use crate::catalog::Table;
 use crate::ledger::debts::{Debt, Values, encode};
 use crate::plan::image::{Row, key_of};
-use super::writes::Op;
 
 /// One step on the mirror.
 #[derive(Clone, Debug, PartialEq)]

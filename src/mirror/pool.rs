@@ -28,7 +28,11 @@ pub struct Lease {
 impl Pool {
     /// At most `limit` sessions.
     pub fn new(side: Side, limit: usize) -> Rc<Pool> {
-        Rc::new(Pool { side, idle: RefCell::new(Vec::new()), places: std::sync::Arc::new(Semaphore::new(limit.max(1))) })
+        Rc::new(Pool {
+            side,
+            idle: RefCell::new(Vec::new()),
+            places: std::sync::Arc::new(Semaphore::new(limit.max(1))),
+        })
     }
 
     /// A session, within the time-out. `generation` is that of the catalog: statements prepared for another one are not used.

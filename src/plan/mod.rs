@@ -2,9 +2,9 @@
 //!
 //! `decide` holds the rules, `splice` the hidden column, `image` what becomes of it, `explain` tells people.
 
+pub mod cache;
 mod decide;
 mod explain;
-pub mod cache;
 pub mod image;
 mod splice;
 

@@ -36,7 +36,14 @@ async fn metrics(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
 }
 
 async fn ready(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
-    if shared.ready.load(Ordering::SeqCst) { (StatusCode::OK, "ready\n") } else { (StatusCode::SERVICE_UNAVAILABLE, "not serving clients: the phase that holds is not known yet, or the proxy is stopping\n") }
+    if shared.ready.load(Ordering::SeqCst) {
+        (StatusCode::OK, "ready\n")
+    } else {
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            "not serving clients: the phase that holds is not known yet, or the proxy is stopping\n",
+        )
+    }
 }
 
 /// What this proxy knows of itself, as JSON.
@@ -69,7 +76,9 @@ async fn page(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
         .flatten()
         .map(|(name, value)| format!("<tr><th align=left>{}<td>{}", escape(name), escape(&value.to_string())))
         .collect();
-    axum::response::Html(format!("<!doctype html><title>Crossfade</title><h1>Crossfade</h1><table>{rows}</table><p><a href=metrics>metrics</a>"))
+    axum::response::Html(format!(
+        "<!doctype html><title>Crossfade</title><h1>Crossfade</h1><table>{rows}</table><p><a href=metrics>metrics</a>"
+    ))
 }
 
 fn escape(text: &str) -> String {

@@ -11,8 +11,8 @@ use tracing::{debug, error, info, warn};
 
 use super::Stop;
 use crate::ledger::clear::{ClearError, Clearing, flush_and_clear};
-use crate::migrate::{self, Pair};
 use crate::migrate::repair::Repair;
+use crate::migrate::{self, Pair};
 use crate::phase::Side;
 use crate::shared::{Paid, Shared, World, lock};
 use crate::switch::mover;
@@ -71,7 +71,11 @@ struct Hands {
 
 impl Hands {
     /// To the authority and to the mirror.
-    async fn get(&mut self, shared: &Shared, name: &str) -> Result<Option<(&Client, &Client)>, crate::config::ConnectError> {
+    async fn get(
+        &mut self,
+        shared: &Shared,
+        name: &str,
+    ) -> Result<Option<(&Client, &Client)>, crate::config::ConnectError> {
         let phase = shared.world.load().phase;
         let Some(mirror) = phase.mirror() else {
             self.open = None;
@@ -145,7 +149,8 @@ async fn repair(shared: Arc<Shared>) {
             worker = None;
             continue;
         };
-        if worker.as_ref().is_none_or(|(generation, repair)| *generation != world.generation || repair.pair.is_broken()) {
+        if worker.as_ref().is_none_or(|(generation, repair)| *generation != world.generation || repair.pair.is_broken())
+        {
             worker = match open_repair(&shared, mirror).await {
                 Ok(repair) => Some((world.generation, repair)),
                 Err(error) => {
@@ -224,7 +229,9 @@ async fn refresh(shared: Arc<Shared>) {
             continue;
         }
         let Ok(Some((authority, other))) = hands.get(&shared, "crossfade catalog").await else { continue };
-        let prints = async { Some((crate::catalog::fingerprint(authority).await.ok()?, crate::catalog::fingerprint(other).await.ok()?)) };
+        let prints = async {
+            Some((crate::catalog::fingerprint(authority).await.ok()?, crate::catalog::fingerprint(other).await.ok()?))
+        };
         let Some(prints) = prints.await else { continue };
         let changed = known.as_ref().is_some_and(|known| *known != prints);
         if told || changed {
@@ -249,7 +256,11 @@ async fn read_again(shared: &Shared) -> Result<(), mover::MoveError> {
     if !whole {
         return Err(mover::MoveError::Closed("the mirror's definitions cannot be read".into()));
     }
-    shared.world.store(Arc::new(World { generation: world.generation + 1, catalog: Arc::new(catalog), ..(*world).clone() }));
+    shared.world.store(Arc::new(World {
+        generation: world.generation + 1,
+        catalog: Arc::new(catalog),
+        ..(*world).clone()
+    }));
     Ok(())
 }
 
@@ -295,10 +306,17 @@ async fn keep_open(shared: &Shared, client: &mut Option<(Side, Client)>, side: S
     }
 }
 
-async fn read_debts(shared: &Shared, world: &World, authority: &Client, mirror: Option<&Client>) -> Result<(), migrate::Error> {
+async fn read_debts(
+    shared: &Shared,
+    world: &World,
+    authority: &Client,
+    mirror: Option<&Client>,
+) -> Result<(), migrate::Error> {
     let counts = migrate::debt::counts(world.phase.authority(), authority, mirror).await?;
     let metrics = &shared.metrics;
-    let label = |number: u32| world.catalog.tables.get(&number).map_or_else(|| format!("table {number}"), |table| table.label());
+    let label = |number: u32| {
+        world.catalog.tables.get(&number).map_or_else(|| format!("table {number}"), |table| table.label())
+    };
     let owed: Vec<(String, i64)> = counts
         .tables
         .iter()
@@ -374,7 +392,8 @@ async fn move_phase(shared: Arc<Shared>) {
                 }
                 Err(error) => {
                     // A move that held clients in vain must not hold them again and again.
-                    pause = if error.held_clients() { (pause * 2).max(MOVE_HELD).min(MOVE_HELD * 8) } else { MOVE_AGAIN };
+                    pause =
+                        if error.held_clients() { (pause * 2).max(MOVE_HELD).min(MOVE_HELD * 8) } else { MOVE_AGAIN };
                     let error = error.to_string();
                     *lock(&shared.waiting) = Some(error.clone());
                     if error != said {

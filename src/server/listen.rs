@@ -27,7 +27,9 @@ use crate::wire::tls::ServerTls;
 pub fn tls(config: &Config) -> Result<Option<Arc<ServerTls>>, RunError> {
     match &config.tls {
         None => Ok(None),
-        Some(tls) => Ok(Some(Arc::new(ServerTls::load(&tls.certificate, &tls.key, tls.client_ca.as_deref(), tls.required)?))),
+        Some(tls) => {
+            Ok(Some(Arc::new(ServerTls::load(&tls.certificate, &tls.key, tls.client_ca.as_deref(), tls.required)?)))
+        }
     }
 }
 
@@ -65,7 +67,12 @@ impl Drop for Counted<'_> {
 }
 
 /// Serves clients until it is told to stop, then lets transactions end.
-pub async fn serve(listener: TcpListener, tls: Option<Arc<ServerTls>>, shared: Arc<Shared>, mut stopping: watch::Receiver<Stop>) -> Result<(), RunError> {
+pub async fn serve(
+    listener: TcpListener,
+    tls: Option<Arc<ServerTls>>,
+    shared: Arc<Shared>,
+    mut stopping: watch::Receiver<Stop>,
+) -> Result<(), RunError> {
     let config = shared.config.load_full();
     let threads = match config.limits.threads {
         0 => std::thread::available_parallelism().map_or(2, usize::from),
@@ -76,7 +83,15 @@ pub async fn serve(listener: TcpListener, tls: Option<Arc<ServerTls>>, shared: A
     for number in 0..threads {
         let (sender, receiver) = mpsc::unbounded_channel();
         senders.push(sender);
-        thread(number, receiver, shared.clone(), tls.clone(), counts.clone(), config.mirror.connections.div_ceil(threads)).map_err(RunError::Threads)?;
+        thread(
+            number,
+            receiver,
+            shared.clone(),
+            tls.clone(),
+            counts.clone(),
+            config.mirror.connections.div_ceil(threads),
+        )
+        .map_err(RunError::Threads)?;
     }
     info!(listen = %config.listen, threads, "serving clients");
     shared.ready.store(true, Ordering::SeqCst);
@@ -170,11 +185,14 @@ async fn client(worker: Rc<Worker>, tcp: TcpStream, tls: Option<Arc<ServerTls>>,
     if let Some(report) = unsuited(&shared, &config, &startup) {
         return refuse(startup, &report).await;
     }
-    let login = match tokio::time::timeout(config.limits.login, authenticate(&mut startup, config.auth, &shared.verifiers)).await {
-        Ok(Ok(login)) => login,
-        Ok(Err(error)) => return debug!(%error, "a login failed"),
-        Err(_) => return debug!("a login took too long"),
-    };
+    let login =
+        match tokio::time::timeout(config.limits.login, authenticate(&mut startup, config.auth, &shared.verifiers))
+            .await
+        {
+            Ok(Ok(login)) => login,
+            Ok(Err(error)) => return debug!(%error, "a login failed"),
+            Err(_) => return debug!("a login took too long"),
+        };
     drop(login_place);
     let user = login.user.clone();
     shared.metrics.clients.inc();
@@ -191,14 +209,23 @@ async fn client(worker: Rc<Worker>, tcp: TcpStream, tls: Option<Arc<ServerTls>>,
 /// What this phase does not offer.
 fn unsuited(shared: &Shared, config: &Config, startup: &Startup) -> Option<Report> {
     let phase = shared.world.load().phase;
-    let replication = startup.parameter("replication").is_some_and(|value| !matches!(&value[..], b"false" | b"off" | b"no" | b"0"));
+    let replication =
+        startup.parameter("replication").is_some_and(|value| !matches!(&value[..], b"false" | b"off" | b"no" | b"0"));
     if replication && phase != crate::phase::Phase::Old {
-        return Some(Report::fatal("0A000", format!("replication connections are not served in phase {phase}"), "Connect to the database directly for replication; crossfade passes it on in phase old only."));
+        return Some(Report::fatal(
+            "0A000",
+            format!("replication connections are not served in phase {phase}"),
+            "Connect to the database directly for replication; crossfade passes it on in phase old only.",
+        ));
     }
     let database = startup.database();
     let ours = database == Shared::database(config, Side::Old).database.as_bytes();
     if !ours && config.other_databases == crate::config::OtherDatabases::Refuse {
-        return Some(Report::fatal("3D000", format!("database {:?} does not take part in this migration", String::from_utf8_lossy(&database)), format!("Connect to {:?}, or set other_databases: pass.", config.old.database)));
+        return Some(Report::fatal(
+            "3D000",
+            format!("database {:?} does not take part in this migration", String::from_utf8_lossy(&database)),
+            format!("Connect to {:?}, or set other_databases: pass.", config.old.database),
+        ));
     }
     None
 }

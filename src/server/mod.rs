@@ -154,9 +154,19 @@ async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
             shared.health.get(authority.other()).trip();
             shared.stale.notify_one();
         }
-        shared.world.store(Arc::new(World { epoch: holds.epoch, phase: holds.phase, generation: 1, catalog: Arc::new(catalog) }));
+        shared.world.store(Arc::new(World {
+            epoch: holds.epoch,
+            phase: holds.phase,
+            generation: 1,
+            catalog: Arc::new(catalog),
+        }));
     } else {
-        shared.world.store(Arc::new(World { epoch: holds.epoch, phase: holds.phase, generation: 1, catalog: Arc::new(Catalog::default()) }));
+        shared.world.store(Arc::new(World {
+            epoch: holds.epoch,
+            phase: holds.phase,
+            generation: 1,
+            catalog: Arc::new(Catalog::default()),
+        }));
     }
     draw_debt_numbers(shared, &client).await;
     shared.metrics.set_phase(holds.phase, holds.epoch);
@@ -168,7 +178,9 @@ async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
 /// Where the schema cannot be had (a control role without rights, in phase old) the clock serves until it can.
 pub(crate) async fn draw_debt_numbers(shared: &Shared, authority: &tokio_postgres::Client) {
     let block = match migrate::install(authority, shared.world.load().phase.authority()).await {
-        Ok(()) => authority.query_one("SELECT nextval('crossfade.ledger_id')", &[]).await.map(|row| row.get::<_, i64>(0)).ok(),
+        Ok(()) => {
+            authority.query_one("SELECT nextval('crossfade.ledger_id')", &[]).await.map(|row| row.get::<_, i64>(0)).ok()
+        }
         Err(error) => {
             warn!(%error, "schema crossfade is not installed; phases with a mirror need it");
             None

@@ -80,13 +80,15 @@ impl Settings {
     fn collect(&mut self, text: &[u8]) {
         let text = String::from_utf8_lossy(&text[..text.len().min(64 * 1024)]);
         let words = text.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == '.' || c == '$'));
-        let dotted = words.filter(|word| word.contains('.') && !word.starts_with(|c: char| c.is_ascii_digit() || c == '.'));
+        let dotted =
+            words.filter(|word| word.contains('.') && !word.starts_with(|c: char| c.is_ascii_digit() || c == '.'));
         for word in dotted.take(64) {
             if self.custom.len() < 1024 {
                 self.custom.insert(word.trim_end_matches('.').to_lowercase());
             }
         }
-        self.role_changed |= text.to_ascii_lowercase().contains("role") || text.to_ascii_lowercase().contains("authorization");
+        self.role_changed |=
+            text.to_ascii_lowercase().contains("role") || text.to_ascii_lowercase().contains("authorization");
     }
 }
 

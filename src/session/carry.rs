@@ -29,7 +29,13 @@ const SETTINGS: &[u8] = b"SELECT name, setting FROM pg_catalog.pg_settings WHERE
 const PREPARED: &[u8] = b"SELECT statement FROM pg_catalog.pg_prepared_statements WHERE from_sql";
 
 /// Logs a client in on a side, as itself.
-pub(super) async fn connect(shared: &Shared, side: Side, login: &Login, parameters: &[(Bytes, Bytes)], minor: u16) -> Result<Connected, Report> {
+pub(super) async fn connect(
+    shared: &Shared,
+    side: Side,
+    login: &Login,
+    parameters: &[(Bytes, Bytes)],
+    minor: u16,
+) -> Result<Connected, Report> {
     let config = shared.config.load_full();
     let mut db = Shared::database(&config, side).clone();
     let mut parameters = parameters.to_vec();
@@ -55,9 +61,18 @@ fn refusal(side: Side, error: &ConnectError) -> Report {
             "57P03" => "57P03",
             _ => "08006",
         };
-        return Report { severity: "FATAL", code, message: said.message, hint: Some(format!("This is what the {side} database answered to crossfade's login as the client.")) };
+        return Report {
+            severity: "FATAL",
+            code,
+            message: said.message,
+            hint: Some(format!("This is what the {side} database answered to crossfade's login as the client.")),
+        };
     }
-    Report::fatal("08006", format!("cannot reach the {side} database: {error}"), format!("Look whether the {side} database is up and whether its address in crossfade's file is right."))
+    Report::fatal(
+        "08006",
+        format!("cannot reach the {side} database: {error}"),
+        format!("Look whether the {side} database is up and whether its address in crossfade's file is right."),
+    )
 }
 
 impl Session {
@@ -66,7 +81,8 @@ impl Session {
         let side = self.world.phase.authority();
         debug!(user = %self.user(), %side, "a session moves to another authority");
         let (settings, prepared) = self.what_moves().await?;
-        let connected = connect(&self.shared, side, &self.login, &self.parameters, self.minor).await.map_err(End::Refused)?;
+        let connected =
+            connect(&self.shared, side, &self.login, &self.parameters, self.minor).await.map_err(End::Refused)?;
         frame::terminate(&mut self.server.out);
         let _ = tokio::time::timeout(std::time::Duration::from_secs(1), self.server.flush()).await;
         self.shared.metrics.servers(self.side).dec();
@@ -110,12 +126,16 @@ impl Session {
         if let Some(what) = stuck {
             return Err(End::Refused(Report::fatal(
                 "57P01",
-                format!("terminating connection: the application moves to the {} database, and this session has {what}, which cannot move along", self.world.phase.authority()),
+                format!(
+                    "terminating connection: the application moves to the {} database, and this session has {what}, which cannot move along",
+                    self.world.phase.authority()
+                ),
                 "Connect again: the new session is served by the new authority.",
             )));
         }
         self.ask_ours(SETTINGS).await?;
-        let mut settings: Vec<(String, String)> = self.kept.rows.iter().filter_map(|row| Some((text(row, 0)?, text(row, 1)?))).collect();
+        let mut settings: Vec<(String, String)> =
+            self.kept.rows.iter().filter_map(|row| Some((text(row, 0)?, text(row, 1)?))).collect();
         for name in self.settings.custom.clone() {
             self.ask_ours(format!("SELECT pg_catalog.current_setting({}, true)", literal(&name)).as_bytes()).await?;
             if let Some(value) = self.first() {

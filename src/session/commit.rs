@@ -175,7 +175,11 @@ impl Session {
             && self.shared.config.load().mirror.strict
             && *reason != "taint"
         {
-            return Err(End::Refused(Report::fatal("58000", format!("the mirror did not take the transaction ({reason}), and mirror.strict is on"), "Nothing was committed. Look at `crossfade status`; connect again once the mirror is up, or set mirror.strict: false.")));
+            return Err(End::Refused(Report::fatal(
+                "58000",
+                format!("the mirror did not take the transaction ({reason}), and mirror.strict is on"),
+                "Nothing was committed. Look at `crossfade status`; connect again once the mirror is up, or set mirror.strict: false.",
+            )));
         }
         let id = self.put_debts(&executed);
         Ok(Some(Settled { executed, id }))
@@ -279,7 +283,11 @@ impl Session {
         };
     }
 
-    async fn send_to_mirror(&mut self, ops: Vec<Op>, last: bool) -> Result<(Box<Lease>, Option<i64>), (Option<Backend>, &'static str)> {
+    async fn send_to_mirror(
+        &mut self,
+        ops: Vec<Op>,
+        last: bool,
+    ) -> Result<(Box<Lease>, Option<i64>), (Option<Backend>, &'static str)> {
         let lease = match std::mem::replace(&mut self.carry, Carry::Nothing) {
             Carry::GivenUp(reason) => {
                 self.carry = Carry::GivenUp(reason);
@@ -359,12 +367,22 @@ impl Session {
         self.kept = Kept::default();
         let number = id.to_be_bytes();
         let values = [Some(&number[..]), Some(&taints[..]), Some(opaque.reason.as_bytes())];
-        self.put_ours(b"crossfade_unwrapped", b"SELECT crossfade.owe_unwrapped($1, $2, $3)", &[20, 17, 25], &values, To::Us);
+        self.put_ours(
+            b"crossfade_unwrapped",
+            b"SELECT crossfade.owe_unwrapped($1, $2, $3)",
+            &[20, 17, 25],
+            &values,
+            To::Us,
+        );
         self.sync_ours().await?;
         if let Some(error) = self.kept.error.take() {
             let error = frame::server_error(&error[frame::HEAD..]);
             warn!(message = %error.message, "the ledger refused a debt");
-            return Err(End::Refused(Report::fatal("58000", format!("crossfade cannot note what this statement may write: {}", error.message), "Nothing was run. Run `crossfade check`, then connect again.")));
+            return Err(End::Refused(Report::fatal(
+                "58000",
+                format!("crossfade cannot note what this statement may write: {}", error.message),
+                "Nothing was run. Run `crossfade check`, then connect again.",
+            )));
         }
         Ok(id)
     }
@@ -374,7 +392,13 @@ impl Session {
         self.settle().await?;
         if self.status == b'I' {
             let number = debt.to_be_bytes();
-            self.put_ours(b"crossfade_release", b"SELECT crossfade.release_unwrapped($1)", &[20], &[Some(&number[..])], To::Us);
+            self.put_ours(
+                b"crossfade_release",
+                b"SELECT crossfade.release_unwrapped($1)",
+                &[20],
+                &[Some(&number[..])],
+                To::Us,
+            );
             let status = self.status;
             self.sync_ours().await?;
             self.status = status;

@@ -128,7 +128,11 @@ pub struct Session {
 
 impl Session {
     /// A session whose client has logged in, on its way to a first authority. Nothing was sent to the client since its login.
-    pub async fn open(worker: Rc<Worker>, startup: crate::wire::startup::Startup, login: Login) -> Result<Session, (Box<crate::wire::startup::Startup>, Report)> {
+    pub async fn open(
+        worker: Rc<Worker>,
+        startup: crate::wire::startup::Startup,
+        login: Login,
+    ) -> Result<Session, (Box<crate::wire::startup::Startup>, Report)> {
         let shared = worker.shared.clone();
         let world = shared.world.load_full();
         let side = world.phase.authority();
@@ -207,7 +211,13 @@ impl Session {
 
     /// Between transactions: the phase may move.
     fn rest(&mut self) {
-        if self.pass.is_some() && self.queue.is_empty() && self.status == b'I' && !self.unsynced && !self.begun && !self.ours {
+        if self.pass.is_some()
+            && self.queue.is_empty()
+            && self.status == b'I'
+            && !self.unsynced
+            && !self.begun
+            && !self.ours
+        {
             self.pass = None;
         }
     }
@@ -309,11 +319,19 @@ impl Session {
             }
             End::ServerBroke(error) => {
                 warn!(%user, %side, %error, "server's connection broke");
-                Some(Report::fatal("08006", format!("the connection to the {side} database broke: {error}"), "Connect again; whether a COMMIT that was under way took place must be looked up, as without a proxy."))
+                Some(Report::fatal(
+                    "08006",
+                    format!("the connection to the {side} database broke: {error}"),
+                    "Connect again; whether a COMMIT that was under way took place must be looked up, as without a proxy.",
+                ))
             }
             End::Mismatch(what) => {
                 warn!(%user, %side, %what, "a reply that answers nothing that was asked; the session ends");
-                Some(Report::fatal("08P01", format!("the {side} database sent a reply that answers nothing that was asked ({what})"), "Connect again, and report this: it is a defect of crossfade or of the server."))
+                Some(Report::fatal(
+                    "08P01",
+                    format!("the {side} database sent a reply that answers nothing that was asked ({what})"),
+                    "Connect again, and report this: it is a defect of crossfade or of the server.",
+                ))
             }
             End::Refused(report) => Some(report),
         };

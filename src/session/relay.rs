@@ -204,7 +204,16 @@ impl Session {
 
     /// Sends Parse with a splice; `replace`: a statement of this name is there.
     #[allow(clippy::too_many_arguments)]
-    fn put_parse(&mut self, name: &Bytes, text: &Bytes, splice: &str, end: usize, types: &Bytes, replace: bool, to: To) {
+    fn put_parse(
+        &mut self,
+        name: &Bytes,
+        text: &Bytes,
+        splice: &str,
+        end: usize,
+        types: &Bytes,
+        replace: bool,
+        to: To,
+    ) {
         if replace && !name.is_empty() {
             frame::close_statement(&mut self.server.out, name);
             self.queue.push(Expected::of(Kind::Close, To::Nobody));
@@ -276,13 +285,15 @@ impl Session {
         let limit = self.shared.config.load().limits.statement;
         if self.settings.escapes || text.len() > limit {
             let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", sql::Limits::default()) };
-            let plan = Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
+            let plan =
+                Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
             return (Arc::new(Planned { facts, plan }), text.len());
         }
         let shape = sql::shape(text);
         let encoding_matches = self.settings.client_encoding == "UTF8";
         let role = (!self.world.catalog.no_select.get(self.side).is_empty()).then(|| Arc::from(self.user()));
-        let key = Key { shape: shape.text.into(), generation: self.world.generation, encoding_matches, role: role.clone() };
+        let key =
+            Key { shape: shape.text.into(), generation: self.world.generation, encoding_matches, role: role.clone() };
         let planned = self.shared.plans.get(key, || {
             let facts = sql::read(text, sql::Limits { bytes_max: limit, ..Default::default() });
             let plan = plan(&facts, &self.world.catalog, self.side, role.as_deref(), encoding_matches);
@@ -321,12 +332,15 @@ impl Session {
         let prepared = self.prepared.get(name)?.clone();
         let Some(text) = prepared.text else {
             let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", sql::Limits::default()) };
-            let plan = Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
+            let plan =
+                Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
             return Some(Arc::new(Planned { facts, plan }));
         };
         let utf8 = self.settings.client_encoding == "UTF8";
         let (planned, end) = match prepared.planned {
-            Some((generation, encoding, planned, end)) if generation == self.world.generation && encoding == utf8 => (planned, end),
+            Some((generation, encoding, planned, end)) if generation == self.world.generation && encoding == utf8 => {
+                (planned, end)
+            }
             _ => self.plan_for(&text),
         };
         let wanted = match splice(&planned) {
@@ -400,7 +414,14 @@ impl Session {
     }
 
     /// Executes a statement of ours, prepared once per server session.
-    pub(super) fn put_ours(&mut self, name: &'static [u8], text: &[u8], types: &[u32], values: &[Option<&[u8]>], to: To) {
+    pub(super) fn put_ours(
+        &mut self,
+        name: &'static [u8],
+        text: &[u8],
+        types: &[u32],
+        values: &[Option<&[u8]>],
+        to: To,
+    ) {
         if !self.ours_prepared.contains(&name) {
             frame::parse(&mut self.server.out, name, text, types);
             self.queue.push(Expected::of(Kind::Parse, to.clone()));
@@ -476,7 +497,12 @@ impl Session {
         match &planned.plan {
             Plan::Pass => {}
             Plan::Capture(capture) if capture.audited => {
-                self.note_opaque(&Opaque { reason: "trigger", tables: capture.tables.clone(), unwrapped: false, ddl: false });
+                self.note_opaque(&Opaque {
+                    reason: "trigger",
+                    tables: capture.tables.clone(),
+                    unwrapped: false,
+                    ddl: false,
+                });
             }
             Plan::Capture(_) => {}
             Plan::Opaque(opaque) => self.note_opaque(opaque),

@@ -79,7 +79,8 @@ impl Session {
     fn forwards(&self, tag: u8) -> bool {
         matches!(tag, b'D' | b'd' | b'V')
             && self.queue.front().is_some_and(|owed| {
-                matches!(owed.to, To::Client) && fit(owed.kind, tag) == Fit::Part || tag == b'd' && matches!(owed.to, To::Cut(_))
+                matches!(owed.to, To::Client) && fit(owed.kind, tag) == Fit::Part
+                    || tag == b'd' && matches!(owed.to, To::Cut(_))
             })
     }
 

@@ -199,12 +199,17 @@ async fn behind_the_gate(
     if from.authority() != to.authority() {
         nothing_owed(shared, config, hands, from, catalog, deadline).await?;
         let losing = (from.authority(), hands.on(from.authority()));
-        migrate::sequences::sequences(losing, (to.authority(), hands.on(to.authority())), catalog, SEQUENCE_MARGIN).await?;
+        migrate::sequences::sequences(losing, (to.authority(), hands.on(to.authority())), catalog, SEQUENCE_MARGIN)
+            .await?;
     }
     let holds = Holds { epoch, phase: to };
     let name = &config.name;
     // The side that loses authority points first; then the side that gains it claims.
-    let order = if from.authority() == to.authority() { [to.authority(), to.authority().other()] } else { [from.authority(), to.authority()] };
+    let order = if from.authority() == to.authority() {
+        [to.authority(), to.authority().other()]
+    } else {
+        [from.authority(), to.authority()]
+    };
     for side in order {
         rows::write(hands.on(side), side, name, holds, "move").await?;
     }
@@ -212,7 +217,12 @@ async fn behind_the_gate(
         // Without a mirror nothing is owed to it any more: the next mirrored phase begins with whole-table debts.
         hands.on(from.authority()).batch_execute("DELETE FROM crossfade.ledger").await?;
     }
-    shared.world.store(Arc::new(World { epoch, phase: to, generation: world.generation + 1, catalog: catalog.clone() }));
+    shared.world.store(Arc::new(World {
+        epoch,
+        phase: to,
+        generation: world.generation + 1,
+        catalog: catalog.clone(),
+    }));
     shared.metrics.set_phase(to, epoch);
     Ok(copies)
 }
@@ -229,14 +239,22 @@ async fn writers_gone(authority: &Client, catalog: &Catalog, side: Side, deadlin
         let Some(row) = authority.query_opt(sql, &[&oids]).await? else { return Ok(()) };
         if Instant::now() > deadline {
             let (who, name): (String, String) = (row.get(0), row.get(1));
-            return Err(MoveError::Held(format!("backend {who} ({name}) on {side} holds a writer's lock on a migrating table and has not ended within move.pause")));
+            return Err(MoveError::Held(format!(
+                "backend {who} ({name}) on {side} holds a writer's lock on a migrating table and has not ended within move.pause"
+            )));
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 
 /// A whole-table debt for each migrating table; those without a key are copied in the snapshot of this move.
-async fn owe_everything(shared: &Arc<Shared>, config: &Config, hands: &Hands, to: Phase, catalog: &Arc<Catalog>) -> Result<Vec<KeylessCopy>, MoveError> {
+async fn owe_everything(
+    shared: &Arc<Shared>,
+    config: &Config,
+    hands: &Hands,
+    to: Phase,
+    catalog: &Arc<Catalog>,
+) -> Result<Vec<KeylessCopy>, MoveError> {
     let authority = to.authority();
     hands.on(authority).batch_execute("DELETE FROM crossfade.ledger").await?;
     let mut keyless = Vec::new();
@@ -265,7 +283,14 @@ async fn owe_everything(shared: &Arc<Shared>, config: &Config, hands: &Hands, to
 }
 
 /// Debts in flight are cleared, what is owed is paid; then nothing may be left.
-async fn nothing_owed(shared: &Arc<Shared>, config: &Config, hands: &Hands, from: Phase, catalog: &Arc<Catalog>, deadline: Instant) -> Result<(), MoveError> {
+async fn nothing_owed(
+    shared: &Arc<Shared>,
+    config: &Config,
+    hands: &Hands,
+    from: Phase,
+    catalog: &Arc<Catalog>,
+    deadline: Instant,
+) -> Result<(), MoveError> {
     let authority = from.authority();
     loop {
         let row = hands.on(authority).query_one("SELECT count(*) FROM crossfade.ledger", &[]).await?;
@@ -274,7 +299,9 @@ async fn nothing_owed(shared: &Arc<Shared>, config: &Config, hands: &Hands, from
             return Ok(());
         }
         if Instant::now() > deadline {
-            return Err(MoveError::Held(format!("{left} debts are left on {authority}; clients were released and the phase stays {from}")));
+            return Err(MoveError::Held(format!(
+                "{left} debts are left on {authority}; clients were released and the phase stays {from}"
+            )));
         }
         let first = Shared::database(config, authority).connect("crossfade move").await?;
         let second = Shared::database(config, authority.other()).connect("crossfade move").await?;

@@ -26,7 +26,9 @@ pub enum RowError {
         error: tokio_postgres::Error,
     },
     /// A row that this version does not understand.
-    #[error("the phase row of the {side} database names phase {phase:?}, which this version does not know; run the version that wrote it")]
+    #[error(
+        "the phase row of the {side} database names phase {phase:?}, which this version does not know; run the version that wrote it"
+    )]
     Unknown {
         /// Which side.
         side: Side,
@@ -38,11 +40,15 @@ pub enum RowError {
 /// The row of one side; None: nothing was installed there, or nothing was ever moved.
 pub async fn read(client: &Client, side: Side) -> Result<Option<Holds>, RowError> {
     let database = |error| RowError::Database { side, error };
-    let there = client.query_one("SELECT pg_catalog.to_regclass('crossfade.migration') IS NOT NULL", &[]).await.map_err(database)?;
+    let there = client
+        .query_one("SELECT pg_catalog.to_regclass('crossfade.migration') IS NOT NULL", &[])
+        .await
+        .map_err(database)?;
     if !there.get::<_, bool>(0) {
         return Ok(None);
     }
-    let Some(row) = client.query_opt("SELECT epoch, phase FROM crossfade.migration", &[]).await.map_err(database)? else {
+    let Some(row) = client.query_opt("SELECT epoch, phase FROM crossfade.migration", &[]).await.map_err(database)?
+    else {
         return Ok(None);
     };
     let phase: String = row.get(1);
@@ -106,9 +112,15 @@ mod tests {
         assert_eq!(judge(None, None), Verdict::Fresh);
         assert_eq!(judge(row(1, DualWrite), None), Verdict::Holds(Holds { epoch: 1, phase: DualWrite }));
         assert_eq!(judge(row(1, DualWrite), row(1, DualWrite)), Verdict::Holds(Holds { epoch: 1, phase: DualWrite }));
-        assert_eq!(judge(row(2, NewPrimary), row(2, NewPrimary)), Verdict::Holds(Holds { epoch: 2, phase: NewPrimary }));
+        assert_eq!(
+            judge(row(2, NewPrimary), row(2, NewPrimary)),
+            Verdict::Holds(Holds { epoch: 2, phase: NewPrimary })
+        );
         // The mover died between pointer and claim: always forward.
-        assert_eq!(judge(row(2, NewPrimary), row(1, DualWrite)), Verdict::Unclaimed(Holds { epoch: 2, phase: NewPrimary }));
+        assert_eq!(
+            judge(row(2, NewPrimary), row(1, DualWrite)),
+            Verdict::Unclaimed(Holds { epoch: 2, phase: NewPrimary })
+        );
         // A restored backup of old claims what new has long passed.
         assert_eq!(judge(row(1, DualWrite), row(4, New)), Verdict::Holds(Holds { epoch: 4, phase: New }));
     }
