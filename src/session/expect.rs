@@ -182,6 +182,11 @@ impl Queue {
         self.copying = true;
     }
 
+    /// The server reads COPY data, and the client has not ended it.
+    pub fn copying(&self) -> bool {
+        self.copying
+    }
+
     /// CopyDone or CopyFail was sent.
     pub fn copy_end(&mut self) {
         if self.copying {
