@@ -29,11 +29,15 @@ pub enum There {
     Plain,
     /// The text with this splice.
     Spliced(String),
+    /// Unknown: what was to replace it has failed.
+    Unknown,
 }
 
 /// A portal of the client.
 #[derive(Clone, Debug)]
 pub struct Portal {
+    /// Its number in this session: a name may be used again.
+    pub number: u64,
     /// The statement's plan; None in phases without a mirror.
     pub planned: Option<Arc<Planned>>,
     /// The hidden column comes in binary.

@@ -3,6 +3,9 @@
 use std::collections::VecDeque;
 use std::rc::Rc;
 
+use bytes::Bytes;
+
+use super::books::Prepared;
 use crate::plan::Capture;
 
 /// What was asked.
@@ -51,7 +54,7 @@ pub struct Cut {
 }
 
 /// What a statement changes in our own books once the server says that it is complete.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub enum Done {
     /// Nothing.
     Nothing,
@@ -72,6 +75,12 @@ pub enum Done {
     Truncate(std::sync::Arc<Vec<std::sync::Arc<crate::catalog::Table>>>),
     /// DEALLOCATE of one, or of all (DISCARD ALL too).
     Deallocate(Option<Vec<u8>>),
+    /// Rows of a captured write's portal, by its number, that may be limited.
+    Fetched(u64),
+    /// Parse of a client's statement: what our books hold if it fails or is passed over.
+    Parse(Bytes, Option<Box<Prepared>>),
+    /// Parse of a statement of our own.
+    Ours(&'static [u8]),
 }
 
 /// One reply that is owed.
@@ -120,18 +129,19 @@ impl Queue {
         self.skipping
     }
 
-    /// A message was sent.
-    pub fn push(&mut self, expected: Expected) {
+    /// A message was sent. Gives it back where the server passes over it.
+    pub fn push(&mut self, expected: Expected) -> Option<Expected> {
         if self.copying && expected.kind == Kind::Sync {
-            return;
+            return Some(expected);
         }
         if self.skipping {
             if expected.kind != Kind::Sync {
-                return;
+                return Some(expected);
             }
             self.skipping = false;
         }
         self.owed.push_back(expected);
+        None
     }
 
     /// Whose reply comes next.
@@ -152,17 +162,17 @@ impl Queue {
         }
     }
 
-    /// An error came. In the extended protocol nothing more is owed up to the next Sync. Gives what failed.
-    pub fn fail(&mut self) -> Option<Expected> {
-        let failed = self.owed.front()?.clone();
+    /// An error came. In the extended protocol nothing more is owed up to the next Sync. Gives what failed, and behind it what is passed over.
+    pub fn fail(&mut self) -> Vec<Expected> {
         self.copying = false;
-        if !matches!(failed.kind, Kind::Query | Kind::Call | Kind::Sync) {
-            while self.owed.front().is_some_and(|e| e.kind != Kind::Sync) {
-                self.owed.pop_front();
-            }
-            self.skipping = self.owed.is_empty();
+        let Some(failed) = self.owed.front() else { return Vec::new() };
+        if matches!(failed.kind, Kind::Query | Kind::Call | Kind::Sync) {
+            return vec![failed.clone()];
         }
-        Some(failed)
+        let upto = self.owed.iter().position(|e| e.kind == Kind::Sync).unwrap_or(self.owed.len());
+        let failed = self.owed.drain(..upto).collect();
+        self.skipping = self.owed.is_empty();
+        failed
     }
 
     /// The server has begun to read COPY data for the first message: it passes over Sync (and Flush) up to CopyDone or CopyFail.
@@ -251,10 +261,10 @@ mod tests {
         use Kind::*;
         let mut q = queue(&[Parse, Bind, Execute, Sync, Bind, Execute, Sync]);
         assert_eq!(q.pop().map(|e| e.kind), Some(Parse));
-        assert_eq!(q.fail().map(|e| e.kind), Some(Bind));
+        assert_eq!(q.fail().iter().map(|e| e.kind).collect::<Vec<_>>(), [Bind, Execute]);
         assert_eq!(q.len(), 4);
         assert_eq!(q.pop().map(|e| e.kind), Some(Sync));
-        assert_eq!(q.fail().map(|e| e.kind), Some(Bind));
+        assert_eq!(q.fail().len(), 2);
         assert!(!q.skipping());
     }
 
@@ -264,7 +274,7 @@ mod tests {
         let mut q = queue(&[Parse, Bind]);
         q.fail();
         assert!(q.skipping() && q.is_empty());
-        q.push(Expected::client(Execute));
+        assert!(q.push(Expected::client(Execute)).is_some());
         assert!(q.is_empty());
         q.push(Expected::client(Sync));
         assert_eq!((q.len(), q.skipping()), (1, false));

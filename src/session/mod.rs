@@ -114,6 +114,10 @@ pub struct Session {
     needed: usize,
     prepared: HashMap<Bytes, Prepared>,
     portals: HashMap<Bytes, Portal>,
+    /// Portals so far.
+    portal_count: u64,
+    /// Captured writes of which rows, and so images, are still to be fetched: by the portal's number.
+    suspended: HashMap<u64, std::rc::Rc<expect::Cut>>,
     writes: Writes,
     debts: Option<Debts>,
     carry: Carry,
@@ -164,6 +168,8 @@ impl Session {
             needed: 0,
             prepared: HashMap::new(),
             portals: HashMap::new(),
+            portal_count: 0,
+            suspended: HashMap::new(),
             writes: Writes::default(),
             debts: None,
             carry: Carry::Nothing,

@@ -121,8 +121,9 @@ impl Session {
                 self.unsynced = false;
             }
             b'P' => {
-                self.note_parse(head, There::Plain);
-                self.extended(Kind::Parse);
+                let done = self.note_parse(head, There::Plain);
+                self.expect(Expected { done, ..Expected::client(Kind::Parse) });
+                self.unsynced = true;
             }
             b'B' => {
                 self.prepare_again_if_needed(head);
@@ -141,7 +142,7 @@ impl Session {
                 self.queue.push(Expected::client(Kind::Sync));
                 self.unsynced = false;
             }
-            b'F' => self.queue.push(Expected::client(Kind::Call)),
+            b'F' => drop(self.queue.push(Expected::client(Kind::Call))),
             b'c' | b'f' => self.queue.copy_end(),
             _ => {}
         }
@@ -160,11 +161,28 @@ impl Session {
         self.from_client = head.total - there;
     }
 
+    /// A message was sent. What our books say of it is undone where the server passes over it.
+    pub(super) fn expect(&mut self, expected: Expected) {
+        if let Some(passed) = self.queue.push(expected) {
+            self.undo(passed.done);
+        }
+    }
+
+    /// A Parse has failed, or was passed over.
+    pub(super) fn undo(&mut self, done: Done) {
+        match done {
+            Done::Parse(name, Some(before)) => drop(self.prepared.insert(name, *before)),
+            Done::Parse(name, None) => drop(self.prepared.remove(&name)),
+            Done::Ours(name) => self.ours_prepared.retain(|prepared| *prepared != name),
+            _ => {}
+        }
+    }
+
     /// Remembers a Parse: the statement may have to be prepared again, on another server or with a hidden column.
-    fn note_parse(&mut self, head: Head, there: There) {
+    fn note_parse(&mut self, head: Head, there: There) -> Done {
         let payload = &self.client.inb[HEAD..head.total.min(self.client.inb.len())];
         let mut fields = Fields::new(payload);
-        let Ok(name) = fields.string() else { return };
+        let Ok(name) = fields.string() else { return Done::Nothing };
         let name = Bytes::copy_from_slice(name);
         let whole = self.client.inb.len() >= head.total;
         let text = if whole { fields.string().ok().map(Bytes::copy_from_slice) } else { None };
@@ -172,9 +190,9 @@ impl Session {
         if let Some(text) = &text {
             self.settings.glance(text);
         }
-        // A second Parse of a name that is taken fails; which of the two the server has is then unknown: an unknown write.
-        let text = if name.is_empty() || !self.prepared.contains_key(&name) { text } else { None };
-        self.prepared.insert(name, Prepared { text, types, planned: None, there });
+        // A Parse of a name that is taken fails: then what was before holds.
+        let before = self.prepared.insert(name.clone(), Prepared { text, types, planned: None, there });
+        Done::Parse(name, before.map(Box::new))
     }
 
     /// A statement that was prepared on another server session is prepared here before its first Bind.
@@ -187,8 +205,10 @@ impl Session {
         let spliced = prepared.there != There::Nothing;
         let Some(text) = prepared.text.clone() else { return };
         let types = prepared.types.clone();
+        let failed = Prepared { there: There::Unknown, ..prepared.clone() };
         prepared.there = There::Plain;
-        self.put_parse(&name, &text, "", 0, &types, spliced, To::Nobody);
+        let done = Done::Parse(name.clone(), Some(Box::new(failed)));
+        self.put_parse(&name, (&text, "", 0), &types, spliced, To::Nobody, done);
     }
 
     /// The statement's name in a Bind, or in a Describe or Close of a statement; None for portals.
@@ -204,16 +224,14 @@ impl Session {
     }
 
     /// Sends Parse with a splice; `replace`: a statement of this name is there.
-    #[allow(clippy::too_many_arguments)]
     fn put_parse(
         &mut self,
         name: &Bytes,
-        text: &Bytes,
-        splice: &str,
-        end: usize,
+        (text, splice, end): (&Bytes, &str, usize),
         types: &Bytes,
         replace: bool,
         to: To,
+        done: Done,
     ) {
         if replace && !name.is_empty() {
             frame::close_statement(&mut self.server.out, name);
@@ -226,7 +244,7 @@ impl Session {
             out.put_u8(0);
             out.put_slice(types);
         });
-        self.queue.push(Expected::of(Kind::Parse, to));
+        self.expect(Expected { done, ..Expected::of(Kind::Parse, to) });
     }
 
     // ---- mirrored phases ----
@@ -288,7 +306,9 @@ impl Session {
     /// The plan of a text in this world, and where its hidden column goes.
     pub(super) fn plan_for(&self, text: &[u8]) -> (Arc<Planned>, usize) {
         let limit = self.shared.config.load().limits.statement;
-        if self.settings.escapes || text.len() > limit {
+        let masked = self.settings.escapes.then(|| sql::mask_escapes(text));
+        let text = masked.as_deref().unwrap_or(text);
+        if text.len() > limit {
             let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", sql::Limits::default()) };
             let plan =
                 Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
@@ -311,12 +331,12 @@ impl Session {
     async fn parse(&mut self, head: Head) -> Result<(), End> {
         self.unsynced = true;
         if self.client.inb.len() < head.total {
-            self.note_parse(head, There::Plain);
-            self.queue.push(Expected::client(Kind::Parse));
+            let done = self.note_parse(head, There::Plain);
+            self.expect(Expected { done, ..Expected::client(Kind::Parse) });
             self.forward(head);
             return Ok(());
         }
-        self.note_parse(head, There::Plain);
+        let done = self.note_parse(head, There::Plain);
         let payload = self.take(head);
         let mut fields = Fields::new(&payload);
         let name = payload.slice_ref(fields.string()?);
@@ -324,11 +344,12 @@ impl Session {
         let types = payload.slice_ref(fields.rest());
         let (planned, end) = self.plan_for(&text);
         let splice = splice(&planned).unwrap_or_default().to_owned();
-        self.put_parse(&name, &text, &splice, end, &types, false, To::Client);
+        let utf8 = self.settings.client_encoding == "UTF8";
         if let Some(prepared) = self.prepared.get_mut(&name) {
-            prepared.planned = Some((self.world.generation, self.settings.client_encoding == "UTF8", planned, end));
-            prepared.there = if splice.is_empty() { There::Plain } else { There::Spliced(splice) };
+            prepared.planned = Some((self.world.generation, utf8, planned, end));
+            prepared.there = if splice.is_empty() { There::Plain } else { There::Spliced(splice.clone()) };
         }
+        self.put_parse(&name, (&text, &splice, end), &types, false, To::Client, done);
         Ok(())
     }
 
@@ -352,13 +373,21 @@ impl Session {
             Some(splice) => There::Spliced(splice.to_owned()),
             None => There::Plain,
         };
-        if prepared.there != wanted {
-            let splice = splice(&planned).unwrap_or_default().to_owned();
-            self.put_parse(name, &text, &splice, end, &prepared.types, prepared.there != There::Nothing, To::Nobody);
-        }
+        let before = (prepared.there != wanted).then(|| prepared.there.clone());
         if let Some(prepared) = self.prepared.get_mut(name) {
             prepared.planned = Some((self.world.generation, utf8, planned.clone(), end));
             prepared.there = wanted;
+        }
+        if let Some(there) = before {
+            let splice = splice(&planned).unwrap_or_default().to_owned();
+            let failed = Prepared {
+                text: Some(text.clone()),
+                types: prepared.types.clone(),
+                planned: None,
+                there: There::Unknown,
+            };
+            let done = Done::Parse(name.clone(), Some(Box::new(failed)));
+            self.put_parse(name, (&text, &splice, end), &prepared.types, there != There::Nothing, To::Nobody, done);
         }
         Some(planned)
     }
@@ -395,7 +424,8 @@ impl Session {
             }
             None => self.forward(head),
         }
-        self.portals.insert(portal, Portal { planned, binary });
+        self.portal_count += 1;
+        self.portals.insert(portal, Portal { number: self.portal_count, planned, binary });
         Ok(())
     }
 
@@ -429,11 +459,12 @@ impl Session {
     ) {
         if !self.ours_prepared.contains(&name) {
             frame::parse(&mut self.server.out, name, text, types);
-            self.queue.push(Expected::of(Kind::Parse, to.clone()));
             self.ours_prepared.push(name);
+            self.expect(Expected { done: Done::Ours(name), ..Expected::of(Kind::Parse, to.clone()) });
         }
         // The client's unnamed portal may be waiting for its Execute. Ours of this name goes with the transaction that it ends, or is closed.
-        let portal: &[u8] = if name == super::commit::OWE_NAME { super::commit::OWE_NAME } else { b"" };
+        let portal: &[u8] =
+            if [super::commit::OWE_NAME, super::commit::TAINT_NAME].contains(&name) { name } else { b"" };
         frame::bind(&mut self.server.out, portal, name, &[1], values.iter().copied(), 0);
         self.queue.push(Expected::of(Kind::Bind, to.clone()));
         frame::execute(&mut self.server.out, portal);
@@ -471,7 +502,9 @@ impl Session {
             let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
             fields.string().ok().and_then(|name| self.portals.get(name)).cloned()
         };
-        let Some((planned, binary)) = portal.and_then(|portal| Some((portal.planned?, portal.binary))) else {
+        let Some((planned, binary, number)) =
+            portal.and_then(|portal| Some((portal.planned?, portal.binary, portal.number)))
+        else {
             self.queue.push(Expected::client(Kind::Execute));
             self.forward(head);
             return Ok(());
@@ -484,10 +517,42 @@ impl Session {
         }
         self.note_statement(&planned);
         let to = way(&planned, binary).cut().map_or(To::Client, To::Cut);
-        let done = done(&planned);
-        self.begun |= done == Done::Begin;
+        let mut done = done(&planned);
+        if matches!(done, Done::Begin) {
+            if self.ours && self.takes_over().await? {
+                self.client.inb.advance(head.total);
+                return Ok(());
+            }
+            self.begun = true;
+        }
+        if matches!(planned.plan, Plan::Capture(_)) {
+            done = Done::Fetched(number);
+        }
         self.queue.push(Expected { kind: Kind::Execute, to, hold: false, done });
-        self.forward(head);
+        match &planned.plan {
+            Plan::Capture(capture) if !capture.returning => self.execute_all(head)?,
+            _ => self.forward(head),
+        }
+        Ok(())
+    }
+
+    /// BEGIN behind a write in one pipeline: the transaction that we opened for the write becomes the client's block. False: the server is
+    /// passing over messages.
+    async fn takes_over(&mut self) -> Result<bool, End> {
+        self.settle().await?;
+        if self.queue.skipping() {
+            return Ok(false);
+        }
+        self.ours = false;
+        self.begun = true;
+        frame::complete(&mut self.client.out, b"BEGIN");
+        Ok(true)
+    }
+
+    /// Execute without its row limit: it means nothing to a statement that gives no rows, but the hidden column makes some.
+    fn execute_all(&mut self, head: Head) -> Result<(), End> {
+        let payload = self.take(head);
+        frame::execute(&mut self.server.out, Fields::new(&payload).string()?);
         Ok(())
     }
 
@@ -517,6 +582,12 @@ impl Session {
                 self.note_opaque(&copy);
             }
         }
+    }
+
+    /// A write whose images turn out not to be had: counted like any other out of sight.
+    pub(super) fn lost(&mut self, tables: &[Arc<crate::catalog::Table>], reason: &'static str) {
+        self.shared.metrics.opaque_writes.with_label_values(&[reason]).inc();
+        tables.iter().for_each(|table| self.writes.taint(table.number, reason));
     }
 
     /// A write out of sight: counted, and its tables are tainted when the transaction commits.
@@ -563,6 +634,7 @@ impl Session {
     /// The transaction is over; whatever was not settled is undone on the mirror.
     pub(super) fn over(&mut self) {
         self.portals.clear();
+        self.suspended.clear();
         if !self.writes.is_empty() || !matches!(self.carry, Carry::Nothing) || self.debts.is_some() {
             self.writes = Default::default();
             self.debts = None;
@@ -662,7 +734,8 @@ fn put_bind(out: &mut BytesMut, payload: &[u8], returning: bool) -> Result<bool,
     };
     frame::put(out, b'B', |out| {
         out.put_slice(&payload[..head]);
-        if count > 1 {
+        // Formats for a statement that gives no rows are not looked at.
+        if count > 1 && returning {
             out.put_i16(count + 1);
             out.put_slice(formats);
             out.put_i16(1);

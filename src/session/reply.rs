@@ -103,6 +103,12 @@ impl Session {
             return Err(End::Mismatch(format!("{:?} while nothing was asked", char::from(tag))));
         };
         let (kind, to, hold) = (owed.kind, owed.to.clone(), owed.hold);
+        if tag == b's'
+            && let (Done::Fetched(portal), To::Cut(cut)) = (&owed.done, &to)
+        {
+            // The rest of the rows, and their images, may never be fetched.
+            self.suspended.insert(*portal, cut.clone());
+        }
         let fit = fit(kind, tag);
         if fit == Fit::Wrong {
             return Err(End::Mismatch(format!("{:?} in answer to {kind:?}", char::from(tag))));
@@ -177,9 +183,14 @@ impl Session {
     }
 
     fn error(&mut self, at: usize, total: usize) -> Verdict {
-        let failed = self.queue.fail();
-        match failed {
+        let mut failed = self.queue.fail();
+        // The last first: each remembers what was before it.
+        while failed.len() > 1 {
+            failed.pop().into_iter().for_each(|passed| self.undo(passed.done));
+        }
+        match failed.pop() {
             Some(owed) => {
+                self.undo(owed.done);
                 if owed.hold {
                     self.held.failed = true;
                 }
@@ -197,7 +208,8 @@ impl Session {
     fn complete(&mut self) {
         let Some(owed) = self.queue.front() else { return };
         match owed.done.clone() {
-            Done::Nothing => {}
+            Done::Nothing | Done::Parse(..) | Done::Ours(_) => {}
+            Done::Fetched(portal) => drop(self.suspended.remove(&portal)),
             Done::Begin => self.status = b'T',
             Done::End { chain } => {
                 self.status = if chain { b'T' } else { b'I' };
@@ -256,13 +268,6 @@ impl Session {
                 self.held.complete = Some(Bytes::copy_from_slice(&self.server.inb[at..at + total]));
                 Verdict::Drop
             }
-            b's' => {
-                // The rest of the rows, and their images, may never be fetched.
-                for table in cut.capture.tables.clone() {
-                    self.writes.taint(table.number, "suspended");
-                }
-                Verdict::Forward
-            }
             _ => Verdict::Forward,
         })
     }
@@ -273,26 +278,20 @@ impl Session {
             Ok(fields) => fields,
             Err(error) => {
                 debug!(%error, "an image that cannot be read");
-                return self.lost(cut, "image");
+                return self.lost(&cut.capture.tables, "image");
             }
         };
         let Some(table) = self.world.catalog.by_oid.get(self.side).get(&fields.tableoid).cloned() else {
             // A temporary table of the same name, or a partition that the catalog does not know yet.
             self.shared.stale.notify_one();
-            return self.lost(cut, "unknown-table");
+            return self.lost(&cut.capture.tables, "unknown-table");
         };
         match image::row(&table, self.side, fields) {
             Ok(row) => self.writes.push(op(cut.capture.effect, table, row)),
             Err(_) => {
                 self.shared.stale.notify_one();
-                self.writes.taint(table.number, "definition");
+                self.lost(&[table], "definition");
             }
-        }
-    }
-
-    fn lost(&mut self, cut: &Cut, reason: &'static str) {
-        for table in &cut.capture.tables {
-            self.writes.taint(table.number, reason);
         }
     }
 }
