@@ -343,9 +343,12 @@ async fn follow(shared: Arc<Shared>, path: PathBuf) {
     {
         warn!(%error, "the file's folder cannot be watched; it is looked at every second");
     }
-    let mut last = std::fs::read(&path).ok();
+    // Whatever was written since the file was read at the start is seen at once.
+    let mut last = None;
+    let mut first = true;
     loop {
         tokio::select! {
+            () = std::future::ready(()), if std::mem::take(&mut first) => {}
             _ = events.recv(), if watcher.is_some() => tokio::time::sleep(Duration::from_millis(20)).await,
             () = tokio::time::sleep(Duration::from_secs(1)) => {}
         }

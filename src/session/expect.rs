@@ -24,6 +24,8 @@ pub enum Kind {
     Query,
     /// FunctionCall.
     Call,
+    /// CopyDone or CopyFail: nothing is owed for it; it marks how far a COPY's data may reach.
+    CopyEnd,
 }
 
 /// Where the reply goes.
@@ -103,6 +105,8 @@ pub struct Queue {
     owed: VecDeque<Expected>,
     /// After an error in the extended protocol the server passes over everything up to the next Sync: nothing is owed for it.
     skipping: bool,
+    /// The server reads COPY data, and CopyDone was not sent yet.
+    copying: bool,
 }
 
 impl Queue {
@@ -118,6 +122,9 @@ impl Queue {
 
     /// A message was sent.
     pub fn push(&mut self, expected: Expected) {
+        if self.copying && expected.kind == Kind::Sync {
+            return;
+        }
         if self.skipping {
             if expected.kind != Kind::Sync {
                 return;
@@ -134,12 +141,21 @@ impl Queue {
 
     /// The first reply has come whole.
     pub fn pop(&mut self) -> Option<Expected> {
-        self.owed.pop_front()
+        let first = self.owed.pop_front();
+        self.trim();
+        first
+    }
+
+    fn trim(&mut self) {
+        while self.owed.front().is_some_and(|owed| owed.kind == Kind::CopyEnd) {
+            self.owed.pop_front();
+        }
     }
 
     /// An error came. In the extended protocol nothing more is owed up to the next Sync. Gives what failed.
     pub fn fail(&mut self) -> Option<Expected> {
         let failed = self.owed.front()?.clone();
+        self.copying = false;
         if !matches!(failed.kind, Kind::Query | Kind::Call | Kind::Sync) {
             while self.owed.front().is_some_and(|e| e.kind != Kind::Sync) {
                 self.owed.pop_front();
@@ -149,12 +165,34 @@ impl Queue {
         Some(failed)
     }
 
-    /// The server has begun to read COPY data for the first Execute: it passes over Sync (and Flush) that were sent before CopyDone.
+    /// The server has begun to read COPY data for the first message: it passes over Sync (and Flush) up to CopyDone or CopyFail.
     pub fn copy_in(&mut self) {
-        if self.owed.front().is_some_and(|e| e.kind == Kind::Execute) {
-            while self.owed.get(1).is_some_and(|e| e.kind == Kind::Sync) {
-                self.owed.remove(1);
+        let mut at = 1;
+        loop {
+            match self.owed.get(at).map(|owed| owed.kind) {
+                Some(Kind::Sync) => drop(self.owed.remove(at)),
+                Some(Kind::CopyEnd) => {
+                    self.owed.remove(at);
+                    return;
+                }
+                Some(_) => at += 1,
+                None => break,
             }
+        }
+        self.copying = true;
+    }
+
+    /// The server reads COPY data, and the client has not ended it.
+    pub fn copying(&self) -> bool {
+        self.copying
+    }
+
+    /// CopyDone or CopyFail was sent.
+    pub fn copy_end(&mut self) {
+        if self.copying {
+            self.copying = false;
+        } else if !self.owed.is_empty() {
+            self.owed.push_back(Expected::client(Kind::CopyEnd));
         }
     }
 
@@ -235,9 +273,25 @@ mod tests {
     #[test]
     fn a_sync_before_copy_done_is_not_answered() {
         use Kind::*;
+        for kind in [Execute, Query] {
+            let mut q = queue(&[kind, Sync]);
+            q.copy_in();
+            q.push(Expected::client(Sync));
+            assert_eq!(q.len(), 1);
+            q.copy_end();
+            q.push(Expected::client(Sync));
+            assert_eq!(q.len(), 2);
+        }
+        // All sent before the server said that it reads.
         let mut q = queue(&[Execute, Sync]);
-        q.copy_in();
+        q.copy_end();
         q.push(Expected::client(Sync));
+        q.copy_in();
         assert_eq!(q.len(), 2);
+        // No COPY at all: stray messages.
+        let mut q = queue(&[Query]);
+        q.copy_end();
+        q.pop();
+        assert!(q.is_empty());
     }
 }

@@ -33,7 +33,7 @@ use crate::mirror::writes::Writes;
 use crate::phase::Side;
 use crate::shared::{Shared, Worker, World};
 use crate::switch::gate::Pass;
-use crate::wire::conn::Conn;
+use crate::wire::conn::{Conn, pass};
 use crate::wire::frame::{self, Report};
 use crate::wire::stream::Stream;
 
@@ -266,10 +266,40 @@ impl Session {
             frame::flush(&mut self.server.out);
         }
         while !self.queue.is_empty() {
-            self.drive_server().await?;
+            if self.queue.copying() {
+                self.copy_data().await?;
+            } else {
+                self.drive_server().await?;
+            }
             self.replies()?;
         }
         Ok(())
+    }
+
+    /// The server waits for COPY data: what the client has sent of it is passed on, and more is awaited.
+    async fn copy_data(&mut self) -> Result<(), End> {
+        while self.queue.copying() && self.server.out.len() < self.limit {
+            if self.from_client > 0 {
+                let count = self.from_client.min(self.client.inb.len());
+                pass(&mut self.client.inb, &mut self.server.out, count);
+                self.from_client -= count;
+                if self.from_client > 0 {
+                    break;
+                }
+            }
+            let Some(head) = frame::head(&self.client.inb)? else { break };
+            if matches!(head.tag, b'c' | b'f') && self.client.inb.len() < head.total {
+                break;
+            }
+            if matches!(head.tag, b'c' | b'f') {
+                self.queue.copy_end();
+            }
+            self.forward(head);
+        }
+        if self.client.closed && self.queue.copying() {
+            return Err(End::Client);
+        }
+        self.drive().await
     }
 
     /// Like `drive`, without reading from the client: a client that has gone does not undo what it asked for.

@@ -142,6 +142,7 @@ impl Session {
                 self.unsynced = false;
             }
             b'F' => self.queue.push(Expected::client(Kind::Call)),
+            b'c' | b'f' => self.queue.copy_end(),
             _ => {}
         }
         self.forward(head);
@@ -259,6 +260,10 @@ impl Session {
             b'F' => {
                 self.opaque_too_long().await?;
                 self.queue.push(Expected::client(Kind::Call));
+                self.forward(head);
+            }
+            b'c' | b'f' => {
+                self.queue.copy_end();
                 self.forward(head);
             }
             _ => self.forward(head),
