@@ -24,6 +24,9 @@ const CLEAR: Duration = Duration::from_millis(200);
 const MOVE_AGAIN: Duration = Duration::from_secs(1);
 const MOVE_HELD: Duration = Duration::from_secs(30);
 
+/// How often tokens on the mirror whose debts were cleared are removed.
+const SWEEP: Duration = Duration::from_secs(30);
+
 /// How often debts that are owed are looked for.
 const REPAIR: Duration = Duration::from_secs(1);
 
@@ -139,6 +142,7 @@ fn uuid(bytes: [u8; 16]) -> String {
 /// Pays what is owed.
 async fn repair(shared: Arc<Shared>) {
     let mut worker: Option<(u64, Repair)> = None;
+    let mut swept = tokio::time::Instant::now();
     loop {
         tokio::select! {
             () = shared.owed.notified() => {}
@@ -167,6 +171,14 @@ async fn repair(shared: Arc<Shared>) {
                 }
                 for (table, error) in summary.refused {
                     warn!(%table, %error, "the mirror refuses rows; their debts stay");
+                }
+                // Each transaction that inserts into a table without a key leaves one.
+                if swept.elapsed() >= SWEEP {
+                    swept = tokio::time::Instant::now();
+                    match migrate::tokens::sweep(&mut repair.pair).await {
+                        Ok(removed) => debug!(removed, "tokens of cleared debts were removed"),
+                        Err(error) => debug!(%error, "tokens could not be removed yet"),
+                    }
                 }
             }
             Err(error) => {

@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::ledger::debts::{Debt, encode};
 use crate::migrate;
 use crate::phase::{Phase, Side};
-use crate::shared::{Shared, World};
+use crate::shared::{Shared, World, lock};
 
 /// Why the phase stays.
 #[derive(Debug, thiserror::Error)]
@@ -36,7 +36,7 @@ pub enum MoveError {
     #[error(transparent)]
     Job(#[from] migrate::Error),
     /// A database said no.
-    #[error("{0}")]
+    #[error("{}", rows::said(.0))]
     Database(#[from] tokio_postgres::Error),
 }
 
@@ -202,20 +202,13 @@ async fn behind_the_gate(
         migrate::sequences::sequences(losing, (to.authority(), hands.on(to.authority())), catalog, SEQUENCE_MARGIN)
             .await?;
     }
-    let holds = Holds { epoch, phase: to };
-    let name = &config.name;
-    // The side that loses authority points first; then the side that gains it claims.
-    let order = if from.authority() == to.authority() {
-        [to.authority(), to.authority().other()]
-    } else {
-        [from.authority(), to.authority()]
-    };
-    for side in order {
-        rows::write(hands.on(side), side, name, holds, "move").await?;
-    }
+    declare(shared, hands, from, Holds { epoch, phase: to }).await?;
     if from.mirror().is_some() && to.mirror().is_none() {
-        // Without a mirror nothing is owed to it any more: the next mirrored phase begins with whole-table debts.
-        hands.on(from.authority()).batch_execute("DELETE FROM crossfade.ledger").await?;
+        // Without a mirror nothing is owed to it any more: the next mirrored phase begins with whole-table debts, and empties it first, too.
+        let emptied = hands.on(from.authority()).batch_execute("DELETE FROM crossfade.ledger").await;
+        if let Err(error) = emptied {
+            warn!(%error, "the ledger could not be emptied; the next move to a mirrored phase does it");
+        }
     }
     shared.world.store(Arc::new(World {
         epoch,
@@ -225,6 +218,49 @@ async fn behind_the_gate(
     }));
     shared.metrics.set_phase(to, epoch);
     Ok(copies)
+}
+
+/// Writes the rows that say what holds. Where the authority changes, the side that loses it points first; then the side that gains it claims.
+///
+/// An error means that nothing was written. Once the first row may be there, the move holds for whoever reads it: from then on there is no way
+/// back, and no transaction may run under the old phase. So this does not return, and the gate stays closed, until it is finished.
+async fn declare(shared: &Arc<Shared>, hands: &Hands, from: Phase, holds: Holds) -> Result<(), MoveError> {
+    let (first, second) = (from.authority(), from.authority().other());
+    let name = shared.config.load().name.clone();
+    match rows::write(hands.on(first), first, &name, holds, "move").await {
+        Ok(()) => {}
+        Err(error) if error.wrote_nothing() => return Err(error.into()),
+        Err(error) => write_for_sure(shared, first, holds, error).await,
+    }
+    if let Err(error) = rows::write(hands.on(second), second, &name, holds, "move").await {
+        if holds.phase.authority() == second {
+            write_for_sure(shared, second, holds, error).await;
+        } else {
+            // The authority claims; what the other side says of it is older, and not believed.
+            warn!(%error, "the other side does not know of the move");
+        }
+    }
+    Ok(())
+}
+
+async fn write_for_sure(shared: &Arc<Shared>, side: Side, holds: Holds, mut error: RowError) {
+    loop {
+        warn!(%side, phase = %holds.phase, %error, "the move has begun and cannot be undone; clients wait until it is finished");
+        *lock(&shared.waiting) = Some(format!("{side} must say that phase {} holds: {error}", holds.phase));
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let config = shared.config.load_full();
+        let client = match Shared::database(&config, side).connect("crossfade move").await {
+            Ok(client) => client,
+            Err(reason) => {
+                warn!(%side, error = %reason, "no connection to finish the move");
+                continue;
+            }
+        };
+        match rows::write(&client, side, &config.name, holds, "move").await {
+            Ok(()) => return,
+            Err(again) => error = again,
+        }
+    }
 }
 
 /// Transactions that write migrating tables and are not ours to hold (a proxy that died, other clients) must have ended before the mirror's

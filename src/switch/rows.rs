@@ -18,7 +18,7 @@ pub struct Holds {
 #[derive(Debug, thiserror::Error)]
 pub enum RowError {
     /// The database said no, or is gone.
-    #[error("the phase row of the {side} database: {error}")]
+    #[error("the phase row of the {side} database: {}", said(.error))]
     Database {
         /// Which side.
         side: Side,
@@ -35,6 +35,22 @@ pub enum RowError {
         /// What stands there.
         phase: String,
     },
+}
+
+/// The server's own words, where it has said something.
+pub(super) fn said(error: &tokio_postgres::Error) -> String {
+    error.as_db_error().map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+impl RowError {
+    /// The server has said no: the row is as it was. Not so where the connection broke, or was ended from outside, which also happens to one whose
+    /// commit waits for a standby.
+    pub fn wrote_nothing(&self) -> bool {
+        match self {
+            RowError::Database { error, .. } => error.code().is_some_and(|code| !code.code().starts_with("57P")),
+            RowError::Unknown { .. } => true,
+        }
+    }
 }
 
 /// The row of one side; None: nothing was installed there, or nothing was ever moved.
