@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use crate::plan::Capture;
+use crate::wire::frame::Report;
 
 /// What was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +38,43 @@ pub enum To {
     Us,
     /// The client's, with the hidden column cut out.
     Cut(Rc<Cut>),
+    /// Ours: a look of the audit.
+    Audit(Look),
+    /// It can only fail; the client is told this instead of the server's error.
+    Refused(Rc<Report>),
+}
+
+/// A look at the server's row counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// What was counted since the last look is not compared: it was rolled back.
+    pub rebase: bool,
+    /// Who is told of an error.
+    pub told: Told,
+}
+
+/// Who is told of an error of a look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// The client: in its pipeline, where the server passes over what follows.
+    Client,
+    /// Nobody: in front of or behind a Query, which has an end of its own.
+    Nobody,
+    /// The step that waits: COMMIT.
+    Us,
+}
+
+/// The kind of statement to which an image belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Written {
+    /// INSERT, COPY.
+    Insert,
+    /// INSERT ... ON CONFLICT DO UPDATE.
+    Upsert,
+    /// UPDATE.
+    Update,
+    /// DELETE.
+    Delete,
 }
 
 /// How hidden columns are cut out of a statement's replies.
@@ -46,6 +84,8 @@ pub struct Cut {
     pub capture: std::sync::Arc<Capture>,
     /// The hidden column comes in binary.
     pub binary: bool,
+    /// The kind of statement.
+    pub written: Written,
 }
 
 /// What a statement changes in our own books once the server says that it is complete.
@@ -70,6 +110,8 @@ pub enum Done {
     Truncate(std::sync::Arc<Vec<std::sync::Arc<crate::catalog::Table>>>),
     /// DEALLOCATE of one, or of all (DISCARD ALL too).
     Deallocate(Option<Vec<u8>>),
+    /// A statement of ours is prepared, unless the server passes over it.
+    Ours(&'static [u8]),
 }
 
 /// One reply that is owed.
@@ -137,16 +179,22 @@ impl Queue {
         self.owed.pop_front()
     }
 
-    /// An error came. In the extended protocol nothing more is owed up to the next Sync. Gives what failed.
-    pub fn fail(&mut self) -> Option<Expected> {
+    /// An error came. In the extended protocol nothing more is owed up to the next Sync. Gives what failed, and what is passed over with it.
+    pub fn fail(&mut self) -> Option<(Expected, Vec<Expected>)> {
         let failed = self.owed.front()?.clone();
+        let mut passed = Vec::new();
         if !matches!(failed.kind, Kind::Query | Kind::Call | Kind::Sync) {
             while self.owed.front().is_some_and(|e| e.kind != Kind::Sync) {
-                self.owed.pop_front();
+                passed.extend(self.owed.pop_front());
             }
             self.skipping = self.owed.is_empty();
         }
-        Some(failed)
+        Some((failed, passed))
+    }
+
+    /// The end of a transaction is under way: what holds behind it is known only when it was answered.
+    pub fn ends(&self) -> bool {
+        self.owed.iter().any(|owed| matches!(owed.done, Done::End { .. }))
     }
 
     /// The server has begun to read COPY data for the first Execute: it passes over Sync (and Flush) that were sent before CopyDone.
@@ -213,10 +261,10 @@ mod tests {
         use Kind::*;
         let mut q = queue(&[Parse, Bind, Execute, Sync, Bind, Execute, Sync]);
         assert_eq!(q.pop().map(|e| e.kind), Some(Parse));
-        assert_eq!(q.fail().map(|e| e.kind), Some(Bind));
+        assert_eq!(q.fail().map(|(e, passed)| (e.kind, passed.len())), Some((Bind, 2)));
         assert_eq!(q.len(), 4);
         assert_eq!(q.pop().map(|e| e.kind), Some(Sync));
-        assert_eq!(q.fail().map(|e| e.kind), Some(Bind));
+        assert_eq!(q.fail().map(|(e, _)| e.kind), Some(Bind));
         assert!(!q.skipping());
     }
 

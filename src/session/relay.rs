@@ -6,16 +6,17 @@ use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
+use super::audit;
 use super::books::{Portal, Prepared, Settings, There};
-use super::expect::{Cut, Done, Expected, Kind, To};
+use super::expect::{Cut, Done, Expected, Kind, To, Told, Written};
 use super::{Carry, End, Session};
 use crate::mirror::flight::Debts;
 use crate::plan::cache::{Key, Planned};
-use crate::plan::{Opaque, Plan, plan};
+use crate::plan::{Opaque, Plan, narrow, plan};
 use crate::sql;
-use crate::sql::facts::Verb;
+use crate::sql::facts::{OnConflict, Verb};
 use crate::wire::conn::pass;
-use crate::wire::frame::{self, Fields, HEAD, Head};
+use crate::wire::frame::{self, Fields, HEAD, Head, Report};
 
 /// Larger frames are passed on as they come, where nothing needs to look inside.
 const STREAMED: usize = 64 * 1024;
@@ -234,7 +235,7 @@ impl Session {
         match head.tag {
             b'Q' if self.client.inb.len() < head.total => {
                 // Too long to be read: it may write anything.
-                self.opaque_too_long().await?;
+                self.opaque_unread().await?;
                 self.queue.push(Expected::client(Kind::Query));
                 self.forward(head);
             }
@@ -257,7 +258,7 @@ impl Session {
                 self.sync(head).await?;
             }
             b'F' => {
-                self.opaque_too_long().await?;
+                self.opaque_unread().await?;
                 self.queue.push(Expected::client(Kind::Call));
                 self.forward(head);
             }
@@ -273,10 +274,23 @@ impl Session {
         frame
     }
 
-    /// A statement that nobody reads: every table may be written.
-    async fn opaque_too_long(&mut self) -> Result<(), End> {
+    /// A message that nobody reads follows: every table may be written.
+    async fn opaque_unread(&mut self) -> Result<(), End> {
         self.settle().await?;
-        self.note_opaque(&Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false });
+        let opaque = Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: true, ddl: false };
+        if self.strict() {
+            return Err(End::Refused(Report::fatal(
+                "0A000",
+                "crossfade cannot mirror what a FunctionCall or a statement beyond limits.statement may write, and mirror.strict is on",
+                "Call the function in a SELECT, send shorter statements, or set mirror.strict: false.",
+            )));
+        }
+        self.shared.metrics.opaque_writes.with_label_values(&[opaque.reason]).inc();
+        if self.in_block() {
+            self.audit_from_here(opaque.reason, &[], Told::Nobody);
+        } else if let Some(debt) = self.register_unwrapped(&opaque).await? {
+            self.registered.push(debt);
+        }
         Ok(())
     }
 
@@ -297,6 +311,7 @@ impl Session {
         let planned = self.shared.plans.get(key, || {
             let facts = sql::read(text, sql::Limits { bytes_max: limit, ..Default::default() });
             let plan = plan(&facts, &self.world.catalog, self.side, role.as_deref(), encoding_matches);
+            let plan = narrow(plan, text, &self.world.catalog, self.side);
             Planned { facts, plan }
         });
         (planned, shape.end)
@@ -374,7 +389,14 @@ impl Session {
         }
         let planned = self.current(&name);
         if let Some(planned) = &planned {
-            self.open_block_for(planned);
+            if let Some(report) = self.refusal(planned) {
+                self.client.inb.advance(head.total);
+                self.unsynced = true;
+                self.portals.remove(&portal);
+                self.put_refused(report, Kind::Bind, false);
+                return Ok(());
+            }
+            self.open_block_for(planned).await?;
         }
         self.unsynced = true;
         self.queue.push(Expected::client(Kind::Bind));
@@ -395,11 +417,29 @@ impl Session {
     }
 
     /// Before a write outside any block: a block of ours, so that its images, its debts and its commit have one transaction.
-    fn open_block_for(&mut self, planned: &Planned) {
-        let unwrapped = matches!(&planned.plan, Plan::Opaque(opaque) if opaque.unwrapped);
-        if planned.plan != Plan::Pass && !unwrapped && !self.in_block() {
-            self.begin_ours();
+    async fn open_block_for(&mut self, planned: &Planned) -> Result<(), End> {
+        if planned.plan == Plan::Pass {
+            return Ok(());
         }
+        if self.queue.ends() {
+            // Whether a block is open is known only when its end was answered.
+            self.settle().await?;
+        }
+        if self.in_block() {
+            return Ok(());
+        }
+        match &planned.plan {
+            Plan::Opaque(opaque) if opaque.unwrapped => {
+                self.settle().await?;
+                if !self.queue.skipping()
+                    && let Some(debt) = self.register_unwrapped(opaque).await?
+                {
+                    self.registered.push(debt);
+                }
+            }
+            _ => self.begin_ours(),
+        }
+        Ok(())
     }
 
     /// A transaction block is open, the client's or ours.
@@ -424,11 +464,14 @@ impl Session {
     ) {
         if !self.ours_prepared.contains(&name) {
             frame::parse(&mut self.server.out, name, text, types);
-            self.queue.push(Expected::of(Kind::Parse, to.clone()));
-            self.ours_prepared.push(name);
+            if !self.queue.skipping() {
+                self.ours_prepared.push(name);
+            }
+            self.queue.push(Expected { done: Done::Ours(name), ..Expected::of(Kind::Parse, to.clone()) });
         }
         // The client's unnamed portal may be waiting for its Execute. Ours of this name goes with the transaction that it ends, or is closed.
-        let portal: &[u8] = if name == super::commit::OWE_NAME { super::commit::OWE_NAME } else { b"" };
+        let apart = [super::commit::OWE_NAME, audit::LOOK_NAME, audit::CONSTRAINTS_NAME].contains(&name);
+        let portal: &[u8] = if apart { name } else { b"" };
         frame::bind(&mut self.server.out, portal, name, &[1], values.iter().copied(), 0);
         self.queue.push(Expected::of(Kind::Bind, to.clone()));
         frame::execute(&mut self.server.out, portal);
@@ -477,12 +520,17 @@ impl Session {
             let frame = self.client.inb.split_to(head.total).freeze();
             return self.commit_extended(frame, chain).await;
         }
+        if planned.plan != Plan::Pass && self.queue.ends() {
+            self.settle().await?;
+        }
         self.note_statement(&planned);
+        self.look_before(&planned, Told::Client);
         let to = way(&planned, binary).cut().map_or(To::Client, To::Cut);
         let done = done(&planned);
         self.begun |= done == Done::Begin;
         self.queue.push(Expected { kind: Kind::Execute, to, hold: false, done });
         self.forward(head);
+        self.look_behind(&planned, Told::Client);
         Ok(())
     }
 
@@ -494,37 +542,15 @@ impl Session {
             Plan::Opaque(_) => "opaque",
         };
         self.shared.metrics.statements.with_label_values(&[class, self.side.name()]).inc();
-        match &planned.plan {
-            Plan::Pass => {}
-            Plan::Capture(capture) if capture.audited => {
-                self.note_opaque(&Opaque {
-                    reason: "trigger",
-                    tables: capture.tables.clone(),
-                    unwrapped: false,
-                    ddl: false,
-                });
+        if let Plan::Opaque(opaque) = &planned.plan {
+            self.shared.metrics.opaque_writes.with_label_values(&[opaque.reason]).inc();
+            if opaque.ddl && self.in_block() {
+                // Row counters do not tell what has become of the rows of a table whose definition changed.
+                opaque.tables.iter().for_each(|table| self.taint(table.number, opaque.reason));
             }
-            Plan::Capture(_) => {}
-            Plan::Opaque(opaque) => self.note_opaque(opaque),
-            Plan::Truncate(_) => {}
-            Plan::Copy(copy) => {
-                let copy = Opaque { reason: "copy", tables: vec![copy.table.clone()], unwrapped: false, ddl: false };
-                self.note_opaque(&copy);
+            if opaque.ddl {
+                self.shared.stale.notify_one();
             }
-        }
-    }
-
-    /// A write out of sight: counted, and its tables are tainted when the transaction commits.
-    pub(super) fn note_opaque(&mut self, opaque: &Opaque) {
-        self.shared.metrics.opaque_writes.with_label_values(&[opaque.reason]).inc();
-        let catalog = self.world.catalog.clone();
-        let named: Vec<u32> = opaque.tables.iter().map(|table| table.number).collect();
-        let tables = if named.is_empty() { catalog.tables.keys().copied().collect() } else { named };
-        for table in tables {
-            self.writes.taint(table, opaque.reason);
-        }
-        if opaque.ddl {
-            self.shared.stale.notify_one();
         }
     }
 
@@ -558,6 +584,7 @@ impl Session {
     /// The transaction is over; whatever was not settled is undone on the mirror.
     pub(super) fn over(&mut self) {
         self.portals.clear();
+        self.audit = None;
         if !self.writes.is_empty() || !matches!(self.carry, Carry::Nothing) || self.debts.is_some() {
             self.writes = Default::default();
             self.debts = None;
@@ -585,7 +612,15 @@ impl Way {
 
 pub(super) fn way(planned: &Planned, binary: bool) -> Way {
     match &planned.plan {
-        Plan::Capture(capture) => Way::Cut(Rc::new(Cut { capture: capture.clone(), binary })),
+        Plan::Capture(capture) => {
+            let written = match planned.facts.verb {
+                Verb::Update => Written::Update,
+                Verb::Delete => Written::Delete,
+                _ if planned.facts.on_conflict == Some(OnConflict::Update) => Written::Upsert,
+                _ => Written::Insert,
+            };
+            Way::Cut(Rc::new(Cut { capture: capture.clone(), binary, written }))
+        }
         _ => Way::Plain,
     }
 }

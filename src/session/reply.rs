@@ -5,7 +5,7 @@ use std::rc::Rc;
 use bytes::{Buf, Bytes, BytesMut};
 use tracing::debug;
 
-use super::expect::{Cut, Done, Fit, Kind, To, fit};
+use super::expect::{Cut, Done, Fit, Kind, Look, To, Told, fit};
 use super::{End, Session, whole};
 use crate::catalog::Table;
 use crate::mirror::writes::{Op, RolledBack};
@@ -138,6 +138,16 @@ impl Session {
                 Verdict::Drop
             }
             To::Cut(cut) => self.cut(tag, at, total, kind, hold, &cut)?,
+            To::Audit(look) => {
+                if tag == b'D' {
+                    let row = row(&self.server.inb[payload])?;
+                    self.looked(&row, look);
+                }
+                Verdict::Drop
+            }
+            // Its error was replaced; what follows is the end of a Query.
+            To::Refused(_) if matches!(tag, b'Z') => Verdict::Forward,
+            To::Refused(_) => return Err(End::Mismatch("success of what can only fail".to_owned())),
         })
     }
 
@@ -147,11 +157,13 @@ impl Session {
         if self.status == b'I' {
             self.over();
         }
-        if let Some(since) = self.since.take() {
+        if !matches!(to, To::Audit(_))
+            && let Some(since) = self.since.take()
+        {
             self.observe(since.elapsed());
         }
         match to {
-            To::Client | To::Cut(_) if !hold => Verdict::Forward,
+            To::Client | To::Cut(_) | To::Refused(_) if !hold => Verdict::Forward,
             _ => Verdict::Drop,
         }
     }
@@ -177,19 +189,27 @@ impl Session {
     }
 
     fn error(&mut self, at: usize, total: usize) -> Verdict {
-        let failed = self.queue.fail();
-        match failed {
-            Some(owed) => {
-                if owed.hold {
-                    self.held.failed = true;
-                }
-                if matches!(owed.to, To::Us) {
-                    self.kept.error = Some(Bytes::copy_from_slice(&self.server.inb[at..at + total]));
-                    return Verdict::Drop;
-                }
-                Verdict::Forward
+        let Some((owed, passed)) = self.queue.fail() else { return Verdict::Forward };
+        for passed in &passed {
+            if let Done::Ours(name) = passed.done {
+                self.ours_prepared.retain(|known| *known != name);
             }
-            None => Verdict::Forward,
+        }
+        if owed.hold {
+            self.held.failed = true;
+        }
+        match &owed.to {
+            To::Us | To::Audit(Look { told: Told::Us, .. }) => {
+                self.kept.error = Some(Bytes::copy_from_slice(&self.server.inb[at..at + total]));
+                Verdict::Drop
+            }
+            To::Audit(Look { told: Told::Nobody, .. }) => Verdict::Drop,
+            To::Refused(report) => {
+                let mut instead = BytesMut::new();
+                report.put(&mut instead);
+                Verdict::Replace(instead)
+            }
+            _ => Verdict::Forward,
         }
     }
 
@@ -197,7 +217,7 @@ impl Session {
     fn complete(&mut self) {
         let Some(owed) = self.queue.front() else { return };
         match owed.done.clone() {
-            Done::Nothing => {}
+            Done::Nothing | Done::Ours(_) => {}
             Done::Begin => self.status = b'T',
             Done::End { chain } => {
                 self.status = if chain { b'T' } else { b'I' };
@@ -259,7 +279,7 @@ impl Session {
             b's' => {
                 // The rest of the rows, and their images, may never be fetched.
                 for table in cut.capture.tables.clone() {
-                    self.writes.taint(table.number, "suspended");
+                    self.taint(table.number, "suspended");
                 }
                 Verdict::Forward
             }
@@ -282,17 +302,22 @@ impl Session {
             return self.lost(cut, "unknown-table");
         };
         match image::row(&table, self.side, fields) {
-            Ok(row) => self.writes.push(op(cut.capture.effect, table, row)),
+            Ok(row) => {
+                if let Some(audit) = &mut self.audit {
+                    audit.count(table.number, cut.written);
+                }
+                self.writes.push(op(cut.capture.effect, table, row));
+            }
             Err(_) => {
                 self.shared.stale.notify_one();
-                self.writes.taint(table.number, "definition");
+                self.taint(table.number, "definition");
             }
         }
     }
 
     fn lost(&mut self, cut: &Cut, reason: &'static str) {
         for table in &cut.capture.tables {
-            self.writes.taint(table.number, reason);
+            self.taint(table.number, reason);
         }
     }
 }
