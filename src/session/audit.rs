@@ -8,10 +8,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tracing::info;
 
-use super::expect::{Expected, Kind, Look, Told, To, Written};
+use super::expect::{Expected, Kind, Look, To, Told, Written};
 use super::{End, Session};
 use crate::catalog::{Catalog, Table};
 use crate::phase::Side;
@@ -122,8 +122,7 @@ impl Audit {
         }
         let now = self.base.iter().flatten();
         let unexplained = now.filter(|(number, counts)| {
-            let partitioned =
-                catalog.tables.get(number).is_some_and(|table| !table.partitions.get(side).is_empty());
+            let partitioned = catalog.tables.get(number).is_some_and(|table| !table.partitions.get(side).is_empty());
             let from = before.get(number).copied().unwrap_or_default();
             !tallies.get(number).copied().unwrap_or_default().explains(&from, counts, partitioned)
         });
@@ -271,18 +270,25 @@ impl Session {
             ),
             "Nothing was committed. Write the rows by INSERT, UPDATE or DELETE of the client, or set mirror.strict: false.",
         );
-        self.put_refused(report, Kind::Bind, false);
-        self.settle().await
+        let mut error = BytesMut::new();
+        report.put(&mut error);
+        self.put_failing(Kind::Bind, To::Us, false);
+        self.settle().await?;
+        self.kept.error = Some(error.freeze());
+        Ok(())
     }
 
     /// A message that fails on the server, so that its state and the client's agree; the client is told `report`.
     pub(super) fn put_refused(&mut self, report: Report, kind: Kind, hold: bool) {
+        self.put_failing(kind, To::Refused(std::rc::Rc::new(report)), hold);
+    }
+
+    fn put_failing(&mut self, kind: Kind, to: To, hold: bool) {
         if kind == Kind::Query {
             self.put_query(b"refused by crossfade (mirror.strict)", "", 0);
         } else {
             frame::bind(&mut self.server.out, b"", b"refused by crossfade (mirror.strict)", &[], [].into_iter(), 0);
         }
-        let to = To::Refused(std::rc::Rc::new(report));
         self.queue.push(Expected { hold, ..Expected::of(kind, to) });
     }
 }
