@@ -42,6 +42,8 @@ pub struct Metrics {
     pub opaque_writes: IntCounterVec,
     /// Tables with an open taint.
     pub tainted_tables: IntGauge,
+    /// Taints, by table.
+    pub taints: IntCounterVec,
     backfill_progress: GaugeVec,
     /// Files that were refused.
     pub config_reload_failures: IntCounter,
@@ -101,6 +103,7 @@ impl Metrics {
                 "Writes whose images could not be captured",
                 &["reason"],
             )?,
+            taints: counters(r, "taints_total", "Times that a write out of sight has tainted a table", &["table"])?,
             tainted_tables: gauge(r, "tainted_tables", "Tables with an open taint")?,
             backfill_progress: {
                 let vec = GaugeVec::new(

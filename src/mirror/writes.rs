@@ -39,6 +39,7 @@ struct Savepoint {
     name: Vec<u8>,
     ops: usize,
     spilled: u64,
+    suspects: usize,
 }
 
 /// What a transaction has written.
@@ -52,6 +53,8 @@ pub struct Writes {
     pub spilled: u64,
     /// Tables (by number) that a write out of sight may have changed.
     pub tainted: BTreeSet<u32>,
+    /// Tables that the audit found to be written out of sight; gone with the savepoint behind which they were found.
+    pub suspects: Vec<u32>,
     /// Why, for logs and metrics: the first reason.
     pub reason: Option<&'static str>,
     savepoints: Vec<Savepoint>,
@@ -96,7 +99,12 @@ impl Writes {
 
     /// SAVEPOINT.
     pub fn savepoint(&mut self, name: &[u8]) {
-        self.savepoints.push(Savepoint { name: name.to_vec(), ops: self.ops.len(), spilled: self.spilled });
+        self.savepoints.push(Savepoint {
+            name: name.to_vec(),
+            ops: self.ops.len(),
+            spilled: self.spilled,
+            suspects: self.suspects.len(),
+        });
     }
 
     /// RELEASE: the savepoint and those behind it are forgotten, what was written stays.
@@ -113,6 +121,7 @@ impl Writes {
         self.savepoints.truncate(at + 1);
         let savepoint = &self.savepoints[at];
         self.ops.truncate(savepoint.ops);
+        self.suspects.truncate(savepoint.suspects);
         let spilled = savepoint.spilled != self.spilled;
         self.bytes = self.ops.iter().map(Op::size).sum();
         if spilled { RolledBack::Spilled } else { RolledBack::Dropped }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::sync::Arc;
 
-use super::{Capture, Effect, Opaque, Plan, plan};
+use super::{Capture, Effect, Opaque, Plan, narrow, plan};
 use crate::catalog::{Catalog, Table};
 use crate::phase::{Phase, Side};
 use crate::sql::facts::{Facts, Name};
@@ -29,7 +29,7 @@ pub fn explain(text: &str, facts: &Facts, catalog: &Catalog) -> String {
             let _ = writeln!(out, ", as it is");
             continue;
         };
-        let _ = match plan(facts, catalog, authority, None, true) {
+        let _ = match narrow(plan(facts, catalog, authority, None, true), text.as_bytes(), catalog, authority) {
             Plan::Pass => writeln!(out, ", as it is: it writes no migrating table"),
             Plan::Capture(found) => {
                 let head = text.get(..facts.end).unwrap_or(text);
@@ -69,6 +69,9 @@ fn captured(out: &mut String, found: &Capture, mirror: Side) -> std::fmt::Result
 
 fn unseen(out: &mut String, found: &Opaque) -> std::fmt::Result {
     write!(out, ", as it is, and is not captured: {}. ", why(found))?;
+    if found.ddl && found.tables.is_empty() {
+        return writeln!(out, "It names no migrating table");
+    }
     match (found.tables.is_empty(), found.unwrapped) {
         (false, _) => writeln!(out, "{} will be compared and repaired as a whole", labels(&found.tables)),
         (true, false) => writeln!(

@@ -3,6 +3,7 @@
 //! `decide` holds the rules, `splice` the hidden column, `image` what becomes of it, `explain` tells people.
 
 pub mod cache;
+mod ddl;
 mod decide;
 mod explain;
 pub mod image;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use crate::catalog::Table;
 use crate::sql::facts::Name;
 
+pub use ddl::narrow;
 pub use decide::plan;
 pub use explain::explain;
 
@@ -61,7 +63,7 @@ pub enum Effect {
 pub struct Opaque {
     /// Why, as a metric label: `function`, `call`, `do`, `cte`, `merge`, `copy`, `view`, `rule`, `row-security`, `privilege`, `key-change`, `keyless`, `unparsed`, `ddl`, `prepare`, ...
     pub reason: &'static str,
-    /// The migrating tables it names as targets; empty: unknown.
+    /// The migrating tables it names as targets; empty: unknown (for `ddl`, once `narrow` has seen it: none).
     pub tables: Vec<Arc<Table>>,
     /// It cannot run inside a transaction block that we open (CALL, DO, VACUUM, CREATE INDEX CONCURRENTLY, ...).
     pub unwrapped: bool,

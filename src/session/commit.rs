@@ -43,6 +43,14 @@ struct Settled {
     id: i64,
 }
 
+/// Whether COMMIT may be sent.
+enum Before {
+    /// It may; what was executed on the mirror, if anything.
+    Ready(Option<Settled>),
+    /// The audit has failed, as COMMIT would have: its error is in `kept`.
+    Failed,
+}
+
 impl Session {
     /// COMMIT as a Query.
     pub(super) async fn commit_simple(&mut self, text: &Bytes, chain: bool) -> Result<(), End> {
@@ -58,7 +66,7 @@ impl Session {
     /// COMMIT as a Query whose end is held back.
     pub(super) async fn commit_held(&mut self, text: &Bytes, chain: bool) -> Result<(), End> {
         self.settle().await?;
-        let settled = self.before_commit().await?;
+        let Before::Ready(settled) = self.before_commit().await? else { return self.undo_refused().await };
         self.put_query(text, "", 0);
         self.queue.push(Expected { kind: Kind::Query, to: To::Client, hold: true, done: Done::End { chain } });
         self.answered(settled).await?;
@@ -73,15 +81,18 @@ impl Session {
     pub(super) async fn commit_extended(&mut self, frame: Bytes, chain: bool) -> Result<(), End> {
         self.settle().await?;
         self.held = Held::default();
-        let settled = self.before_commit().await?;
-        self.server.out.extend_from_slice(&frame);
-        self.queue.push(Expected { kind: Kind::Execute, to: To::Client, hold: true, done: Done::End { chain } });
-        self.answered(settled).await?;
+        if let Before::Ready(settled) = self.before_commit().await? {
+            self.server.out.extend_from_slice(&frame);
+            self.queue.push(Expected { kind: Kind::Execute, to: To::Client, hold: true, done: Done::End { chain } });
+            self.answered(settled).await?;
+        }
         if let Some(complete) = self.held.complete.take() {
             self.client.out.extend_from_slice(&complete);
         }
         if let Some(error) = self.kept.error.take() {
             self.client.out.extend_from_slice(&error);
+            // A COMMIT that failed has ended its transaction: the failed block that is left goes with the client's Sync.
+            self.ours = true;
         }
         Ok(())
     }
@@ -119,11 +130,15 @@ impl Session {
         if self.status == b'E' {
             return self.roll_back_ours().await;
         }
-        let settled = self.before_commit().await?;
-        self.put_ours(b"crossfade_commit", b"COMMIT", &[], &[], To::Us);
-        frame::sync(&mut self.server.out);
-        self.queue.push(Expected::of(Kind::Sync, To::Us));
-        self.answered(settled).await?;
+        match self.before_commit().await? {
+            Before::Ready(settled) => {
+                self.put_ours(b"crossfade_commit", b"COMMIT", &[], &[], To::Us);
+                frame::sync(&mut self.server.out);
+                self.queue.push(Expected::of(Kind::Sync, To::Us));
+                self.answered(settled).await?;
+            }
+            Before::Failed => self.sync_ours().await?,
+        }
         if self.status != b'I' {
             let error = self.kept.error.take();
             self.roll_back_ours().await?;
@@ -162,13 +177,19 @@ impl Session {
     }
 
     /// Images to the mirror, executed and awaited; then the debts into the authority's flight. COMMIT follows in the same flight.
-    async fn before_commit(&mut self) -> Result<Option<Settled>, End> {
+    async fn before_commit(&mut self) -> Result<Before, End> {
         self.kept = Kept::default();
         for cut in std::mem::take(&mut self.suspended).into_values() {
             self.lost(&cut.capture.tables, "suspended");
         }
-        if self.status == b'E' || self.writes.is_empty() {
-            return Ok(None);
+        if self.status == b'E' {
+            return Ok(Before::Ready(None));
+        }
+        if !self.audited().await? {
+            return Ok(Before::Failed);
+        }
+        if self.writes.is_empty() {
+            return Ok(Before::Ready(None));
         }
         let started = Instant::now();
         let ops = std::mem::take(&mut self.writes.ops);
@@ -188,7 +209,7 @@ impl Session {
             )));
         }
         let id = self.put_debts(&executed);
-        Ok(Some(Settled { executed, id }))
+        Ok(Before::Ready(Some(Settled { executed, id })))
     }
 
     /// The ledger rows of this transaction, into the flight of COMMIT.
@@ -371,12 +392,22 @@ impl Session {
     }
 
     /// Before a statement that cannot run in a block of ours (CALL, DO): what it may write is owed beforehand, held by its backend.
-    pub(super) async fn register_unwrapped(&mut self, opaque: &Opaque) -> Result<i64, End> {
-        self.note_opaque(opaque);
-        let tainted = std::mem::take(&mut self.writes.tainted);
-        tainted.iter().for_each(|&table| self.debts().taint(table));
+    /// None: it writes no migrating table.
+    pub(super) async fn register_unwrapped(&mut self, opaque: &Opaque) -> Result<Option<i64>, End> {
+        let mut tables: Vec<u32> = opaque.tables.iter().map(|table| table.number).collect();
+        if tables.is_empty() && !opaque.ddl {
+            tables = self.world.catalog.tables.keys().copied().collect();
+        }
+        if tables.is_empty() {
+            return Ok(None);
+        }
+        for table in tables {
+            self.taint(table, opaque.reason);
+            self.debts().taint(table);
+        }
         let taints = self.debts().encode(true);
         self.debts = None;
+        self.writes = Default::default();
         let id = self.shared.debt_id();
         self.kept = Kept::default();
         let number = id.to_be_bytes();
@@ -398,13 +429,15 @@ impl Session {
                 "Nothing was run. Run `crossfade check`, then connect again.",
             )));
         }
-        Ok(id)
+        Ok(Some(id))
     }
 
     /// ... and when it has ended, anyone may pay.
-    pub(super) async fn finish_unwrapped(&mut self, debt: i64) -> Result<(), End> {
-        self.settle().await?;
-        if self.status == b'I' {
+    pub(super) async fn release_registered(&mut self) -> Result<(), End> {
+        if self.registered.is_empty() || !self.at_rest() {
+            return Ok(());
+        }
+        for debt in std::mem::take(&mut self.registered) {
             let number = debt.to_be_bytes();
             self.put_ours(
                 b"crossfade_release",
@@ -413,16 +446,10 @@ impl Session {
                 &[Some(&number[..])],
                 To::Us,
             );
-            let status = self.status;
             self.sync_ours().await?;
-            self.status = status;
-            self.shared.owed.notify_one();
+            debug!(debt, "an unwrapped statement has ended");
         }
-        if let Some(complete) = self.held.complete.take() {
-            self.client.out.extend_from_slice(&complete);
-        }
-        frame::ready(&mut self.client.out, self.status);
-        debug!(debt, "an unwrapped statement has ended");
+        self.shared.owed.notify_one();
         Ok(())
     }
 }

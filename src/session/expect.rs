@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use super::books::Prepared;
 use crate::plan::Capture;
+use crate::wire::frame::Report;
 
 /// What was asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,43 @@ pub enum To {
     Us,
     /// The client's, with the hidden column cut out.
     Cut(Rc<Cut>),
+    /// Ours: a look of the audit.
+    Audit(Look),
+    /// It can only fail; the client is told this instead of the server's error.
+    Refused(Rc<Report>),
+}
+
+/// A look at the server's row counters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Look {
+    /// What was counted since the last look is not compared: it was rolled back.
+    pub rebase: bool,
+    /// Who is told of an error.
+    pub told: Told,
+}
+
+/// Who is told of an error of a look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// The client: in its pipeline, where the server passes over what follows.
+    Client,
+    /// Nobody: in front of or behind a Query, which has an end of its own.
+    Nobody,
+    /// The step that waits: COMMIT.
+    Us,
+}
+
+/// The kind of statement to which an image belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Written {
+    /// INSERT, COPY.
+    Insert,
+    /// INSERT ... ON CONFLICT DO UPDATE.
+    Upsert,
+    /// UPDATE.
+    Update,
+    /// DELETE.
+    Delete,
 }
 
 /// How hidden columns are cut out of a statement's replies.
@@ -51,6 +89,8 @@ pub struct Cut {
     pub capture: std::sync::Arc<Capture>,
     /// The hidden column comes in binary.
     pub binary: bool,
+    /// The kind of statement.
+    pub written: Written,
 }
 
 /// What a statement changes in our own books once the server says that it is complete.
@@ -79,7 +119,7 @@ pub enum Done {
     Fetched(u64),
     /// Parse of a client's statement: what our books hold if it fails or is passed over.
     Parse(Bytes, Option<Box<Prepared>>),
-    /// Parse of a statement of our own.
+    /// A statement of ours is prepared, unless the server passes over it.
     Ours(&'static [u8]),
 }
 
@@ -160,6 +200,11 @@ impl Queue {
         while self.owed.front().is_some_and(|owed| owed.kind == Kind::CopyEnd) {
             self.owed.pop_front();
         }
+    }
+
+    /// The end of a transaction is under way: what holds behind it is known only when it was answered.
+    pub fn ends(&self) -> bool {
+        self.owed.iter().any(|owed| matches!(owed.done, Done::End { .. }))
     }
 
     /// An error came. In the extended protocol nothing more is owed up to the next Sync. Gives what failed, and behind it what is passed over.

@@ -5,6 +5,7 @@
 //! and cuts images out, `commit` settles a transaction on both sides, `carry` moves a session to another authority.
 //! Nothing here reads a catalog or opens a transaction on the mirror by itself: that is `mirror`.
 
+mod audit;
 mod books;
 mod carry;
 mod commit;
@@ -120,6 +121,10 @@ pub struct Session {
     suspended: HashMap<u64, std::rc::Rc<expect::Cut>>,
     writes: Writes,
     debts: Option<Debts>,
+    /// The transaction has an opaque statement.
+    audit: Option<audit::Audit>,
+    /// Debts registered for statements that ran outside any block of ours, to be released when the session is at rest.
+    registered: Vec<i64>,
     carry: Carry,
     kept: Kept,
     held: Held,
@@ -172,6 +177,8 @@ impl Session {
             suspended: HashMap::new(),
             writes: Writes::default(),
             debts: None,
+            audit: None,
+            registered: Vec::new(),
             carry: Carry::Nothing,
             kept: Kept::default(),
             held: Held::default(),
@@ -205,6 +212,7 @@ impl Session {
             if self.writes.bytes > self.shared.config.load().limits.mirror_buffer {
                 self.send_ahead().await;
             }
+            self.release_registered().await?;
             self.rest();
             if !self.requests().await? {
                 if self.client.closed {
@@ -217,15 +225,14 @@ impl Session {
 
     /// Between transactions: the phase may move.
     fn rest(&mut self) {
-        if self.pass.is_some()
-            && self.queue.is_empty()
-            && self.status == b'I'
-            && !self.unsynced
-            && !self.begun
-            && !self.ours
-        {
+        if self.pass.is_some() && self.at_rest() {
             self.pass = None;
         }
+    }
+
+    /// No transaction is open and nothing is under way.
+    fn at_rest(&self) -> bool {
+        self.queue.is_empty() && self.status == b'I' && !self.unsynced && !self.begun && !self.ours
     }
 
     /// Moves bytes both ways until some came in, or a full buffer has emptied.

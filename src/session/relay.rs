@@ -6,16 +6,17 @@ use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
+use super::audit;
 use super::books::{Portal, Prepared, Settings, There};
-use super::expect::{Cut, Done, Expected, Kind, To};
+use super::expect::{Cut, Done, Expected, Kind, To, Told, Written};
 use super::{Carry, End, Session};
 use crate::mirror::flight::Debts;
 use crate::plan::cache::{Key, Planned};
-use crate::plan::{Opaque, Plan, plan};
+use crate::plan::{Opaque, Plan, narrow, plan};
 use crate::sql;
-use crate::sql::facts::Verb;
+use crate::sql::facts::{OnConflict, Verb};
 use crate::wire::conn::pass;
-use crate::wire::frame::{self, Fields, HEAD, Head};
+use crate::wire::frame::{self, Fields, HEAD, Head, Report};
 
 /// Larger frames are passed on as they come, where nothing needs to look inside.
 const STREAMED: usize = 64 * 1024;
@@ -253,7 +254,7 @@ impl Session {
         match head.tag {
             b'Q' if self.client.inb.len() < head.total => {
                 // Too long to be read: it may write anything.
-                self.opaque_too_long().await?;
+                self.opaque_unread().await?;
                 self.queue.push(Expected::client(Kind::Query));
                 self.forward(head);
             }
@@ -276,7 +277,7 @@ impl Session {
                 self.sync(head).await?;
             }
             b'F' => {
-                self.opaque_too_long().await?;
+                self.opaque_unread().await?;
                 self.queue.push(Expected::client(Kind::Call));
                 self.forward(head);
             }
@@ -296,10 +297,23 @@ impl Session {
         frame
     }
 
-    /// A statement that nobody reads: every table may be written.
-    async fn opaque_too_long(&mut self) -> Result<(), End> {
+    /// A message that nobody reads follows: every table may be written.
+    async fn opaque_unread(&mut self) -> Result<(), End> {
         self.settle().await?;
-        self.note_opaque(&Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false });
+        let opaque = Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: true, ddl: false };
+        if self.strict() {
+            return Err(End::Refused(Report::fatal(
+                "0A000",
+                "crossfade cannot mirror what a FunctionCall or a statement beyond limits.statement may write, and mirror.strict is on",
+                "Call the function in a SELECT, send shorter statements, or set mirror.strict: false.",
+            )));
+        }
+        self.shared.metrics.opaque_writes.with_label_values(&[opaque.reason]).inc();
+        if self.in_block() {
+            self.audit_from_here(opaque.reason, &[], Told::Nobody);
+        } else if let Some(debt) = self.register_unwrapped(&opaque).await? {
+            self.registered.push(debt);
+        }
         Ok(())
     }
 
@@ -322,6 +336,7 @@ impl Session {
         let planned = self.shared.plans.get(key, || {
             let facts = sql::read(text, sql::Limits { bytes_max: limit, ..Default::default() });
             let plan = plan(&facts, &self.world.catalog, self.side, role.as_deref(), encoding_matches);
+            let plan = narrow(plan, text, &self.world.catalog, self.side);
             Planned { facts, plan }
         });
         (planned, shape.end)
@@ -408,7 +423,14 @@ impl Session {
         }
         let planned = self.current(&name);
         if let Some(planned) = &planned {
-            self.open_block_for(planned);
+            if let Some(report) = self.refusal(planned) {
+                self.client.inb.advance(head.total);
+                self.unsynced = true;
+                self.portals.remove(&portal);
+                self.put_refused(report, Kind::Bind, false);
+                return Ok(());
+            }
+            self.open_block_for(planned).await?;
         }
         self.unsynced = true;
         self.queue.push(Expected::client(Kind::Bind));
@@ -430,11 +452,29 @@ impl Session {
     }
 
     /// Before a write outside any block: a block of ours, so that its images, its debts and its commit have one transaction.
-    fn open_block_for(&mut self, planned: &Planned) {
-        let unwrapped = matches!(&planned.plan, Plan::Opaque(opaque) if opaque.unwrapped);
-        if planned.plan != Plan::Pass && !unwrapped && !self.in_block() {
-            self.begin_ours();
+    async fn open_block_for(&mut self, planned: &Planned) -> Result<(), End> {
+        if planned.plan == Plan::Pass {
+            return Ok(());
         }
+        if self.queue.ends() {
+            // Whether a block is open is known only when its end was answered.
+            self.settle().await?;
+        }
+        if self.in_block() {
+            return Ok(());
+        }
+        match &planned.plan {
+            Plan::Opaque(opaque) if opaque.unwrapped => {
+                self.settle().await?;
+                if !self.queue.skipping()
+                    && let Some(debt) = self.register_unwrapped(opaque).await?
+                {
+                    self.registered.push(debt);
+                }
+            }
+            _ => self.begin_ours(),
+        }
+        Ok(())
     }
 
     /// A transaction block is open, the client's or ours.
@@ -463,8 +503,9 @@ impl Session {
             self.expect(Expected { done: Done::Ours(name), ..Expected::of(Kind::Parse, to.clone()) });
         }
         // The client's unnamed portal may be waiting for its Execute. Ours of this name goes with the transaction that it ends, or is closed.
-        let portal: &[u8] =
-            if [super::commit::OWE_NAME, super::commit::TAINT_NAME].contains(&name) { name } else { b"" };
+        let apart = [super::commit::OWE_NAME, super::commit::TAINT_NAME, audit::LOOK_NAME, audit::CONSTRAINTS_NAME]
+            .contains(&name);
+        let portal: &[u8] = if apart { name } else { b"" };
         frame::bind(&mut self.server.out, portal, name, &[1], values.iter().copied(), 0);
         self.queue.push(Expected::of(Kind::Bind, to.clone()));
         frame::execute(&mut self.server.out, portal);
@@ -515,7 +556,11 @@ impl Session {
             let frame = self.client.inb.split_to(head.total).freeze();
             return self.commit_extended(frame, chain).await;
         }
+        if planned.plan != Plan::Pass && self.queue.ends() {
+            self.settle().await?;
+        }
         self.note_statement(&planned);
+        self.look_before(&planned, Told::Client);
         let to = way(&planned, binary).cut().map_or(To::Client, To::Cut);
         let mut done = done(&planned);
         if matches!(done, Done::Begin) {
@@ -533,6 +578,7 @@ impl Session {
             Plan::Capture(capture) if !capture.returning => self.execute_all(head)?,
             _ => self.forward(head),
         }
+        self.look_behind(&planned, Told::Client);
         Ok(())
     }
 
@@ -564,22 +610,14 @@ impl Session {
             Plan::Opaque(_) => "opaque",
         };
         self.shared.metrics.statements.with_label_values(&[class, self.side.name()]).inc();
-        match &planned.plan {
-            Plan::Pass => {}
-            Plan::Capture(capture) if capture.audited => {
-                self.note_opaque(&Opaque {
-                    reason: "trigger",
-                    tables: capture.tables.clone(),
-                    unwrapped: false,
-                    ddl: false,
-                });
+        if let Plan::Opaque(opaque) = &planned.plan {
+            self.shared.metrics.opaque_writes.with_label_values(&[opaque.reason]).inc();
+            if opaque.ddl && self.in_block() {
+                // Row counters do not tell what has become of the rows of a table whose definition changed.
+                opaque.tables.iter().for_each(|table| self.taint(table.number, opaque.reason));
             }
-            Plan::Capture(_) => {}
-            Plan::Opaque(opaque) => self.note_opaque(opaque),
-            Plan::Truncate(_) => {}
-            Plan::Copy(copy) => {
-                let copy = Opaque { reason: "copy", tables: vec![copy.table.clone()], unwrapped: false, ddl: false };
-                self.note_opaque(&copy);
+            if opaque.ddl {
+                self.shared.stale.notify_one();
             }
         }
     }
@@ -587,21 +625,7 @@ impl Session {
     /// A write whose images turn out not to be had: counted like any other out of sight.
     pub(super) fn lost(&mut self, tables: &[Arc<crate::catalog::Table>], reason: &'static str) {
         self.shared.metrics.opaque_writes.with_label_values(&[reason]).inc();
-        tables.iter().for_each(|table| self.writes.taint(table.number, reason));
-    }
-
-    /// A write out of sight: counted, and its tables are tainted when the transaction commits.
-    pub(super) fn note_opaque(&mut self, opaque: &Opaque) {
-        self.shared.metrics.opaque_writes.with_label_values(&[opaque.reason]).inc();
-        let catalog = self.world.catalog.clone();
-        let named: Vec<u32> = opaque.tables.iter().map(|table| table.number).collect();
-        let tables = if named.is_empty() { catalog.tables.keys().copied().collect() } else { named };
-        for table in tables {
-            self.writes.taint(table, opaque.reason);
-        }
-        if opaque.ddl {
-            self.shared.stale.notify_one();
-        }
+        tables.iter().for_each(|table| self.taint(table.number, reason));
     }
 
     fn forget(&mut self, head: Head) {
@@ -635,6 +659,7 @@ impl Session {
     pub(super) fn over(&mut self) {
         self.portals.clear();
         self.suspended.clear();
+        self.audit = None;
         if !self.writes.is_empty() || !matches!(self.carry, Carry::Nothing) || self.debts.is_some() {
             self.writes = Default::default();
             self.debts = None;
@@ -662,7 +687,15 @@ impl Way {
 
 pub(super) fn way(planned: &Planned, binary: bool) -> Way {
     match &planned.plan {
-        Plan::Capture(capture) => Way::Cut(Rc::new(Cut { capture: capture.clone(), binary })),
+        Plan::Capture(capture) => {
+            let written = match planned.facts.verb {
+                Verb::Update => Written::Update,
+                Verb::Delete => Written::Delete,
+                _ if planned.facts.on_conflict == Some(OnConflict::Update) => Written::Upsert,
+                _ => Written::Insert,
+            };
+            Way::Cut(Rc::new(Cut { capture: capture.clone(), binary, written }))
+        }
         _ => Way::Plain,
     }
 }

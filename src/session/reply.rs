@@ -5,7 +5,7 @@ use std::rc::Rc;
 use bytes::{Buf, Bytes, BytesMut};
 use tracing::debug;
 
-use super::expect::{Cut, Done, Fit, Kind, To, fit};
+use super::expect::{Cut, Done, Fit, Kind, Look, To, Told, fit};
 use super::{End, Session, whole};
 use crate::catalog::Table;
 use crate::mirror::writes::{Op, RolledBack};
@@ -144,6 +144,16 @@ impl Session {
                 Verdict::Drop
             }
             To::Cut(cut) => self.cut(tag, at, total, kind, hold, &cut)?,
+            To::Audit(look) => {
+                if tag == b'D' {
+                    let row = row(&self.server.inb[payload])?;
+                    self.looked(&row, look);
+                }
+                Verdict::Drop
+            }
+            // Its error was replaced; what follows is the end of a Query.
+            To::Refused(_) if matches!(tag, b'Z') => Verdict::Forward,
+            To::Refused(_) => return Err(End::Mismatch("success of what can only fail".to_owned())),
         })
     }
 
@@ -153,11 +163,13 @@ impl Session {
         if self.status == b'I' {
             self.over();
         }
-        if let Some(since) = self.since.take() {
+        if !matches!(to, To::Audit(_))
+            && let Some(since) = self.since.take()
+        {
             self.observe(since.elapsed());
         }
         match to {
-            To::Client | To::Cut(_) if !hold => Verdict::Forward,
+            To::Client | To::Cut(_) | To::Refused(_) if !hold => Verdict::Forward,
             _ => Verdict::Drop,
         }
     }
@@ -188,19 +200,23 @@ impl Session {
         while failed.len() > 1 {
             failed.pop().into_iter().for_each(|passed| self.undo(passed.done));
         }
-        match failed.pop() {
-            Some(owed) => {
-                self.undo(owed.done);
-                if owed.hold {
-                    self.held.failed = true;
-                }
-                if matches!(owed.to, To::Us) {
-                    self.kept.error = Some(Bytes::copy_from_slice(&self.server.inb[at..at + total]));
-                    return Verdict::Drop;
-                }
-                Verdict::Forward
+        let Some(owed) = failed.pop() else { return Verdict::Forward };
+        self.undo(owed.done.clone());
+        if owed.hold {
+            self.held.failed = true;
+        }
+        match &owed.to {
+            To::Us | To::Audit(Look { told: Told::Us, .. }) => {
+                self.kept.error = Some(Bytes::copy_from_slice(&self.server.inb[at..at + total]));
+                Verdict::Drop
             }
-            None => Verdict::Forward,
+            To::Audit(Look { told: Told::Nobody, .. }) => Verdict::Drop,
+            To::Refused(report) => {
+                let mut instead = BytesMut::new();
+                report.put(&mut instead);
+                Verdict::Replace(instead)
+            }
+            _ => Verdict::Forward,
         }
     }
 
@@ -287,7 +303,12 @@ impl Session {
             return self.lost(&cut.capture.tables, "unknown-table");
         };
         match image::row(&table, self.side, fields) {
-            Ok(row) => self.writes.push(op(cut.capture.effect, table, row)),
+            Ok(row) => {
+                if let Some(audit) = &mut self.audit {
+                    audit.count(table.number, cut.written);
+                }
+                self.writes.push(op(cut.capture.effect, table, row));
+            }
             Err(_) => {
                 self.shared.stale.notify_one();
                 self.lost(&[table], "definition");

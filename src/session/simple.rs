@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use super::expect::{Done, Expected, Kind, To};
+use super::expect::{Done, Expected, Kind, To, Told};
 use super::relay::{Way, done, put_spliced, splice, way};
 use super::{End, Held, Session};
 use crate::plan::Plan;
@@ -55,6 +55,10 @@ impl Session {
     /// Sends one statement; its end is held back where `hold`.
     fn send(&mut self, text: &[u8], planned: &Planned, end: usize, hold: bool) {
         self.note_statement(planned);
+        if let Some(report) = self.refusal(planned) {
+            return self.put_refused(report, Kind::Query, hold);
+        }
+        self.look_before(planned, Told::Nobody);
         self.put_query(text, splice(planned).unwrap_or_default(), end);
         let to = match way(planned, false) {
             Way::Plain => To::Client,
@@ -63,6 +67,7 @@ impl Session {
         let done = done(planned);
         self.begun |= matches!(done, Done::Begin);
         self.queue.push(Expected { kind: Kind::Query, to, hold, done });
+        self.look_behind(planned, Told::Nobody);
     }
 
     /// A Query of one statement.
@@ -78,11 +83,11 @@ impl Session {
                 self.send(text, planned, end, false);
                 Ok(())
             }
-            Plan::Opaque(opaque) if opaque.unwrapped && !self.in_block() => {
+            Plan::Opaque(opaque) if opaque.unwrapped && !self.in_block() && self.refusal(planned).is_none() => {
                 let debt = self.register_unwrapped(opaque).await?;
-                self.send(text, planned, end, true);
-                self.writes = Default::default();
-                self.finish_unwrapped(debt).await
+                self.registered.extend(debt);
+                self.send(text, planned, end, false);
+                Ok(())
             }
             _ if self.in_block() => {
                 self.send(text, planned, end, false);
