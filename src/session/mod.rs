@@ -232,7 +232,8 @@ impl Session {
             }
             self.rest();
             self.called |= self.bell.take();
-            if self.called && self.pass.is_none() && self.queue.is_empty() {
+            let free = self.queue.is_empty() || self.aside == Some(Aside::Replication);
+            if self.called && self.pass.is_none() && free {
                 self.called = false;
                 self.look_up().await?;
             }

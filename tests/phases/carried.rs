@@ -35,9 +35,9 @@ async fn settings_and_prepared_statements_hold_on_the_new_authority() {
     let proxy = Proxy::start(databases.proxy_config("old", "")).await;
     let mut pair = Pair { proxy, databases };
     let client = pair.client().await;
-    let script = r"SET app.user = 'o''Brien \ 7'; SELECT set_config('my.tenant', 'blue', false); SET search_path = media, public; \
-        SET TIME ZONE 'Asia/Tokyo'; SET application_name = 'darkroom'; SET work_mem = '7MB'; SET DateStyle = 'SQL, DMY'; \
-        SET ROLE painter; SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ; SET extra_float_digits = -3";
+    let script = r#"SET "app"."user" = 'o''Brien \ 7'; SELECT set_config('my.tenant', 'blue', false); SET search_path = media, public; \
+        SET app.other = ''; SET TIME ZONE 'Asia/Tokyo'; SET application_name = 'darkroom'; SET work_mem = '7MB'; SET DateStyle = 'SQL, DMY'; \
+        SET ROLE painter; SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ; SET extra_float_digits = -3"#;
     client.batch_execute(&script.replace("\\\n", "\n")).await.expect("sets");
     client.batch_execute("PREPARE by_sql (int, text) AS INSERT INTO pictures VALUES ($1, $2)").await.expect("prepares");
     let insert = client.prepare("INSERT INTO pictures VALUES ($1, $2) RETURNING id").await.expect("prepares");

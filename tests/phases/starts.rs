@@ -62,8 +62,8 @@ async fn a_proxy_that_starts_while_old_is_down_waits_and_says_why() {
             .stderr(Stdio::null())
             .spawn()
             .expect("runs");
-        let _watchdog = Watchdog::over(child.id()).expect("guards");
-        let mut child = scopeguard(child);
+        let mut watchdog = Watchdog::over(child.id()).expect("guards");
+        let mut child = Killed(child);
         until("its HTTP answers", async || proxy.http("/healthz").await.is_some_and(|(code, _)| code == 200)).await;
         assert_eq!(proxy.http("/readyz").await.expect("answers").0, 503);
         let says = async || status(&proxy).await["waiting_for"].to_string().contains("cannot connect to");
@@ -79,16 +79,13 @@ async fn a_proxy_that_starts_while_old_is_down_waits_and_says_why() {
         client.await.expect("joins").expect("is served in the end");
         child.0.kill().expect("kills");
         child.0.wait().expect("waits");
+        watchdog.release();
         proxy.run().await;
     }
 }
 
 /// Kills on drop.
 struct Killed(std::process::Child);
-
-fn scopeguard(child: std::process::Child) -> Killed {
-    Killed(child)
-}
 
 impl Drop for Killed {
     fn drop(&mut self) {
