@@ -54,7 +54,7 @@ pub struct Paid {
 #[derive(Debug, Default)]
 pub struct PaidQueue {
     waiting: Mutex<Vec<Paid>>,
-    /// Mirror transactions whose COMMIT is under way.
+    /// Mirror transactions whose COMMIT is under way, and batches that are being cleared.
     pub carrying: AtomicI64,
 }
 

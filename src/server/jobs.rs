@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use notify::Watcher;
@@ -97,15 +98,21 @@ async fn clear(shared: Arc<Shared>) {
     let mut hands = Hands::default();
     loop {
         tokio::time::sleep(CLEAR).await;
-        let paid = shared.paid.take();
-        if paid.is_empty() {
-            continue;
-        }
-        if let Err((rest, error)) = clear_batch(&shared, &mut hands, paid).await {
+        // While a batch is under way the queue is not empty: the end of the proxy waits for it.
+        shared.paid.carrying.fetch_add(1, Ordering::SeqCst);
+        let cleared = match shared.paid.take() {
+            paid if paid.is_empty() => Ok(()),
+            paid => clear_batch(&shared, &mut hands, paid).await,
+        };
+        let failed = cleared.is_err();
+        if let Err((rest, error)) = cleared {
             debug!(%error, "debts could not be cleared yet");
             hands.open = None;
             // They may be cleared by any later flush in the same incarnation.
             rest.into_iter().for_each(|paid| shared.paid.push(paid));
+        }
+        shared.paid.carrying.fetch_sub(1, Ordering::SeqCst);
+        if failed {
             tokio::time::sleep(CLEAR * 2).await;
         }
     }

@@ -18,6 +18,8 @@ async fn settings_and_prepared_statements_hold_on_the_new_authority() {
     let schema = format!("{SCHEMA} CREATE SCHEMA media; CREATE TABLE media.pictures (id int PRIMARY KEY, name text);");
     let databases = Databases::start(&[]).await;
     databases.run_on_both(&schema).await;
+    // EXECUTE is a write out of sight: it taints all tables, and one without a key would have to be copied by name.
+    databases.run_on_both("DROP TABLE history").await;
     for side in [&databases.old, &databases.new] {
         let script = format!(
             "CREATE ROLE painter; GRANT painter TO {}; GRANT ALL ON ALL TABLES IN SCHEMA media, public TO painter; \
