@@ -82,7 +82,7 @@ impl Settings {
 
     /// Every word with a dot in a statement that sets something may be a custom setting: asking for one too many costs nothing.
     fn collect(&mut self, text: &[u8]) {
-        let text = String::from_utf8_lossy(&text[..text.len().min(64 * 1024)]);
+        let text = String::from_utf8_lossy(&text[..text.len().min(64 * 1024)]).replace('"', "");
         let words = text.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == '.' || c == '$'));
         let dotted =
             words.filter(|word| word.contains('.') && !word.starts_with(|c: char| c.is_ascii_digit() || c == '.'));
@@ -105,9 +105,13 @@ mod tests {
         let mut settings = Settings::default();
         settings.glance(b" SET app.user_id = '7'");
         settings.glance(b"select set_config('My.Tenant', $1, false)");
+        settings.glance(b"SET \"app\".\"user\" TO 'x'");
         settings.glance(b"SELECT a.b FROM a");
         settings.glance(b"set role admin");
-        assert_eq!(settings.custom.iter().map(String::as_str).collect::<Vec<_>>(), ["app.user_id", "my.tenant"]);
+        assert_eq!(
+            settings.custom.iter().map(String::as_str).collect::<Vec<_>>(),
+            ["app.user", "app.user_id", "my.tenant"]
+        );
         assert!(settings.role_changed && !settings.sql_prepared);
     }
 }

@@ -504,7 +504,6 @@ async fn commit_mirror(shared: std::sync::Arc<Shared>, mut lease: Box<Lease>, ca
         lease.conn.committed().await
     })
     .await;
-    shared.paid.carrying.fetch_sub(1, Ordering::SeqCst);
     match committed {
         Ok(Ok(())) => {
             shared.paid.push(Paid { id, incarnation: carrier.backend.incarnation });
@@ -519,4 +518,6 @@ async fn commit_mirror(shared: std::sync::Arc<Shared>, mut lease: Box<Lease>, ca
             shared.owed.notify_one();
         }
     }
+    // Last: whoever sees that nothing is carried finds the debt in the queue.
+    shared.paid.carrying.fetch_sub(1, Ordering::SeqCst);
 }

@@ -33,6 +33,7 @@ use crate::mirror::pool::Lease;
 use crate::mirror::writes::Writes;
 use crate::phase::Side;
 use crate::shared::{Shared, Worker, World};
+use crate::switch::bell::Bell;
 use crate::switch::gate::Pass;
 use crate::wire::conn::{Conn, pass};
 use crate::wire::frame::{self, Report};
@@ -84,6 +85,21 @@ enum Carry {
     GivenUp(&'static str),
 }
 
+/// Why a session takes no part in the migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Aside {
+    /// It is logged in to another database of old.
+    OtherDatabase,
+    /// It is a replication connection; served in phase old only.
+    Replication,
+}
+
+/// The startup packet asks for a replication connection.
+pub fn replicates(parameters: &[(Bytes, Bytes)]) -> bool {
+    let value = parameters.iter().find(|(name, _)| &name[..] == b"replication").map(|(_, value)| value);
+    value.is_some_and(|value| !matches!(&value[..], b"false" | b"off" | b"no" | b"0"))
+}
+
 /// A client's session.
 pub struct Session {
     worker: Rc<Worker>,
@@ -108,6 +124,10 @@ pub struct Session {
     unsynced: bool,
     pass: Option<Pass>,
     world: Arc<World>,
+    aside: Option<Aside>,
+    bell: Rc<Bell>,
+    /// The bell has rung, and the session was not yet free to look up.
+    called: bool,
     /// Bytes of a large frame still to be passed on as they come.
     from_client: usize,
     from_server: usize,
@@ -143,7 +163,14 @@ impl Session {
         login: Login,
     ) -> Result<Session, (Box<crate::wire::startup::Startup>, Report)> {
         let shared = worker.shared.clone();
-        let world = shared.world.load_full();
+        let aside = if replicates(&startup.parameters) {
+            Some(Aside::Replication)
+        } else {
+            let migrates = login.database == shared.config.load().old.database.as_bytes();
+            (!migrates).then_some(Aside::OtherDatabase)
+        };
+        // Another database has no part in any phase: for it, it is phase old for ever.
+        let world = if aside.is_some() { Arc::new(World::default()) } else { shared.world.load_full() };
         let side = world.phase.authority();
         let connected = match carry::connect(&shared, side, &login, &startup.parameters, startup.minor).await {
             Ok(connected) => connected,
@@ -168,6 +195,10 @@ impl Session {
             unsynced: false,
             pass: None,
             world,
+            aside,
+            bell: worker.bells.hang(),
+            // Whatever has changed since `world` was read.
+            called: true,
             from_client: 0,
             from_server: 0,
             needed: 0,
@@ -214,6 +245,12 @@ impl Session {
             }
             self.release_registered().await?;
             self.rest();
+            self.called |= self.bell.take();
+            let free = self.queue.is_empty() || self.aside == Some(Aside::Replication);
+            if self.called && self.pass.is_none() && free {
+                self.called = false;
+                self.look_up().await?;
+            }
             if !self.requests().await? {
                 if self.client.closed {
                     return Ok(End::Client);
@@ -235,10 +272,39 @@ impl Session {
         self.queue.is_empty() && self.status == b'I' && !self.unsynced && !self.begun && !self.ours
     }
 
+    /// Between transactions, called: the phase has moved, or the proxy ends. Whoever has no reason to wait for its client's next message moves now,
+    /// so that the old authority may be stopped, and a session that cannot move hears of it.
+    async fn look_up(&mut self) -> Result<(), End> {
+        if self.shared.gate.is_shut() {
+            return Err(ending());
+        }
+        if self.aside == Some(Aside::Replication) {
+            return self.may_replicate();
+        }
+        if self.aside.is_none() && self.shared.world.load().phase.authority() != self.side {
+            self.begin().await?;
+            self.rest();
+        }
+        Ok(())
+    }
+
+    /// A replication connection reads one side's log, and may write around the plan.
+    fn may_replicate(&self) -> Result<(), End> {
+        let phase = self.shared.world.load().phase;
+        if phase == crate::phase::Phase::Old {
+            return Ok(());
+        }
+        Err(End::Refused(Report::fatal(
+            "57P01",
+            format!("terminating connection: replication connections are not served in phase {phase}"),
+            "Connect to the database directly for replication; crossfade passes it on in phase old only.",
+        )))
+    }
+
     /// Moves bytes both ways until some came in, or a full buffer has emptied.
     async fn drive(&mut self) -> Result<(), End> {
         let limit = self.limit;
-        let Session { client, server, needed, .. } = self;
+        let Session { client, server, needed, bell, .. } = self;
         std::future::poll_fn(|cx| {
             let crowded = client.out.len() >= limit || server.out.len() >= limit;
             if let Poll::Ready(Err(error)) = client.poll_flush(cx) {
@@ -265,7 +331,7 @@ impl Session {
                     Poll::Pending => {}
                 }
             }
-            if moved { Poll::Ready(Ok(())) } else { Poll::Pending }
+            if moved || bell.poll(cx) { Poll::Ready(Ok(())) } else { Poll::Pending }
         })
         .await
     }
@@ -387,6 +453,15 @@ impl Session {
             self.shared.cancels.remove(key);
         }
     }
+}
+
+/// The proxy ends: what PostgreSQL says in that case.
+fn ending() -> End {
+    End::Refused(Report::fatal(
+        "57P01",
+        "terminating connection due to administrator command",
+        "crossfade is being stopped; connect again.",
+    ))
 }
 
 /// A whole frame with this tag and payload.

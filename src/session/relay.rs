@@ -9,7 +9,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use super::audit;
 use super::books::{Portal, Prepared, Settings, There};
 use super::expect::{Cut, Done, Expected, Kind, To, Told, Written};
-use super::{Carry, End, Session};
+use super::{Aside, Carry, End, Session, ending};
 use crate::mirror::flight::Debts;
 use crate::plan::cache::{Key, Planned};
 use crate::plan::{Opaque, Plan, narrow, plan};
@@ -68,12 +68,21 @@ impl Session {
     }
 
     /// The first message of a transaction: wait while the phase moves, then see the world as it is now.
-    async fn begin(&mut self) -> Result<(), End> {
-        let pass = match self.shared.gate.try_enter() {
+    pub(super) async fn begin(&mut self) -> Result<(), End> {
+        let gate = match self.aside {
+            None => &self.shared.gate,
+            Some(Aside::OtherDatabase) => &self.shared.aside,
+            // A stream of changes has no end that a move could wait for.
+            Some(Aside::Replication) => return self.may_replicate(),
+        };
+        let pass = match gate.try_enter() {
             Some(pass) => pass,
-            None => self.shared.gate.clone().enter().await,
+            None => gate.clone().enter().await.ok_or_else(ending)?,
         };
         self.pass = Some(pass);
+        if self.aside.is_some() {
+            return Ok(());
+        }
         let current = self.shared.world.load();
         if !Arc::ptr_eq(&current, &self.world) {
             self.world = current.clone();
@@ -127,10 +136,13 @@ impl Session {
                 self.unsynced = true;
             }
             b'B' => {
-                self.prepare_again_if_needed(head);
+                self.prepare_again_if_needed(head, b'B');
                 self.extended(Kind::Bind);
             }
-            b'D' => self.extended(Kind::Describe),
+            b'D' => {
+                self.prepare_again_if_needed(head, b'D');
+                self.extended(Kind::Describe);
+            }
             b'E' => {
                 self.since.get_or_insert_with(Instant::now);
                 self.extended(Kind::Execute);
@@ -196,9 +208,9 @@ impl Session {
         Done::Parse(name, before.map(Box::new))
     }
 
-    /// A statement that was prepared on another server session is prepared here before its first Bind.
-    fn prepare_again_if_needed(&mut self, head: Head) {
-        let Some(name) = self.name_in(head, b'B') else { return };
+    /// A statement that was prepared on another server session is prepared here before its first Bind or Describe.
+    fn prepare_again_if_needed(&mut self, head: Head, tag: u8) {
+        let Some(name) = self.name_in(head, tag) else { return };
         let Some(prepared) = self.prepared.get_mut(&name) else { return };
         if prepared.there == There::Plain {
             return;
