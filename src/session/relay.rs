@@ -58,6 +58,11 @@ impl Session {
             }
             if self.pass.is_none() {
                 self.begin().await?;
+                if self.client.inb.len() < head.total && !self.streams(head) {
+                    // In the world that holds now somebody has to look inside.
+                    self.needed = head.total;
+                    return Ok(true);
+                }
             }
             if self.world.phase.mirror().is_some() {
                 self.mirrored(head).await?;
@@ -103,19 +108,30 @@ impl Session {
         let limit = self.shared.config.load().limits.statement;
         match head.tag {
             b'd' | b'F' | b'p' => true,
-            b'B' => !mirrored || self.bound(head).is_none_or(|planned| !matches!(planned.plan, Plan::Capture(_))),
+            b'B' => !mirrored || self.bind_streams(head),
             b'Q' | b'P' => !mirrored || head.total > limit,
             _ => !mirrored,
         }
     }
 
-    /// The plan of the statement that a Bind names, from what is there of it.
-    fn bound(&self, head: Head) -> Option<Arc<Planned>> {
-        let payload = &self.client.inb[HEAD..head.total.min(self.client.inb.len())];
-        let mut fields = Fields::new(payload);
-        fields.string().ok()?;
-        let name = fields.string().ok()?;
-        self.prepared.get(name)?.planned.as_ref().map(|(_, _, planned, _)| planned.clone())
+    /// Nothing looks inside this Bind in a mirrored phase. Where the statement's plan is not that of the world as it is now, or may change before
+    /// its turn comes, the Bind has to be here whole: a new plan may capture.
+    fn bind_streams(&self, head: Head) -> bool {
+        if !self.queue.is_empty() && !self.unsynced {
+            return false;
+        }
+        let Some(name) = self.name_in(head, b'B') else { return false };
+        let Some(prepared) = self.prepared.get(&name) else { return true };
+        if prepared.text.is_none() {
+            return !self.strict();
+        }
+        let utf8 = self.settings.client_encoding == "UTF8";
+        prepared.planned.as_ref().is_some_and(|(generation, encoding, planned, _)| {
+            *generation == self.world.generation
+                && *encoding == utf8
+                && !matches!(planned.plan, Plan::Capture(_))
+                && self.refusal(planned).is_none()
+        })
     }
 
     /// In phases without a mirror frames pass as they are; only what is owed for them is noted.
