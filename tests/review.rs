@@ -8,8 +8,9 @@ use common::{Databases, Pair, Proxy};
 const SCHEMA: &str = "
     CREATE TABLE notes (id int PRIMARY KEY, body text);
     CREATE TABLE log (what text);
+    CREATE TABLE seen (what text PRIMARY KEY);
     CREATE TABLE secrets (id int PRIMARY KEY, body text);
-    CREATE FUNCTION log_it(w text) RETURNS void LANGUAGE sql VOLATILE AS $$ INSERT INTO log (what) VALUES (w) $$;";
+    CREATE FUNCTION log_it(w text) RETURNS void LANGUAGE sql VOLATILE AS $$ INSERT INTO seen VALUES (w) $$;";
 
 /// Clients need no password, servers get it.
 const TRUST: &str = "auth: trust\nusers: { app: { password: app-secret } }";
@@ -88,4 +89,42 @@ async fn a_large_bind_of_a_statement_from_another_world_is_captured() {
         on(&pair.databases.new, "SELECT sum(length(body)) FROM (TABLE notes UNION ALL TABLE late) t").await,
         "6291456"
     );
+}
+
+/// Whether and when a prepared transaction commits is decided elsewhere: its rows are owed, and paid when they are there.
+#[tokio::test]
+async fn what_a_prepared_transaction_has_written_is_owed() {
+    let pair = mirrored("", "limits: { mirror_buffer: 64KiB }").await;
+    let mut client = raw_client(&pair).await;
+    let write = |id: u32| {
+        raw::query(&format!(
+            "BEGIN; INSERT INTO notes VALUES ({id}, 'x'); INSERT INTO log VALUES ('row {id}'); SELECT log_it('unseen {id}')"
+        ))
+    };
+    let big = raw::query("INSERT INTO notes SELECT n, repeat('y', 1000) FROM generate_series(1000, 1200) n");
+    let prepare =
+        |sql: &str| [raw::parse("", sql, &[]), raw::bind("", "", &[], &[], &[]), raw::execute("", 0), raw::sync()];
+
+    says(&mut client, &[write(1)]).await;
+    says(&mut client, &[big]).await;
+    assert_eq!(says(&mut client, &[raw::query("PREPARE TRANSACTION 'simple'")]).await, "CZ");
+    says(&mut client, &[write(2)]).await;
+    assert_eq!(says(&mut client, &prepare("PREPARE TRANSACTION 'extended'")).await, "12CZ");
+    let several = "BEGIN; INSERT INTO notes VALUES (3, 'x'); PREPARE TRANSACTION 'several'";
+    assert_eq!(says(&mut client, &[raw::query(several)]).await, "CCCZ");
+    says(&mut client, &[write(4)]).await;
+    assert_eq!(says(&mut client, &[raw::query("PREPARE TRANSACTION 'undone'")]).await, "CZ");
+    // A name that is taken: the transaction is gone, as without a proxy.
+    says(&mut client, &[write(5)]).await;
+    assert_eq!(says(&mut client, &[raw::query("PREPARE TRANSACTION 'undone'")]).await, "EZ");
+    assert_eq!(says(&mut client, &[raw::query("PREPARE TRANSACTION 'no block'")]).await, "NCZ");
+    assert_eq!(on(&pair.databases.new, "SELECT count(*) FROM notes").await, "0", "nothing has committed");
+
+    for name in ["simple", "extended", "several"] {
+        assert_eq!(says(&mut client, &[raw::query(&format!("COMMIT PREPARED '{name}'"))]).await, "CZ");
+    }
+    assert_eq!(says(&mut client, &[raw::query("ROLLBACK PREPARED 'undone'")]).await, "CZ");
+    pair.settle_and_assert_equal().await;
+    let rows = "SELECT (SELECT count(*) FROM notes), (SELECT string_agg(what, ',' ORDER BY what) FROM (TABLE log UNION ALL TABLE seen) t)";
+    assert_eq!(on(&pair.databases.new, rows).await, "204|row 1,row 2,unseen 1,unseen 2");
 }

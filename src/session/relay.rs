@@ -8,6 +8,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::audit;
 use super::books::{Portal, Prepared, Settings, There};
+use super::commit::Ending;
 use super::expect::{Cut, Done, Expected, Kind, To, Told, Written};
 use super::{Aside, Carry, End, Session, ending};
 use crate::mirror::flight::Debts;
@@ -578,11 +579,11 @@ impl Session {
             self.forward(head);
             return Ok(());
         };
-        if let Verb::Commit { chain } = planned.facts.verb
+        if let Some(ending) = Ending::of(&planned.facts.verb)
             && self.in_block()
         {
             let frame = self.client.inb.split_to(head.total).freeze();
-            return self.commit_extended(frame, chain).await;
+            return self.commit_extended(frame, ending).await;
         }
         if planned.plan != Plan::Pass && self.queue.ends() {
             self.settle().await?;
