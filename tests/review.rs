@@ -128,3 +128,25 @@ async fn what_a_prepared_transaction_has_written_is_owed() {
     let rows = "SELECT (SELECT count(*) FROM notes), (SELECT string_agg(what, ',' ORDER BY what) FROM (TABLE log UNION ALL TABLE seen) t)";
     assert_eq!(on(&pair.databases.new, rows).await, "204|row 1,row 2,unseen 1,unseen 2");
 }
+
+/// A role that may write and not read: RETURNING would make its statements fail.
+#[tokio::test]
+async fn a_role_that_may_not_read_writes_through_set_role() {
+    let roles = "DROP ROLE IF EXISTS writer; CREATE ROLE writer; GRANT writer TO app; GRANT INSERT ON secrets TO writer; \
+        GRANT INSERT, SELECT ON notes TO writer";
+    let pair = mirrored(roles, "").await;
+    let mut client = raw_client(&pair).await;
+    let put = |id: &str| [raw::bind("", "put", &[], &[Some(id.as_bytes())], &[]), raw::execute("", 0), raw::sync()];
+    let parse = raw::parse("put", "INSERT INTO secrets VALUES ($1::int, 'x')", &[25]);
+    assert_eq!(says(&mut client, &[parse, raw::sync()]).await, "1Z");
+    assert_eq!(says(&mut client, &put("1")).await, "2CZ");
+    assert_eq!(says(&mut client, &[raw::query("SET ROLE writer")]).await, "CZ");
+    assert_eq!(says(&mut client, &put("2")).await, "2CZ", "its plan was made for another role");
+    assert_eq!(says(&mut client, &[raw::query("INSERT INTO secrets VALUES (3, 'x')")]).await, "CZ");
+    assert_eq!(says(&mut client, &[raw::query("INSERT INTO notes VALUES (3, 'x')")]).await, "CZ");
+    let mut client = raw_client(&pair).await;
+    let several = "BEGIN; SET LOCAL ROLE writer; INSERT INTO secrets VALUES (4, 'x'); COMMIT";
+    assert_eq!(says(&mut client, &[raw::query(several)]).await, "CCCCZ");
+    pair.settle_and_assert_equal().await;
+    assert_eq!(on(&pair.databases.new, "SELECT string_agg(id::text, ',' ORDER BY id) FROM secrets").await, "1,2,3,4");
+}

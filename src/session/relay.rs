@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::audit;
-use super::books::{Portal, Prepared, Settings, There};
+use super::books::{Portal, Prepared, Settings, Terms, There};
 use super::commit::Ending;
 use super::expect::{Cut, Done, Expected, Kind, To, Told, Written};
 use super::{Aside, Carry, End, Session, ending};
 use crate::mirror::flight::Debts;
 use crate::plan::cache::{Key, Planned};
-use crate::plan::{Opaque, Plan, narrow, plan};
+use crate::plan::{ANY_ROLE, Opaque, Plan, narrow, plan};
 use crate::sql;
 use crate::sql::facts::{OnConflict, Verb};
 use crate::wire::conn::pass;
@@ -126,12 +126,8 @@ impl Session {
         if prepared.text.is_none() {
             return !self.strict();
         }
-        let utf8 = self.settings.client_encoding == "UTF8";
-        prepared.planned.as_ref().is_some_and(|(generation, encoding, planned, _)| {
-            *generation == self.world.generation
-                && *encoding == utf8
-                && !matches!(planned.plan, Plan::Capture(_))
-                && self.refusal(planned).is_none()
+        prepared.planned.as_ref().is_some_and(|(terms, planned, _)| {
+            *terms == self.terms() && !matches!(planned.plan, Plan::Capture(_)) && self.refusal(planned).is_none()
         })
     }
 
@@ -346,6 +342,15 @@ impl Session {
         Ok(())
     }
 
+    /// What the plan of a text depends on.
+    fn terms(&self) -> Terms {
+        Terms {
+            generation: self.world.generation,
+            utf8: self.settings.client_encoding == "UTF8",
+            role_changed: self.settings.role_changed,
+        }
+    }
+
     /// The plan of a text in this world, and where its hidden column goes.
     pub(super) fn plan_for(&self, text: &[u8]) -> (Arc<Planned>, usize) {
         let limit = self.shared.config.load().limits.statement;
@@ -359,7 +364,11 @@ impl Session {
         }
         let shape = sql::shape(text);
         let encoding_matches = self.settings.client_encoding == "UTF8";
-        let role = (!self.world.catalog.no_select.get(self.side).is_empty()).then(|| Arc::from(self.user()));
+        let role =
+            (!self.world.catalog.no_select.get(self.side).is_empty()).then(|| match self.settings.role_changed {
+                true => Arc::from(ANY_ROLE),
+                false => Arc::from(self.user()),
+            });
         let key =
             Key { shape: shape.text.into(), generation: self.world.generation, encoding_matches, role: role.clone() };
         let planned = self.shared.plans.get(key, || {
@@ -388,9 +397,9 @@ impl Session {
         let types = payload.slice_ref(fields.rest());
         let (planned, end) = self.plan_for(&text);
         let splice = splice(&planned).unwrap_or_default().to_owned();
-        let utf8 = self.settings.client_encoding == "UTF8";
+        let terms = self.terms();
         if let Some(prepared) = self.prepared.get_mut(&name) {
-            prepared.planned = Some((self.world.generation, utf8, planned, end));
+            prepared.planned = Some((terms, planned, end));
             prepared.there = if splice.is_empty() { There::Plain } else { There::Spliced(splice.clone()) };
         }
         self.put_parse(&name, (&text, &splice, end), &types, false, To::Client, done);
@@ -406,11 +415,9 @@ impl Session {
                 Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
             return Some(Arc::new(Planned { facts, plan }));
         };
-        let utf8 = self.settings.client_encoding == "UTF8";
+        let terms = self.terms();
         let (planned, end) = match prepared.planned {
-            Some((generation, encoding, planned, end)) if generation == self.world.generation && encoding == utf8 => {
-                (planned, end)
-            }
+            Some((of, planned, end)) if of == terms => (planned, end),
             _ => self.plan_for(&text),
         };
         let wanted = match splice(&planned) {
@@ -419,7 +426,7 @@ impl Session {
         };
         let before = (prepared.there != wanted).then(|| prepared.there.clone());
         if let Some(prepared) = self.prepared.get_mut(name) {
-            prepared.planned = Some((self.world.generation, utf8, planned.clone(), end));
+            prepared.planned = Some((terms, planned.clone(), end));
             prepared.there = wanted;
         }
         if let Some(there) = before {
