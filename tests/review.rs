@@ -150,3 +150,31 @@ async fn a_role_that_may_not_read_writes_through_set_role() {
     pair.settle_and_assert_equal().await;
     assert_eq!(on(&pair.databases.new, "SELECT string_agg(id::text, ',' ORDER BY id) FROM secrets").await, "1,2,3,4");
 }
+
+/// A start at which no numbers for debts could be drawn: the move draws them.
+#[tokio::test]
+async fn debts_have_numbers_where_the_start_could_not_draw_them() {
+    let databases = Databases::start(&[]).await;
+    databases.run_on_both(SCHEMA).await;
+    let control = common::pair::CONTROL.0;
+    // Without the right to make a schema, or to commit with a flush of its own accord.
+    on(&databases.old, &format!("ALTER ROLE {control} NOSUPERUSER; ALTER ROLE {control} SET synchronous_commit = off"))
+        .await;
+    let proxy = Proxy::start(databases.proxy_config("old", TRUST)).await;
+    on(&databases.old, &format!("ALTER ROLE {control} SUPERUSER")).await;
+    let mut pair = Pair { proxy, databases };
+    pair.proxy.set_phase("dual-write").await;
+    pair.proxy.settle().await;
+    let mut client = raw_client(&pair).await;
+    let debts = "SELECT count(*), bool_and(id >> 32 > 0) FROM crossfade.ledger";
+    pair.databases.new.kill9();
+    says(&mut client, &[raw::query("INSERT INTO notes VALUES (1, 'owed')")]).await;
+    assert_eq!(on(&pair.databases.old, debts).await, "1|t");
+    pair.databases.new.start().await.expect("starts");
+    pair.settle_and_assert_equal().await;
+    // Each ledger has numbers of its own.
+    pair.proxy.set_phase("new-primary").await;
+    says(&mut client, &[raw::query("INSERT INTO notes VALUES (2, 'back')")]).await;
+    pair.settle_and_assert_equal().await;
+    assert_eq!(on(&pair.databases.new, "SELECT last_value, is_called FROM crossfade.ledger_id").await, "1|t");
+}
