@@ -9,6 +9,8 @@ mod audit;
 mod books;
 mod carry;
 mod commit;
+mod copy;
+mod copy_stream;
 pub mod expect;
 mod relay;
 mod reply;
@@ -122,6 +124,8 @@ pub struct Session {
     /// Debts registered for statements that ran outside any block of ours, to be released when the session is at rest.
     registered: Vec<i64>,
     carry: Carry,
+    /// The server reads COPY data.
+    copy_in: bool,
     kept: Kept,
     held: Held,
     /// Our own statements that the server session has prepared.
@@ -174,6 +178,7 @@ impl Session {
             audit: None,
             registered: Vec::new(),
             carry: Carry::Nothing,
+            copy_in: false,
             kept: Kept::default(),
             held: Held::default(),
             ours_prepared: Vec::new(),

@@ -412,7 +412,10 @@ impl Session {
             }
             None => self.forward(head),
         }
-        self.portals.insert(portal, Portal { planned, binary });
+        let copies = |planned: &Arc<Planned>| planned.facts.verb == Verb::CopyFromStdin;
+        let copy = planned.as_ref().filter(|planned| copies(planned));
+        let copy = copy.and_then(|_| self.prepared.get(&name)?.text.clone());
+        self.portals.insert(portal, Portal { planned, binary, copy });
         Ok(())
     }
 
@@ -509,7 +512,9 @@ impl Session {
             let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
             fields.string().ok().and_then(|name| self.portals.get(name)).cloned()
         };
-        let Some((planned, binary)) = portal.and_then(|portal| Some((portal.planned?, portal.binary))) else {
+        let Some((planned, binary, copy)) =
+            portal.and_then(|portal| Some((portal.planned?, portal.binary, portal.copy)))
+        else {
             self.queue.push(Expected::client(Kind::Execute));
             self.forward(head);
             return Ok(());
@@ -525,6 +530,10 @@ impl Session {
         }
         self.note_statement(&planned);
         self.look_before(&planned, Told::Client);
+        if let (Some(text), true) = (copy, self.in_block()) {
+            let frame = self.client.inb.split_to(head.total).freeze();
+            return self.copy_extended(frame, &planned, &text).await;
+        }
         let to = way(&planned, binary).cut().map_or(To::Client, To::Cut);
         let done = done(&planned);
         self.begun |= done == Done::Begin;

@@ -109,6 +109,7 @@ impl Session {
         }
         if tag == b'G' {
             self.queue.copy_in();
+            self.copy_in = true;
         }
         let payload = at + HEAD..at + total;
         if tag == b'C' {
@@ -142,6 +143,13 @@ impl Session {
                 if tag == b'D' {
                     let row = row(&self.server.inb[payload])?;
                     self.looked(&row, look);
+                }
+                Verdict::Drop
+            }
+            To::Images(cut) => {
+                if tag == b'D' {
+                    let row = self.server.inb[payload].to_vec();
+                    self.fetched(&cut, &row)?;
                 }
                 Verdict::Drop
             }
@@ -288,7 +296,7 @@ impl Session {
     }
 
     /// One row as the authority left it.
-    fn capture(&mut self, cut: &Cut, hidden: &[u8]) {
+    pub(super) fn capture(&mut self, cut: &Cut, hidden: &[u8]) {
         let fields = match image::hidden(hidden, cut.binary) {
             Ok(fields) => fields,
             Err(error) => {

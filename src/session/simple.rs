@@ -85,6 +85,11 @@ impl Session {
                 self.send(text, planned, end, false);
                 Ok(())
             }
+            _ if self.in_block() && planned.facts.verb == Verb::CopyFromStdin => {
+                self.held = Held::default();
+                self.send(text, planned, end, true);
+                self.copy_simple(planned, text).await
+            }
             _ if self.in_block() => {
                 self.send(text, planned, end, false);
                 Ok(())
@@ -93,7 +98,7 @@ impl Session {
                 self.begin_ours();
                 self.held = Held::default();
                 self.send(text, planned, end, true);
-                self.settle().await?;
+                self.settle_query(planned, text).await?;
                 self.commit_ours().await
             }
         }
@@ -126,7 +131,7 @@ impl Session {
                         self.begin_ours();
                     }
                     self.send(part, planned, *end, true);
-                    self.settle().await?;
+                    self.settle_query(planned, part).await?;
                 }
             }
             if let Some(complete) = self.held.complete.take() {
