@@ -157,6 +157,7 @@ pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
             "owed": counts.owed, "in_flight": counts.in_flight, "ledger_bytes": counts.ledger_bytes, "partial": counts.partial,
             "oldest_seconds": counts.oldest.map(|age| age.as_secs_f64()),
         });
+        document["debt"]["why"] = why_owed(&client).await?;
         document["mirror_reachable"] = whole.into();
     }
     if json {
@@ -165,6 +166,18 @@ pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
         print!("{}", for_people(&document));
     }
     Ok(true)
+}
+
+/// Why debts are owed: the reason of each transaction that the mirror did not take, and what the mirror said when they were to be paid.
+async fn why_owed(authority: &tokio_postgres::Client) -> Result<serde_json::Value, Trouble> {
+    let text = "SELECT reason, error, count(*) FROM crossfade.ledger WHERE reason IS NOT NULL OR error IS NOT NULL \
+        GROUP BY reason, error ORDER BY count(*) DESC, reason, error LIMIT 20";
+    let rows = authority.query(text, &[]).await?;
+    let why = |row: &tokio_postgres::Row| {
+        let (reason, error): (Option<String>, Option<String>) = (row.get(0), row.get(1));
+        serde_json::json!({ "reason": reason, "error": error, "transactions": row.get::<_, i64>(2) })
+    };
+    Ok(rows.iter().map(why).collect())
 }
 
 async fn ask_proxy(admin: std::net::SocketAddr) -> Option<serde_json::Value> {
@@ -207,6 +220,10 @@ fn for_people(document: &serde_json::Value) -> String {
             "debt: {} owed, {} in flight, ledger {} bytes\n",
             debt["owed"], debt["in_flight"], debt["ledger_bytes"]
         );
+        for why in debt["why"].as_array().into_iter().flatten() {
+            let said = why["error"].as_str().map(|error| format!(": {error}")).unwrap_or_default();
+            out += &format!("  {} because {}{said}\n", why["transactions"], text(&why["reason"]));
+        }
     }
     for table in document["tables"].as_array().into_iter().flatten() {
         let mut notes = Vec::new();
@@ -239,9 +256,10 @@ fn for_people(document: &serde_json::Value) -> String {
 /// `crossfade explain`.
 pub async fn explain(path: &Path, text: &str) -> Result<bool, Trouble> {
     let config = config::load(path)?;
-    let (catalog, whole) = mover::load_catalog(&config, Side::Old).await?;
+    let authority = what_holds(&config).await?.phase.authority();
+    let (catalog, whole) = mover::load_catalog(&config, authority).await?;
     if !whole {
-        eprintln!("new cannot be reached: old's definitions stand for it");
+        eprintln!("{} cannot be reached: the other side's definitions stand for it", authority.other());
     }
     for statement in sql::split(text.as_bytes()) {
         let part = &text[statement.range];

@@ -9,6 +9,7 @@
 
 use std::fs;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
@@ -331,7 +332,10 @@ impl Cluster {
     /// Writes a file of the data directory.
     pub fn write(&self, name: &str, content: &[u8]) -> Result<(), ClusterError> {
         let path = self.data().join(name);
-        fs::write(&path, content).and_then(|()| self.account.own(&path)).map_err(ClusterError::io("write", &path))
+        // PostgreSQL does not take a key that others may read.
+        let only_the_server = || fs::set_permissions(&path, fs::Permissions::from_mode(0o600));
+        let written = fs::write(&path, content).and_then(|()| only_the_server()).and_then(|()| self.account.own(&path));
+        written.map_err(ClusterError::io("write", &path))
     }
 
     /// Starts a stopped or killed server again: same data, same port. It recovers if it must.

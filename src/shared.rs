@@ -18,6 +18,7 @@ use crate::mirror::health::Health;
 use crate::mirror::pool::Pool;
 use crate::phase::{Phase, Side};
 use crate::plan::cache::Plans;
+use crate::switch::bell::Bells;
 use crate::switch::gate::Gate;
 
 /// What holds at a moment: a transaction sees one world from its first statement to its end.
@@ -33,6 +34,13 @@ pub struct World {
     pub catalog: Arc<Catalog>,
 }
 
+impl Default for World {
+    /// Phase old, before any move.
+    fn default() -> World {
+        World { epoch: 0, phase: Phase::Old, generation: 0, catalog: Arc::default() }
+    }
+}
+
 /// A debt whose mirror transaction has answered COMMIT: cleared after the next flush there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Paid {
@@ -46,7 +54,7 @@ pub struct Paid {
 #[derive(Debug, Default)]
 pub struct PaidQueue {
     waiting: Mutex<Vec<Paid>>,
-    /// Mirror transactions whose COMMIT is under way.
+    /// Mirror transactions whose COMMIT is under way, and batches that are being cleared.
     pub carrying: AtomicI64,
 }
 
@@ -84,6 +92,13 @@ impl Cancels {
         lock(&self.targets).remove(client);
     }
 
+    /// Server processes on that side that serve our clients.
+    pub fn pids(&self, side: Side) -> Vec<i32> {
+        let targets = lock(&self.targets);
+        let of_side = targets.values().filter(|(known, ..)| *known == side);
+        of_side.filter_map(|(_, _, key)| Some(i32::from_be_bytes(key.get(..4)?.try_into().ok()?))).collect()
+    }
+
     /// Where a CancelRequest with this key goes.
     pub fn get(&self, client: &Bytes) -> Option<(Side, Address, Bytes)> {
         lock(&self.targets).get(client).cloned()
@@ -98,6 +113,10 @@ pub struct Shared {
     pub world: ArcSwap<World>,
     /// Where transactions wait while the phase moves.
     pub gate: Arc<Gate>,
+    /// Where transactions on databases that do not migrate pass: no move concerns them, only the end of the proxy.
+    pub aside: Arc<Gate>,
+    /// Sessions that wait for their clients are called to look around.
+    pub calls: tokio::sync::watch::Sender<()>,
     /// Each side as mirror.
     pub health: Sides<Health>,
     /// Debts that wait for a flush.
@@ -134,6 +153,11 @@ impl Shared {
         self.next_debt.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// Calls every session: the world is another, or the gate is shut.
+    pub fn call(&self) {
+        self.calls.send_replace(());
+    }
+
     /// The configuration of that side.
     pub fn database(config: &Config, side: Side) -> &Database {
         match side {
@@ -149,13 +173,15 @@ pub struct Worker {
     pub shared: Arc<Shared>,
     /// Sessions on each side as mirror.
     pub pools: Sides<Rc<Pool>>,
+    /// Of its sessions.
+    pub bells: Bells,
 }
 
 impl Worker {
     /// With so many mirror sessions at most on each side.
     pub fn new(shared: Arc<Shared>, connections: usize) -> Worker {
         let pools = Sides { old: Pool::new(Side::Old, connections), new: Pool::new(Side::New, connections) };
-        Worker { shared, pools }
+        Worker { shared, pools, bells: Bells::default() }
     }
 }
 

@@ -60,8 +60,9 @@ const TEXT_SEND: &[&str] =
     &["textsend", "varcharsend", "bpcharsend", "namesend", "json_send", "enum_send", "citextsend"];
 
 /// Types that travel as text, which depends on no setting (regclass: as `plan::splice` spells it).
+/// tsquery: its receive function refuses what its send function makes of an empty one.
 const AS_TEXT: &[&str] =
-    &["xml", "regclass", "regrole", "regnamespace", "aclitem", "seg", "query_int", "lquery", "ltxtquery"];
+    &["xml", "tsquery", "regclass", "regrole", "regnamespace", "aclitem", "seg", "query_int", "lquery", "ltxtquery"];
 
 /// Types whose binary form is an OID of the server, and whose text depends on search_path.
 const BY_OID: &[&str] =

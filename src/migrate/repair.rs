@@ -278,7 +278,7 @@ impl Repair {
                 ledger.tokens.insert(token, Unpaid::Busy);
                 continue;
             }
-            let paid = tokens::pay(&mut self.pair, &self.catalog, token, &rows).await;
+            let paid = tokens::pay(&mut self.pair, &self.catalog, (entry.id, token), &rows).await;
             if paid.is_err() {
                 self.pair.abandon().await;
             }

@@ -15,15 +15,26 @@ use crate::catalog::Catalog;
 use crate::ledger::debts::{Debt, Values};
 
 /// Inserts a transaction's rows (table's number, values in the order of its columns, as the authority has them) unless its token is
-/// there already. Returns how many were inserted. Commits without a flush.
+/// there already, or ledger row `id` has been cleared. Returns how many were inserted. Commits without a flush.
 pub(crate) async fn pay(
     pair: &mut Pair,
     catalog: &Catalog,
-    token: [u8; 16],
+    (id, token): (i64, [u8; 16]),
     rows: &[(u32, &Values)],
 ) -> Result<u64, Error> {
     pair.mirror.batch("beginning", "BEGIN").await?;
-    let inserted = if claim(&mut pair.mirror, token).await? { insert(pair, catalog, rows).await? } else { 0 };
+    if !claim(&mut pair.mirror, token).await? {
+        pair.mirror.batch("committing", "COMMIT").await?;
+        return Ok(0);
+    }
+    // No token: nobody has paid yet, or somebody has since the ledger was read, and has cleared the debt and then removed the token. The ledger
+    // as it is now tells.
+    let text = "SELECT EXISTS (SELECT FROM crossfade.ledger WHERE id = $1)";
+    if !pair.authority.rows("looking for a debt", text, &[&id]).await?[0].get::<_, bool>(0) {
+        pair.mirror.batch("rolling back", "ROLLBACK").await?;
+        return Ok(0);
+    }
+    let inserted = insert(pair, catalog, rows).await?;
     pair.mirror.batch("committing", "COMMIT").await?;
     Ok(inserted)
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::flight::Step;
+use super::flight::{Step, flights};
 use crate::auth::Credentials;
 use crate::backend::connect::{self, ConnectError};
 use crate::catalog::Table;
@@ -186,6 +186,20 @@ impl MirrorConn {
     /// Executes steps in this session's transaction and waits until all were executed. Nothing is committed.
     /// On an error the transaction is over, and nothing of it stays.
     pub async fn execute(&mut self, steps: &[Step], token: Option<[u8; 16]>, timeout: Duration) -> Result<(), Failure> {
+        let mut token = token;
+        for steps in flights(steps) {
+            // The token goes with the first of them; without any step it goes alone.
+            self.execute_flight(steps, token.take(), timeout).await?;
+        }
+        Ok(())
+    }
+
+    async fn execute_flight(
+        &mut self,
+        steps: &[Step],
+        token: Option<[u8; 16]>,
+        timeout: Duration,
+    ) -> Result<(), Failure> {
         let mut awaited = Vec::with_capacity(steps.len() + 1);
         for (number, step) in steps.iter().enumerate() {
             self.put_step(number, step, &mut awaited);
@@ -343,7 +357,8 @@ impl MirrorConn {
         if tag == b'E' {
             let error = frame::server_error(&payload);
             // A statement that failed to parse is not there, and neither are those parsed behind it in this flight.
-            self.forget().await?;
+            let forgotten = tokio::time::timeout(timeout, self.forget()).await;
+            forgotten.map_err(|_| Failure::Timeout(timeout))??;
             return Err(Failure::Refused(error));
         }
         Ok((tag, payload))

@@ -110,6 +110,35 @@ fn in_order(ops: Vec<Op>, steps: &mut Vec<Step>) {
     }
 }
 
+/// The steps in flights, each to be executed whole (deletes that found too few rows done again) before the next one begins. At least one.
+///
+/// A delete is done again behind the other steps of its flight. It must not come behind one that puts the key there again: a TRUNCATE
+/// and what follows it, or, where equal keys may differ in bytes, any later write.
+pub fn flights(steps: &[Step]) -> Vec<&[Step]> {
+    let mut flights = Vec::new();
+    let mut from = 0;
+    for (at, step) in steps.iter().enumerate() {
+        if let Step::Delete(table, _) = step
+            && steps[at + 1..].iter().any(|later| may_bring_back(later, table))
+        {
+            flights.push(&steps[from..=at]);
+            from = at + 1;
+        }
+    }
+    flights.push(&steps[from..]);
+    flights
+}
+
+fn may_bring_back(later: &Step, table: &Table) -> bool {
+    match later {
+        Step::Truncate(tables) => tables.iter().any(|truncated| truncated.number == table.number),
+        Step::Upsert(written, _) | Step::Insert(written, _) => {
+            written.number == table.number && !table.key.as_ref().is_some_and(|key| key.bytewise)
+        }
+        Step::Delete(..) => false,
+    }
+}
+
 /// The debts of a transaction, bounded: past `limit` bytes those of a table collapse into the whole table.
 #[derive(Debug)]
 pub struct Debts {
@@ -210,4 +239,47 @@ impl Debts {
 
 fn size_of(values: &Values) -> usize {
     16 + values.iter().flatten().map(|value| value.len() + 32).sum::<usize>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::Key;
+
+    fn table(number: u32, bytewise: bool) -> Arc<Table> {
+        let key = Key { columns: vec![], deferrable: Default::default(), bytewise, equals: Default::default() };
+        Arc::new(Table {
+            number,
+            schema: Default::default(),
+            name: Default::default(),
+            oid: Default::default(),
+            partitions: Default::default(),
+            columns: vec![],
+            order: Default::default(),
+            key: Some(key),
+            effects: Default::default(),
+            row_security: Default::default(),
+            rules: Default::default(),
+            opaque: None,
+            truncate_cascade: Default::default(),
+        })
+    }
+
+    fn lengths(steps: &[Step]) -> Vec<usize> {
+        flights(steps).iter().map(|flight| flight.len()).collect()
+    }
+
+    #[test]
+    fn a_delete_is_not_done_again_behind_what_brings_the_key_back() {
+        let delete = |table: &Arc<Table>| Step::Delete(table.clone(), vec![]);
+        let upsert = |table: &Arc<Table>| Step::Upsert(table.clone(), vec![]);
+        let (plain, folding, other) = (table(1, true), table(2, false), table(3, true));
+        let truncate = Step::Truncate(Arc::new(vec![plain.clone()]));
+        assert_eq!(lengths(&[]), [0], "a token alone is a flight, too");
+        assert_eq!(lengths(&[delete(&plain), upsert(&plain)]), [2], "distinct keys: one flight");
+        assert_eq!(lengths(&[delete(&folding), upsert(&folding)]), [1, 1]);
+        assert_eq!(lengths(&[upsert(&folding), delete(&folding), upsert(&other)]), [3]);
+        assert_eq!(lengths(&[delete(&plain), truncate.clone(), upsert(&plain)]), [1, 2]);
+        assert_eq!(lengths(&[delete(&other), truncate, upsert(&plain)]), [3]);
+    }
 }

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use notify::Watcher;
 use tokio::sync::{mpsc, watch};
@@ -15,7 +16,7 @@ use crate::migrate::repair::Repair;
 use crate::migrate::{self, Pair};
 use crate::phase::Side;
 use crate::shared::{Paid, Shared, World, lock};
-use crate::switch::mover;
+use crate::switch::mover::{self, Stays};
 
 /// How often debts that were paid are cleared.
 const CLEAR: Duration = Duration::from_millis(200);
@@ -26,6 +27,9 @@ const MOVE_HELD: Duration = Duration::from_secs(30);
 
 /// How often debts that are owed are looked for.
 const REPAIR: Duration = Duration::from_secs(1);
+
+/// How often tokens that no debt needs any more are removed.
+const SWEEP: Duration = Duration::from_secs(60);
 
 /// SIGHUP reads the file again, SIGTERM and SIGINT drain, the second of them ends at once.
 pub fn signals(stop: watch::Sender<Stop>, path: PathBuf, shared: Arc<Shared>) {
@@ -51,7 +55,7 @@ fn further(stop: &watch::Sender<Stop>) {
 }
 
 /// Starts all jobs.
-pub fn start(shared: &Arc<Shared>, path: PathBuf) {
+pub fn start(shared: &Arc<Shared>) {
     tokio::spawn(clear(shared.clone()));
     tokio::spawn(repair(shared.clone()));
     for side in Side::BOTH {
@@ -59,7 +63,6 @@ pub fn start(shared: &Arc<Shared>, path: PathBuf) {
     }
     tokio::spawn(refresh(shared.clone()));
     tokio::spawn(observe(shared.clone()));
-    tokio::spawn(follow(shared.clone(), path));
     tokio::spawn(move_phase(shared.clone()));
 }
 
@@ -95,15 +98,21 @@ async fn clear(shared: Arc<Shared>) {
     let mut hands = Hands::default();
     loop {
         tokio::time::sleep(CLEAR).await;
-        let paid = shared.paid.take();
-        if paid.is_empty() {
-            continue;
-        }
-        if let Err((rest, error)) = clear_batch(&shared, &mut hands, paid).await {
+        // While a batch is under way the queue is not empty: the end of the proxy waits for it.
+        shared.paid.carrying.fetch_add(1, Ordering::SeqCst);
+        let cleared = match shared.paid.take() {
+            paid if paid.is_empty() => Ok(()),
+            paid => clear_batch(&shared, &mut hands, paid).await,
+        };
+        let failed = cleared.is_err();
+        if let Err((rest, error)) = cleared {
             debug!(%error, "debts could not be cleared yet");
             hands.open = None;
             // They may be cleared by any later flush in the same incarnation.
             rest.into_iter().for_each(|paid| shared.paid.push(paid));
+        }
+        shared.paid.carrying.fetch_sub(1, Ordering::SeqCst);
+        if failed {
             tokio::time::sleep(CLEAR * 2).await;
         }
     }
@@ -139,6 +148,7 @@ fn uuid(bytes: [u8; 16]) -> String {
 /// Pays what is owed.
 async fn repair(shared: Arc<Shared>) {
     let mut worker: Option<(u64, Repair)> = None;
+    let mut swept: Option<Instant> = None;
     loop {
         tokio::select! {
             () = shared.owed.notified() => {}
@@ -172,6 +182,18 @@ async fn repair(shared: Arc<Shared>) {
             Err(error) => {
                 debug!(%error, "repair was interrupted");
                 worker = None;
+                continue;
+            }
+        }
+        if swept.is_none_or(|at| at.elapsed() > SWEEP) {
+            swept = Some(Instant::now());
+            match migrate::tokens::sweep(&mut repair.pair).await {
+                Ok(0) => {}
+                Ok(tokens) => debug!(tokens, "tokens that no debt needs any more were removed"),
+                Err(error) => {
+                    debug!(%error, "tokens could not be swept");
+                    worker = None;
+                }
             }
         }
     }
@@ -331,7 +353,7 @@ async fn read_debts(
 }
 
 /// Follows the file: an edit in place, a rename over it, a symbolic link that changes (ConfigMaps).
-async fn follow(shared: Arc<Shared>, path: PathBuf) {
+pub async fn follow(shared: Arc<Shared>, path: PathBuf) {
     let (sender, mut events) = mpsc::unbounded_channel();
     let watcher = notify::recommended_watcher(move |_| {
         let _ = sender.send(());
@@ -343,9 +365,12 @@ async fn follow(shared: Arc<Shared>, path: PathBuf) {
     {
         warn!(%error, "the file's folder cannot be watched; it is looked at every second");
     }
-    let mut last = std::fs::read(&path).ok();
+    // Whatever was written since the file was read at the start is seen at once.
+    let mut last = None;
+    let mut first = true;
     loop {
         tokio::select! {
+            () = std::future::ready(()), if std::mem::take(&mut first) => {}
             _ = events.recv(), if watcher.is_some() => tokio::time::sleep(Duration::from_millis(20)).await,
             () = tokio::time::sleep(Duration::from_secs(1)) => {}
         }
@@ -390,10 +415,9 @@ async fn move_phase(shared: Arc<Shared>) {
                     *lock(&shared.waiting) = None;
                     continue;
                 }
-                Err(error) => {
+                Err(Stays { error, held }) => {
                     // A move that held clients in vain must not hold them again and again.
-                    pause =
-                        if error.held_clients() { (pause * 2).max(MOVE_HELD).min(MOVE_HELD * 8) } else { MOVE_AGAIN };
+                    pause = if held { (pause * 2).max(MOVE_HELD).min(MOVE_HELD * 8) } else { MOVE_AGAIN };
                     let error = error.to_string();
                     *lock(&shared.waiting) = Some(error.clone());
                     if error != said {

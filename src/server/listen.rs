@@ -23,6 +23,9 @@ use crate::wire::frame::Report;
 use crate::wire::startup::{Accepted, Startup, accept};
 use crate::wire::tls::ServerTls;
 
+/// How long the end waits for what is bounded neither by clients nor by us.
+const FAREWELL: Duration = Duration::from_secs(5);
+
 /// The certificate for clients, if the file names one.
 pub fn tls(config: &Config) -> Result<Option<Arc<ServerTls>>, RunError> {
     match &config.tls {
@@ -117,18 +120,40 @@ pub async fn serve(
     drop(listener);
     shared.ready.store(false, Ordering::SeqCst);
     info!("no new clients are served; transactions under way may end");
-    shared.gate.close();
-    let ended = async {
-        shared.gate.drained().await;
-        while !shared.paid.is_empty() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
+    shared.gate.shut();
+    shared.aside.shut();
+    shared.call();
     tokio::select! {
-        () = ended => {}
+        () = drained(&shared) => {}
         _ = stopping.wait_for(|stop| *stop == Stop::Now) => {}
     }
     Ok(())
+}
+
+/// Transactions have ended, sessions have said goodbye, and what was answered by the mirror is cleared. The last two are bounded: a client
+/// may not read, the mirror may be down, and debts that stay in the ledger are paid after the next start.
+async fn drained(shared: &Shared) {
+    shared.gate.drained().await;
+    shared.aside.drained().await;
+    let rest = async {
+        while shared.metrics.clients.get() > 0 || !shared.paid.is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let _ = tokio::time::timeout(FAREWELL, rest).await;
+}
+
+/// Calls one thread's sessions, whenever there is a reason. Each that moves to another authority logs in there: not all at once.
+async fn call(worker: Rc<Worker>) {
+    let mut calls = worker.shared.calls.subscribe();
+    while calls.changed().await.is_ok() {
+        for bell in worker.bells.hanging() {
+            bell.ring();
+            if !worker.shared.gate.is_shut() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+    }
 }
 
 fn thread(
@@ -144,6 +169,7 @@ fn thread(
         let local = tokio::task::LocalSet::new();
         let worker = Rc::new(Worker::new(shared, mirrors));
         runtime.block_on(local.run_until(async move {
+            tokio::task::spawn_local(call(worker.clone()));
             while let Some(stream) = streams.recv().await {
                 let (worker, tls, counts) = (worker.clone(), tls.clone(), counts.clone());
                 tokio::task::spawn_local(async move {
@@ -209,9 +235,7 @@ async fn client(worker: Rc<Worker>, tcp: TcpStream, tls: Option<Arc<ServerTls>>,
 /// What this phase does not offer.
 fn unsuited(shared: &Shared, config: &Config, startup: &Startup) -> Option<Report> {
     let phase = shared.world.load().phase;
-    let replication =
-        startup.parameter("replication").is_some_and(|value| !matches!(&value[..], b"false" | b"off" | b"no" | b"0"));
-    if replication && phase != crate::phase::Phase::Old {
+    if crate::session::replicates(&startup.parameters) && phase != crate::phase::Phase::Old {
         return Some(Report::fatal(
             "0A000",
             format!("replication connections are not served in phase {phase}"),

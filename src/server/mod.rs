@@ -20,7 +20,7 @@ use crate::metrics::Metrics;
 use crate::migrate;
 use crate::phase::{Phase, Side};
 use crate::plan::cache::Plans;
-use crate::shared::{Cancels, PaidQueue, Shared, World};
+use crate::shared::{Cancels, PaidQueue, Shared, World, lock};
 use crate::switch::gate::Gate;
 use crate::switch::mover::{self, MoveError};
 use crate::switch::rows::{self, Holds, Verdict};
@@ -77,10 +77,12 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
         tokio::spawn(http::serve(admin, shared.clone(), stopping.clone()));
     }
     jobs::signals(stop.clone(), path.to_owned(), shared.clone());
+    // Before anything is known of the databases: a wrong address in the file can be mended.
+    tokio::spawn(jobs::follow(shared.clone(), path.to_owned()));
     if !settle_phase(&shared, stopping.clone()).await {
         return Ok(());
     }
-    jobs::start(&shared, path.to_owned());
+    jobs::start(&shared);
     listen::serve(listener, tls, shared, stopping).await
 }
 
@@ -92,6 +94,8 @@ fn share(config: Config) -> Result<Shared, RunError> {
         config: ArcSwap::from_pointee(config),
         world: ArcSwap::from_pointee(world),
         gate: Arc::new(Gate::default()),
+        aside: Arc::new(Gate::default()),
+        calls: tokio::sync::watch::Sender::new(()),
         health: Sides::default(),
         paid: PaidQueue::default(),
         metrics: Metrics::new()?,
@@ -113,8 +117,14 @@ fn share(config: Config) -> Result<Shared, RunError> {
 async fn settle_phase(shared: &Arc<Shared>, mut stopping: watch::Receiver<Stop>) -> bool {
     loop {
         match learn(shared).await {
-            Ok(()) => return true,
-            Err(error) => warn!(%error, "the phase that holds is not known yet; clients wait"),
+            Ok(()) => {
+                *lock(&shared.waiting) = None;
+                return true;
+            }
+            Err(error) => {
+                warn!(%error, "the phase that holds is not known yet; clients wait");
+                *lock(&shared.waiting) = Some(format!("the phase that holds is not known yet: {error}"));
+            }
         }
         tokio::select! {
             () = tokio::time::sleep(Duration::from_secs(1)) => {}
@@ -135,7 +145,12 @@ async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
     let verdict = rows::judge(old_row.flatten(), new_row.flatten());
     let holds = match verdict {
         // Without a word from old nothing is known: a row there may point anywhere.
-        Verdict::Fresh if old_row.is_none() => return Err(MoveError::Closed("old cannot be reached".into())),
+        Verdict::Fresh if old_row.is_none() => {
+            return Err(match old {
+                Err(error) => error.into(),
+                Ok(_) => MoveError::Closed("old cannot be reached".into()),
+            });
+        }
         Verdict::Fresh => Holds { epoch: 0, phase: Phase::Old },
         Verdict::Holds(holds) => holds,
         Verdict::Unclaimed(holds) => {

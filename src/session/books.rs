@@ -29,11 +29,15 @@ pub enum There {
     Plain,
     /// The text with this splice.
     Spliced(String),
+    /// Unknown: what was to replace it has failed.
+    Unknown,
 }
 
 /// A portal of the client.
 #[derive(Clone, Debug)]
 pub struct Portal {
+    /// Its number in this session: a name may be used again.
+    pub number: u64,
     /// The statement's plan; None in phases without a mirror.
     pub planned: Option<Arc<Planned>>,
     /// The hidden column comes in binary.
@@ -80,7 +84,7 @@ impl Settings {
 
     /// Every word with a dot in a statement that sets something may be a custom setting: asking for one too many costs nothing.
     fn collect(&mut self, text: &[u8]) {
-        let text = String::from_utf8_lossy(&text[..text.len().min(64 * 1024)]);
+        let text = String::from_utf8_lossy(&text[..text.len().min(64 * 1024)]).replace('"', "");
         let words = text.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == '.' || c == '$'));
         let dotted =
             words.filter(|word| word.contains('.') && !word.starts_with(|c: char| c.is_ascii_digit() || c == '.'));
@@ -103,9 +107,13 @@ mod tests {
         let mut settings = Settings::default();
         settings.glance(b" SET app.user_id = '7'");
         settings.glance(b"select set_config('My.Tenant', $1, false)");
+        settings.glance(b"SET \"app\".\"user\" TO 'x'");
         settings.glance(b"SELECT a.b FROM a");
         settings.glance(b"set role admin");
-        assert_eq!(settings.custom.iter().map(String::as_str).collect::<Vec<_>>(), ["app.user_id", "my.tenant"]);
+        assert_eq!(
+            settings.custom.iter().map(String::as_str).collect::<Vec<_>>(),
+            ["app.user", "app.user_id", "my.tenant"]
+        );
         assert!(settings.role_changed && !settings.sql_prepared);
     }
 }

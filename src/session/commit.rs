@@ -22,6 +22,9 @@ use crate::wire::frame::{self, Report};
 const OWE_TYPES: [u32; 7] = [20, 20, 23, 20, 2950, 17, 25];
 pub(super) const OWE_NAME: &[u8] = b"crossfade_owe";
 const OWE: &[u8] = b"SELECT crossfade.owe($1, $2, $3, $4, $5, $6, $7)";
+pub(super) const TAINT_NAME: &[u8] = b"crossfade_taint";
+const TAINT: &[u8] = b"SELECT crossfade.owe($1, NULL, NULL, NULL, NULL, $2, $3) \
+    WHERE pg_catalog.pg_current_xact_id_if_assigned() IS NOT NULL";
 
 /// While the proxy holds a transaction for longer than this, the server is kept from taking it for idle.
 const BUSY: Duration = Duration::from_millis(5);
@@ -176,6 +179,9 @@ impl Session {
     /// Images to the mirror, executed and awaited; then the debts into the authority's flight. COMMIT follows in the same flight.
     async fn before_commit(&mut self) -> Result<Before, End> {
         self.kept = Kept::default();
+        for cut in std::mem::take(&mut self.suspended).into_values() {
+            self.lost(&cut.capture.tables, "suspended");
+        }
         if self.status == b'E' {
             return Ok(Before::Ready(None));
         }
@@ -222,9 +228,17 @@ impl Session {
         if !taints.is_empty() {
             let reason = self.writes.reason.unwrap_or("opaque");
             let id = self.shared.debt_id();
-            self.put_owe(id, None, None, &taints, Some(reason));
+            self.put_taint(id, &taints, reason);
         }
         id
+    }
+
+    /// Taints, unless the transaction has written nothing at all: a volatile function may have only looked, and a read-only transaction
+    /// could not take the debt.
+    fn put_taint(&mut self, id: i64, taints: &[u8], reason: &'static str) {
+        let id = id.to_be_bytes();
+        let values = [Some(&id[..]), Some(taints), Some(reason.as_bytes())];
+        self.put_ours(TAINT_NAME, TAINT, &[20, 17, 25], &values, To::Us);
     }
 
     fn put_owe(&mut self, id: i64, xid: Option<i64>, backend: Option<Backend>, debts: &[u8], reason: Option<&str>) {
@@ -490,7 +504,6 @@ async fn commit_mirror(shared: std::sync::Arc<Shared>, mut lease: Box<Lease>, ca
         lease.conn.committed().await
     })
     .await;
-    shared.paid.carrying.fetch_sub(1, Ordering::SeqCst);
     match committed {
         Ok(Ok(())) => {
             shared.paid.push(Paid { id, incarnation: carrier.backend.incarnation });
@@ -505,4 +518,6 @@ async fn commit_mirror(shared: std::sync::Arc<Shared>, mut lease: Box<Lease>, ca
             shared.owed.notify_one();
         }
     }
+    // Last: whoever sees that nothing is carried finds the debt in the queue.
+    shared.paid.carrying.fetch_sub(1, Ordering::SeqCst);
 }

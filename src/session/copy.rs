@@ -56,7 +56,7 @@ fn places(copy: &CopyIn, side: Side) -> Option<Vec<Option<usize>>> {
 
 impl Session {
     /// How the rows of a COPY are captured; None: they are not.
-    pub(super) fn copying(&self, planned: &Planned, text: &[u8]) -> Option<Copying> {
+    fn copying(&self, planned: &Planned, text: &[u8]) -> Option<Copying> {
         let Plan::Copy(copy) = &planned.plan else { return None };
         let form = form(text)?;
         if form != Form::Binary && !encoding_is_plain(&self.settings.client_encoding) {
@@ -75,7 +75,7 @@ impl Session {
         if planned.facts.verb != Verb::CopyFromStdin {
             return self.settle().await;
         }
-        self.copy_data(planned, text).await?;
+        self.settle_copy(planned, text).await?;
         if self.queue.skipping() {
             // Fetching images has failed: the Query has.
             frame::sync(&mut self.server.out);
@@ -86,76 +86,82 @@ impl Session {
     }
 
     /// The client's data, then the images of its rows.
-    async fn copy_data(&mut self, planned: &Planned, text: &[u8]) -> Result<(), End> {
-        let mut copying = self.copying(planned, text);
-        self.copy_through(copying.as_mut()).await?;
+    async fn settle_copy(&mut self, planned: &Planned, text: &[u8]) -> Result<(), End> {
+        self.copying = self.copying(planned, text);
+        let outcome = self.settle().await;
+        let copying = self.copying.take();
+        outcome?;
         match copying {
             Some(copying) if self.held.complete.is_some() && !self.held.failed => self.fetch(copying).await,
             _ => Ok(()),
         }
     }
 
-    /// Passes the client's data on until the server has answered the COPY.
-    async fn copy_through(&mut self, mut copying: Option<&mut Copying>) -> Result<(), End> {
-        self.copy_in = false;
-        let mut rest = 0;
-        let mut sent = false;
-        if self.queue.needs_flush() {
-            frame::flush(&mut self.server.out);
+    /// The server waits for COPY data: what the client has sent of it is passed on, and more is awaited.
+    pub(super) async fn copy_data(&mut self) -> Result<(), End> {
+        let mut starved = false;
+        while self.queue.copying() && !starved && self.server.out.len() < self.limit {
+            starved = !self.copy_piece()?;
         }
-        loop {
-            self.replies()?;
-            if self.queue.is_empty() {
-                // The server passes over data that comes behind an error.
-                self.from_client = rest;
-                return Ok(());
+        if starved && self.client.closed {
+            return Err(End::Client);
+        }
+        if self.queue.copying() { self.drive().await } else { Ok(()) }
+    }
+
+    /// Passes on one message to a server that reads COPY data, or what is there of it. False: more bytes are needed.
+    fn copy_piece(&mut self) -> Result<bool, End> {
+        if self.from_client > 0 {
+            let count = self.from_client.min(self.client.inb.len());
+            if let Some(copying) = &mut self.copying {
+                copying.stream.feed(&self.client.inb[..count]);
             }
-            let mut any = false;
-            while self.copy_in && !sent && self.server.out.len() < self.limit {
-                if rest > 0 {
-                    let count = rest.min(self.client.inb.len());
-                    if let Some(copying) = &mut copying {
-                        copying.stream.feed(&self.client.inb[..count]);
-                    }
-                    pass(&mut self.client.inb, &mut self.server.out, count);
-                    rest -= count;
-                    any |= count > 0;
-                    if rest > 0 {
-                        break;
-                    }
+            pass(&mut self.client.inb, &mut self.server.out, count);
+            self.from_client -= count;
+            return Ok(count > 0);
+        }
+        let Some(head) = frame::head(&self.client.inb)? else { return Ok(false) };
+        if head.tag == b'd' {
+            pass(&mut self.client.inb, &mut self.server.out, HEAD);
+            self.from_client = head.total - HEAD;
+            return Ok(true);
+        }
+        if self.client.inb.len() < head.total {
+            self.needed = head.total;
+            return Ok(false);
+        }
+        self.needed = 0;
+        match head.tag {
+            b'X' => return Err(End::Client),
+            // The server would pass over Flush and Sync here; but where it has failed meanwhile it would answer the Sync.
+            b'H' | b'S' => self.client.inb.advance(head.total),
+            tag => {
+                pass(&mut self.client.inb, &mut self.server.out, head.total);
+                if matches!(tag, b'c' | b'f') {
+                    self.queue.copy_end();
+                    // A Flush from before was passed over.
+                    frame::flush(&mut self.server.out);
                 }
-                let Some(head) = frame::head(&self.client.inb)? else { break };
-                match head.tag {
-                    b'd' => {
-                        pass(&mut self.client.inb, &mut self.server.out, HEAD);
-                        rest = head.total - HEAD;
-                    }
-                    _ if self.client.inb.len() < head.total => {
-                        self.needed = head.total;
-                        break;
-                    }
-                    // The server would pass over Flush and Sync here.
-                    b'H' | b'S' => self.client.inb.advance(head.total),
-                    b'X' => return Err(End::Client),
-                    // CopyDone, CopyFail, or what makes the server fail the COPY.
-                    _ => {
-                        pass(&mut self.client.inb, &mut self.server.out, head.total);
-                        frame::flush(&mut self.server.out);
-                        sent = true;
-                    }
-                }
-                any = true;
             }
-            if !any {
-                if self.client.closed && !sent {
+        }
+        Ok(true)
+    }
+
+    /// The rest of a CopyData of which the server has the head: the COPY has failed, and nothing of ours may come in between.
+    pub(super) async fn copy_rest(&mut self) -> Result<(), End> {
+        while self.from_client > 0 {
+            let count = self.from_client.min(self.client.inb.len());
+            pass(&mut self.client.inb, &mut self.server.out, count);
+            self.from_client -= count;
+            if self.from_client > 0 {
+                if self.client.closed && count == 0 {
                     return Err(End::Client);
                 }
-                match sent {
-                    true => self.drive_server().await?,
-                    false => self.drive().await?,
-                }
+                self.drive().await?;
+                self.replies()?;
             }
         }
+        Ok(())
     }
 
     /// The images of the rows whose keys the stream has shown.
@@ -233,7 +239,7 @@ impl Session {
         if self.queue.skipping() {
             return Ok(());
         }
-        self.copy_data(planned, text).await?;
+        self.settle_copy(planned, text).await?;
         if let Some(complete) = self.held.complete.take() {
             self.client.out.extend_from_slice(&complete);
         }

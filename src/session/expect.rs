@@ -3,6 +3,9 @@
 use std::collections::VecDeque;
 use std::rc::Rc;
 
+use bytes::Bytes;
+
+use super::books::Prepared;
 use crate::plan::Capture;
 use crate::wire::frame::Report;
 
@@ -25,6 +28,8 @@ pub enum Kind {
     Query,
     /// FunctionCall.
     Call,
+    /// CopyDone or CopyFail: nothing is owed for it; it marks how far a COPY's data may reach.
+    CopyEnd,
 }
 
 /// Where the reply goes.
@@ -91,7 +96,7 @@ pub struct Cut {
 }
 
 /// What a statement changes in our own books once the server says that it is complete.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub enum Done {
     /// Nothing.
     Nothing,
@@ -112,6 +117,10 @@ pub enum Done {
     Truncate(std::sync::Arc<Vec<std::sync::Arc<crate::catalog::Table>>>),
     /// DEALLOCATE of one, or of all (DISCARD ALL too).
     Deallocate(Option<Vec<u8>>),
+    /// Rows of a captured write's portal, by its number, that may be limited.
+    Fetched(u64),
+    /// Parse of a client's statement: what our books hold if it fails or is passed over.
+    Parse(Bytes, Option<Box<Prepared>>),
     /// A statement of ours is prepared, unless the server passes over it.
     Ours(&'static [u8]),
 }
@@ -147,6 +156,8 @@ pub struct Queue {
     owed: VecDeque<Expected>,
     /// After an error in the extended protocol the server passes over everything up to the next Sync: nothing is owed for it.
     skipping: bool,
+    /// The server reads COPY data, and CopyDone was not sent yet.
+    copying: bool,
 }
 
 impl Queue {
@@ -160,15 +171,19 @@ impl Queue {
         self.skipping
     }
 
-    /// A message was sent.
-    pub fn push(&mut self, expected: Expected) {
+    /// A message was sent. Gives it back where the server passes over it.
+    pub fn push(&mut self, expected: Expected) -> Option<Expected> {
+        if self.copying && expected.kind == Kind::Sync {
+            return Some(expected);
+        }
         if self.skipping {
             if expected.kind != Kind::Sync {
-                return;
+                return Some(expected);
             }
             self.skipping = false;
         }
         self.owed.push_back(expected);
+        None
     }
 
     /// Whose reply comes next.
@@ -178,20 +193,15 @@ impl Queue {
 
     /// The first reply has come whole.
     pub fn pop(&mut self) -> Option<Expected> {
-        self.owed.pop_front()
+        let first = self.owed.pop_front();
+        self.trim();
+        first
     }
 
-    /// An error came. In the extended protocol nothing more is owed up to the next Sync. Gives what failed, and what is passed over with it.
-    pub fn fail(&mut self) -> Option<(Expected, Vec<Expected>)> {
-        let failed = self.owed.front()?.clone();
-        let mut passed = Vec::new();
-        if !matches!(failed.kind, Kind::Query | Kind::Call | Kind::Sync) {
-            while self.owed.front().is_some_and(|e| e.kind != Kind::Sync) {
-                passed.extend(self.owed.pop_front());
-            }
-            self.skipping = self.owed.is_empty();
+    fn trim(&mut self) {
+        while self.owed.front().is_some_and(|owed| owed.kind == Kind::CopyEnd) {
+            self.owed.pop_front();
         }
-        Some((failed, passed))
     }
 
     /// The end of a transaction is under way: what holds behind it is known only when it was answered.
@@ -199,12 +209,47 @@ impl Queue {
         self.owed.iter().any(|owed| matches!(owed.done, Done::End { .. }))
     }
 
-    /// The server has begun to read COPY data for the first Execute: it passes over Sync (and Flush) that were sent before CopyDone.
+    /// An error came. In the extended protocol nothing more is owed up to the next Sync. Gives what failed, and behind it what is passed over.
+    pub fn fail(&mut self) -> Vec<Expected> {
+        self.copying = false;
+        let Some(failed) = self.owed.front() else { return Vec::new() };
+        if matches!(failed.kind, Kind::Query | Kind::Call | Kind::Sync) {
+            return vec![failed.clone()];
+        }
+        let upto = self.owed.iter().position(|e| e.kind == Kind::Sync).unwrap_or(self.owed.len());
+        let failed = self.owed.drain(..upto).collect();
+        self.skipping = self.owed.is_empty();
+        failed
+    }
+
+    /// The server has begun to read COPY data for the first message: it passes over Sync (and Flush) up to CopyDone or CopyFail.
     pub fn copy_in(&mut self) {
-        if self.owed.front().is_some_and(|e| e.kind == Kind::Execute) {
-            while self.owed.get(1).is_some_and(|e| e.kind == Kind::Sync) {
-                self.owed.remove(1);
+        let mut at = 1;
+        loop {
+            match self.owed.get(at).map(|owed| owed.kind) {
+                Some(Kind::Sync) => drop(self.owed.remove(at)),
+                Some(Kind::CopyEnd) => {
+                    self.owed.remove(at);
+                    return;
+                }
+                Some(_) => at += 1,
+                None => break,
             }
+        }
+        self.copying = true;
+    }
+
+    /// The server reads COPY data, and the client has not ended it.
+    pub fn copying(&self) -> bool {
+        self.copying
+    }
+
+    /// CopyDone or CopyFail was sent.
+    pub fn copy_end(&mut self) {
+        if self.copying {
+            self.copying = false;
+        } else if !self.owed.is_empty() {
+            self.owed.push_back(Expected::client(Kind::CopyEnd));
         }
     }
 
@@ -263,10 +308,10 @@ mod tests {
         use Kind::*;
         let mut q = queue(&[Parse, Bind, Execute, Sync, Bind, Execute, Sync]);
         assert_eq!(q.pop().map(|e| e.kind), Some(Parse));
-        assert_eq!(q.fail().map(|(e, passed)| (e.kind, passed.len())), Some((Bind, 2)));
+        assert_eq!(q.fail().iter().map(|e| e.kind).collect::<Vec<_>>(), [Bind, Execute]);
         assert_eq!(q.len(), 4);
         assert_eq!(q.pop().map(|e| e.kind), Some(Sync));
-        assert_eq!(q.fail().map(|(e, _)| e.kind), Some(Bind));
+        assert_eq!(q.fail().len(), 2);
         assert!(!q.skipping());
     }
 
@@ -276,7 +321,7 @@ mod tests {
         let mut q = queue(&[Parse, Bind]);
         q.fail();
         assert!(q.skipping() && q.is_empty());
-        q.push(Expected::client(Execute));
+        assert!(q.push(Expected::client(Execute)).is_some());
         assert!(q.is_empty());
         q.push(Expected::client(Sync));
         assert_eq!((q.len(), q.skipping()), (1, false));
@@ -285,9 +330,25 @@ mod tests {
     #[test]
     fn a_sync_before_copy_done_is_not_answered() {
         use Kind::*;
+        for kind in [Execute, Query] {
+            let mut q = queue(&[kind, Sync]);
+            q.copy_in();
+            q.push(Expected::client(Sync));
+            assert_eq!(q.len(), 1);
+            q.copy_end();
+            q.push(Expected::client(Sync));
+            assert_eq!(q.len(), 2);
+        }
+        // All sent before the server said that it reads.
         let mut q = queue(&[Execute, Sync]);
-        q.copy_in();
+        q.copy_end();
         q.push(Expected::client(Sync));
+        q.copy_in();
         assert_eq!(q.len(), 2);
+        // No COPY at all: stray messages.
+        let mut q = queue(&[Query]);
+        q.copy_end();
+        q.pop();
+        assert!(q.is_empty());
     }
 }

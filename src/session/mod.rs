@@ -35,6 +35,7 @@ use crate::mirror::pool::Lease;
 use crate::mirror::writes::Writes;
 use crate::phase::Side;
 use crate::shared::{Shared, Worker, World};
+use crate::switch::bell::Bell;
 use crate::switch::gate::Pass;
 use crate::wire::conn::Conn;
 use crate::wire::frame::{self, Report};
@@ -86,6 +87,21 @@ enum Carry {
     GivenUp(&'static str),
 }
 
+/// Why a session takes no part in the migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Aside {
+    /// It is logged in to another database of old.
+    OtherDatabase,
+    /// It is a replication connection; served in phase old only.
+    Replication,
+}
+
+/// The startup packet asks for a replication connection.
+pub fn replicates(parameters: &[(Bytes, Bytes)]) -> bool {
+    let value = parameters.iter().find(|(name, _)| &name[..] == b"replication").map(|(_, value)| value);
+    value.is_some_and(|value| !matches!(&value[..], b"false" | b"off" | b"no" | b"0"))
+}
+
 /// A client's session.
 pub struct Session {
     worker: Rc<Worker>,
@@ -110,6 +126,10 @@ pub struct Session {
     unsynced: bool,
     pass: Option<Pass>,
     world: Arc<World>,
+    aside: Option<Aside>,
+    bell: Rc<Bell>,
+    /// The bell has rung, and the session was not yet free to look up.
+    called: bool,
     /// Bytes of a large frame still to be passed on as they come.
     from_client: usize,
     from_server: usize,
@@ -117,6 +137,10 @@ pub struct Session {
     needed: usize,
     prepared: HashMap<Bytes, Prepared>,
     portals: HashMap<Bytes, Portal>,
+    /// Portals so far.
+    portal_count: u64,
+    /// Captured writes of which rows, and so images, are still to be fetched: by the portal's number.
+    suspended: HashMap<u64, std::rc::Rc<expect::Cut>>,
     writes: Writes,
     debts: Option<Debts>,
     /// The transaction has an opaque statement.
@@ -124,8 +148,8 @@ pub struct Session {
     /// Debts registered for statements that ran outside any block of ours, to be released when the session is at rest.
     registered: Vec<i64>,
     carry: Carry,
-    /// The server reads COPY data.
-    copy_in: bool,
+    /// Reads the keys in the client's COPY data as it passes.
+    copying: Option<copy::Copying>,
     kept: Kept,
     held: Held,
     /// Our own statements that the server session has prepared.
@@ -143,7 +167,14 @@ impl Session {
         login: Login,
     ) -> Result<Session, (Box<crate::wire::startup::Startup>, Report)> {
         let shared = worker.shared.clone();
-        let world = shared.world.load_full();
+        let aside = if replicates(&startup.parameters) {
+            Some(Aside::Replication)
+        } else {
+            let migrates = login.database == shared.config.load().old.database.as_bytes();
+            (!migrates).then_some(Aside::OtherDatabase)
+        };
+        // Another database has no part in any phase: for it, it is phase old for ever.
+        let world = if aside.is_some() { Arc::new(World::default()) } else { shared.world.load_full() };
         let side = world.phase.authority();
         let connected = match carry::connect(&shared, side, &login, &startup.parameters, startup.minor).await {
             Ok(connected) => connected,
@@ -168,17 +199,23 @@ impl Session {
             unsynced: false,
             pass: None,
             world,
+            aside,
+            bell: worker.bells.hang(),
+            // Whatever has changed since `world` was read.
+            called: true,
             from_client: 0,
             from_server: 0,
             needed: 0,
             prepared: HashMap::new(),
             portals: HashMap::new(),
+            portal_count: 0,
+            suspended: HashMap::new(),
             writes: Writes::default(),
             debts: None,
             audit: None,
             registered: Vec::new(),
             carry: Carry::Nothing,
-            copy_in: false,
+            copying: None,
             kept: Kept::default(),
             held: Held::default(),
             ours_prepared: Vec::new(),
@@ -213,6 +250,12 @@ impl Session {
             }
             self.release_registered().await?;
             self.rest();
+            self.called |= self.bell.take();
+            let free = self.queue.is_empty() || self.aside == Some(Aside::Replication);
+            if self.called && self.pass.is_none() && free {
+                self.called = false;
+                self.look_up().await?;
+            }
             if !self.requests().await? {
                 if self.client.closed {
                     return Ok(End::Client);
@@ -234,10 +277,39 @@ impl Session {
         self.queue.is_empty() && self.status == b'I' && !self.unsynced && !self.begun && !self.ours
     }
 
+    /// Between transactions, called: the phase has moved, or the proxy ends. Whoever has no reason to wait for its client's next message moves now,
+    /// so that the old authority may be stopped, and a session that cannot move hears of it.
+    async fn look_up(&mut self) -> Result<(), End> {
+        if self.shared.gate.is_shut() {
+            return Err(ending());
+        }
+        if self.aside == Some(Aside::Replication) {
+            return self.may_replicate();
+        }
+        if self.aside.is_none() && self.shared.world.load().phase.authority() != self.side {
+            self.begin().await?;
+            self.rest();
+        }
+        Ok(())
+    }
+
+    /// A replication connection reads one side's log, and may write around the plan.
+    fn may_replicate(&self) -> Result<(), End> {
+        let phase = self.shared.world.load().phase;
+        if phase == crate::phase::Phase::Old {
+            return Ok(());
+        }
+        Err(End::Refused(Report::fatal(
+            "57P01",
+            format!("terminating connection: replication connections are not served in phase {phase}"),
+            "Connect to the database directly for replication; crossfade passes it on in phase old only.",
+        )))
+    }
+
     /// Moves bytes both ways until some came in, or a full buffer has emptied.
     async fn drive(&mut self) -> Result<(), End> {
         let limit = self.limit;
-        let Session { client, server, needed, .. } = self;
+        let Session { client, server, needed, bell, .. } = self;
         std::future::poll_fn(|cx| {
             let crowded = client.out.len() >= limit || server.out.len() >= limit;
             if let Poll::Ready(Err(error)) = client.poll_flush(cx) {
@@ -264,7 +336,7 @@ impl Session {
                     Poll::Pending => {}
                 }
             }
-            if moved { Poll::Ready(Ok(())) } else { Poll::Pending }
+            if moved || bell.poll(cx) { Poll::Ready(Ok(())) } else { Poll::Pending }
         })
         .await
     }
@@ -278,10 +350,14 @@ impl Session {
             frame::flush(&mut self.server.out);
         }
         while !self.queue.is_empty() {
-            self.drive_server().await?;
+            if self.queue.copying() {
+                self.copy_data().await?;
+            } else {
+                self.drive_server().await?;
+            }
             self.replies()?;
         }
-        Ok(())
+        self.copy_rest().await
     }
 
     /// Like `drive`, without reading from the client: a client that has gone does not undo what it asked for.
@@ -356,6 +432,15 @@ impl Session {
             self.shared.cancels.remove(key);
         }
     }
+}
+
+/// The proxy ends: what PostgreSQL says in that case.
+fn ending() -> End {
+    End::Refused(Report::fatal(
+        "57P01",
+        "terminating connection due to administrator command",
+        "crossfade is being stopped; connect again.",
+    ))
 }
 
 /// A whole frame with this tag and payload.

@@ -9,7 +9,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use super::audit;
 use super::books::{Portal, Prepared, Settings, There};
 use super::expect::{Cut, Done, Expected, Kind, To, Told, Written};
-use super::{Carry, End, Session};
+use super::{Aside, Carry, End, Session, ending};
 use crate::mirror::flight::Debts;
 use crate::plan::cache::{Key, Planned};
 use crate::plan::{Opaque, Plan, narrow, plan};
@@ -68,12 +68,21 @@ impl Session {
     }
 
     /// The first message of a transaction: wait while the phase moves, then see the world as it is now.
-    async fn begin(&mut self) -> Result<(), End> {
-        let pass = match self.shared.gate.try_enter() {
+    pub(super) async fn begin(&mut self) -> Result<(), End> {
+        let gate = match self.aside {
+            None => &self.shared.gate,
+            Some(Aside::OtherDatabase) => &self.shared.aside,
+            // A stream of changes has no end that a move could wait for.
+            Some(Aside::Replication) => return self.may_replicate(),
+        };
+        let pass = match gate.try_enter() {
             Some(pass) => pass,
-            None => self.shared.gate.clone().enter().await,
+            None => gate.clone().enter().await.ok_or_else(ending)?,
         };
         self.pass = Some(pass);
+        if self.aside.is_some() {
+            return Ok(());
+        }
         let current = self.shared.world.load();
         if !Arc::ptr_eq(&current, &self.world) {
             self.world = current.clone();
@@ -122,14 +131,18 @@ impl Session {
                 self.unsynced = false;
             }
             b'P' => {
-                self.note_parse(head, There::Plain);
-                self.extended(Kind::Parse);
+                let done = self.note_parse(head, There::Plain);
+                self.expect(Expected { done, ..Expected::client(Kind::Parse) });
+                self.unsynced = true;
             }
             b'B' => {
-                self.prepare_again_if_needed(head);
+                self.prepare_again_if_needed(head, b'B');
                 self.extended(Kind::Bind);
             }
-            b'D' => self.extended(Kind::Describe),
+            b'D' => {
+                self.prepare_again_if_needed(head, b'D');
+                self.extended(Kind::Describe);
+            }
             b'E' => {
                 self.since.get_or_insert_with(Instant::now);
                 self.extended(Kind::Execute);
@@ -142,7 +155,8 @@ impl Session {
                 self.queue.push(Expected::client(Kind::Sync));
                 self.unsynced = false;
             }
-            b'F' => self.queue.push(Expected::client(Kind::Call)),
+            b'F' => drop(self.queue.push(Expected::client(Kind::Call))),
+            b'c' | b'f' => self.queue.copy_end(),
             _ => {}
         }
         self.forward(head);
@@ -160,11 +174,28 @@ impl Session {
         self.from_client = head.total - there;
     }
 
+    /// A message was sent. What our books say of it is undone where the server passes over it.
+    pub(super) fn expect(&mut self, expected: Expected) {
+        if let Some(passed) = self.queue.push(expected) {
+            self.undo(passed.done);
+        }
+    }
+
+    /// A Parse has failed, or was passed over.
+    pub(super) fn undo(&mut self, done: Done) {
+        match done {
+            Done::Parse(name, Some(before)) => drop(self.prepared.insert(name, *before)),
+            Done::Parse(name, None) => drop(self.prepared.remove(&name)),
+            Done::Ours(name) => self.ours_prepared.retain(|prepared| *prepared != name),
+            _ => {}
+        }
+    }
+
     /// Remembers a Parse: the statement may have to be prepared again, on another server or with a hidden column.
-    fn note_parse(&mut self, head: Head, there: There) {
+    fn note_parse(&mut self, head: Head, there: There) -> Done {
         let payload = &self.client.inb[HEAD..head.total.min(self.client.inb.len())];
         let mut fields = Fields::new(payload);
-        let Ok(name) = fields.string() else { return };
+        let Ok(name) = fields.string() else { return Done::Nothing };
         let name = Bytes::copy_from_slice(name);
         let whole = self.client.inb.len() >= head.total;
         let text = if whole { fields.string().ok().map(Bytes::copy_from_slice) } else { None };
@@ -172,14 +203,14 @@ impl Session {
         if let Some(text) = &text {
             self.settings.glance(text);
         }
-        // A second Parse of a name that is taken fails; which of the two the server has is then unknown: an unknown write.
-        let text = if name.is_empty() || !self.prepared.contains_key(&name) { text } else { None };
-        self.prepared.insert(name, Prepared { text, types, planned: None, there });
+        // A Parse of a name that is taken fails: then what was before holds.
+        let before = self.prepared.insert(name.clone(), Prepared { text, types, planned: None, there });
+        Done::Parse(name, before.map(Box::new))
     }
 
-    /// A statement that was prepared on another server session is prepared here before its first Bind.
-    fn prepare_again_if_needed(&mut self, head: Head) {
-        let Some(name) = self.name_in(head, b'B') else { return };
+    /// A statement that was prepared on another server session is prepared here before its first Bind or Describe.
+    fn prepare_again_if_needed(&mut self, head: Head, tag: u8) {
+        let Some(name) = self.name_in(head, tag) else { return };
         let Some(prepared) = self.prepared.get_mut(&name) else { return };
         if prepared.there == There::Plain {
             return;
@@ -187,8 +218,10 @@ impl Session {
         let spliced = prepared.there != There::Nothing;
         let Some(text) = prepared.text.clone() else { return };
         let types = prepared.types.clone();
+        let failed = Prepared { there: There::Unknown, ..prepared.clone() };
         prepared.there = There::Plain;
-        self.put_parse(&name, &text, "", 0, &types, spliced, To::Nobody);
+        let done = Done::Parse(name.clone(), Some(Box::new(failed)));
+        self.put_parse(&name, (&text, "", 0), &types, spliced, To::Nobody, done);
     }
 
     /// The statement's name in a Bind, or in a Describe or Close of a statement; None for portals.
@@ -204,16 +237,14 @@ impl Session {
     }
 
     /// Sends Parse with a splice; `replace`: a statement of this name is there.
-    #[allow(clippy::too_many_arguments)]
     fn put_parse(
         &mut self,
         name: &Bytes,
-        text: &Bytes,
-        splice: &str,
-        end: usize,
+        (text, splice, end): (&Bytes, &str, usize),
         types: &Bytes,
         replace: bool,
         to: To,
+        done: Done,
     ) {
         if replace && !name.is_empty() {
             frame::close_statement(&mut self.server.out, name);
@@ -226,7 +257,7 @@ impl Session {
             out.put_u8(0);
             out.put_slice(types);
         });
-        self.queue.push(Expected::of(Kind::Parse, to));
+        self.expect(Expected { done, ..Expected::of(Kind::Parse, to) });
     }
 
     // ---- mirrored phases ----
@@ -260,6 +291,10 @@ impl Session {
             b'F' => {
                 self.opaque_unread().await?;
                 self.queue.push(Expected::client(Kind::Call));
+                self.forward(head);
+            }
+            b'c' | b'f' => {
+                self.queue.copy_end();
                 self.forward(head);
             }
             _ => self.forward(head),
@@ -297,7 +332,9 @@ impl Session {
     /// The plan of a text in this world, and where its hidden column goes.
     pub(super) fn plan_for(&self, text: &[u8]) -> (Arc<Planned>, usize) {
         let limit = self.shared.config.load().limits.statement;
-        if self.settings.escapes || text.len() > limit {
+        let masked = self.settings.escapes.then(|| sql::mask_escapes(text));
+        let text = masked.as_deref().unwrap_or(text);
+        if text.len() > limit {
             let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", sql::Limits::default()) };
             let plan =
                 Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
@@ -321,12 +358,12 @@ impl Session {
     async fn parse(&mut self, head: Head) -> Result<(), End> {
         self.unsynced = true;
         if self.client.inb.len() < head.total {
-            self.note_parse(head, There::Plain);
-            self.queue.push(Expected::client(Kind::Parse));
+            let done = self.note_parse(head, There::Plain);
+            self.expect(Expected { done, ..Expected::client(Kind::Parse) });
             self.forward(head);
             return Ok(());
         }
-        self.note_parse(head, There::Plain);
+        let done = self.note_parse(head, There::Plain);
         let payload = self.take(head);
         let mut fields = Fields::new(&payload);
         let name = payload.slice_ref(fields.string()?);
@@ -334,11 +371,12 @@ impl Session {
         let types = payload.slice_ref(fields.rest());
         let (planned, end) = self.plan_for(&text);
         let splice = splice(&planned).unwrap_or_default().to_owned();
-        self.put_parse(&name, &text, &splice, end, &types, false, To::Client);
+        let utf8 = self.settings.client_encoding == "UTF8";
         if let Some(prepared) = self.prepared.get_mut(&name) {
-            prepared.planned = Some((self.world.generation, self.settings.client_encoding == "UTF8", planned, end));
-            prepared.there = if splice.is_empty() { There::Plain } else { There::Spliced(splice) };
+            prepared.planned = Some((self.world.generation, utf8, planned, end));
+            prepared.there = if splice.is_empty() { There::Plain } else { There::Spliced(splice.clone()) };
         }
+        self.put_parse(&name, (&text, &splice, end), &types, false, To::Client, done);
         Ok(())
     }
 
@@ -362,13 +400,21 @@ impl Session {
             Some(splice) => There::Spliced(splice.to_owned()),
             None => There::Plain,
         };
-        if prepared.there != wanted {
-            let splice = splice(&planned).unwrap_or_default().to_owned();
-            self.put_parse(name, &text, &splice, end, &prepared.types, prepared.there != There::Nothing, To::Nobody);
-        }
+        let before = (prepared.there != wanted).then(|| prepared.there.clone());
         if let Some(prepared) = self.prepared.get_mut(name) {
             prepared.planned = Some((self.world.generation, utf8, planned.clone(), end));
             prepared.there = wanted;
+        }
+        if let Some(there) = before {
+            let splice = splice(&planned).unwrap_or_default().to_owned();
+            let failed = Prepared {
+                text: Some(text.clone()),
+                types: prepared.types.clone(),
+                planned: None,
+                there: There::Unknown,
+            };
+            let done = Done::Parse(name.clone(), Some(Box::new(failed)));
+            self.put_parse(name, (&text, &splice, end), &prepared.types, there != There::Nothing, To::Nobody, done);
         }
         Some(planned)
     }
@@ -415,7 +461,8 @@ impl Session {
         let copies = |planned: &Arc<Planned>| planned.facts.verb == Verb::CopyFromStdin;
         let copy = planned.as_ref().filter(|planned| copies(planned));
         let copy = copy.and_then(|_| self.prepared.get(&name)?.text.clone());
-        self.portals.insert(portal, Portal { planned, binary, copy });
+        self.portal_count += 1;
+        self.portals.insert(portal, Portal { number: self.portal_count, planned, binary, copy });
         Ok(())
     }
 
@@ -467,13 +514,12 @@ impl Session {
     ) {
         if !self.ours_prepared.contains(&name) {
             frame::parse(&mut self.server.out, name, text, types);
-            if !self.queue.skipping() {
-                self.ours_prepared.push(name);
-            }
-            self.queue.push(Expected { done: Done::Ours(name), ..Expected::of(Kind::Parse, to.clone()) });
+            self.ours_prepared.push(name);
+            self.expect(Expected { done: Done::Ours(name), ..Expected::of(Kind::Parse, to.clone()) });
         }
         // The client's unnamed portal may be waiting for its Execute. Ours of this name goes with the transaction that it ends, or is closed.
-        let apart = [super::commit::OWE_NAME, audit::LOOK_NAME, audit::CONSTRAINTS_NAME].contains(&name);
+        let apart = [super::commit::OWE_NAME, super::commit::TAINT_NAME, audit::LOOK_NAME, audit::CONSTRAINTS_NAME]
+            .contains(&name);
         let portal: &[u8] = if apart { name } else { b"" };
         frame::bind(&mut self.server.out, portal, name, &[1], values.iter().copied(), 0);
         self.queue.push(Expected::of(Kind::Bind, to.clone()));
@@ -512,8 +558,8 @@ impl Session {
             let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
             fields.string().ok().and_then(|name| self.portals.get(name)).cloned()
         };
-        let Some((planned, binary, copy)) =
-            portal.and_then(|portal| Some((portal.planned?, portal.binary, portal.copy)))
+        let Some((planned, binary, number, copy)) =
+            portal.and_then(|portal| Some((portal.planned?, portal.binary, portal.number, portal.copy)))
         else {
             self.queue.push(Expected::client(Kind::Execute));
             self.forward(head);
@@ -535,11 +581,43 @@ impl Session {
             return self.copy_extended(frame, &planned, &text).await;
         }
         let to = way(&planned, binary).cut().map_or(To::Client, To::Cut);
-        let done = done(&planned);
-        self.begun |= done == Done::Begin;
+        let mut done = done(&planned);
+        if matches!(done, Done::Begin) {
+            if self.ours && self.takes_over().await? {
+                self.client.inb.advance(head.total);
+                return Ok(());
+            }
+            self.begun = true;
+        }
+        if matches!(planned.plan, Plan::Capture(_)) {
+            done = Done::Fetched(number);
+        }
         self.queue.push(Expected { kind: Kind::Execute, to, hold: false, done });
-        self.forward(head);
+        match &planned.plan {
+            Plan::Capture(capture) if !capture.returning => self.execute_all(head)?,
+            _ => self.forward(head),
+        }
         self.look_behind(&planned, Told::Client);
+        Ok(())
+    }
+
+    /// BEGIN behind a write in one pipeline: the transaction that we opened for the write becomes the client's block. False: the server is
+    /// passing over messages.
+    async fn takes_over(&mut self) -> Result<bool, End> {
+        self.settle().await?;
+        if self.queue.skipping() {
+            return Ok(false);
+        }
+        self.ours = false;
+        self.begun = true;
+        frame::complete(&mut self.client.out, b"BEGIN");
+        Ok(true)
+    }
+
+    /// Execute without its row limit: it means nothing to a statement that gives no rows, but the hidden column makes some.
+    fn execute_all(&mut self, head: Head) -> Result<(), End> {
+        let payload = self.take(head);
+        frame::execute(&mut self.server.out, Fields::new(&payload).string()?);
         Ok(())
     }
 
@@ -561,6 +639,12 @@ impl Session {
                 self.shared.stale.notify_one();
             }
         }
+    }
+
+    /// A write whose images turn out not to be had: counted like any other out of sight.
+    pub(super) fn lost(&mut self, tables: &[Arc<crate::catalog::Table>], reason: &'static str) {
+        self.shared.metrics.opaque_writes.with_label_values(&[reason]).inc();
+        tables.iter().for_each(|table| self.taint(table.number, reason));
     }
 
     fn forget(&mut self, head: Head) {
@@ -593,6 +677,7 @@ impl Session {
     /// The transaction is over; whatever was not settled is undone on the mirror.
     pub(super) fn over(&mut self) {
         self.portals.clear();
+        self.suspended.clear();
         self.audit = None;
         if !self.writes.is_empty() || !matches!(self.carry, Carry::Nothing) || self.debts.is_some() {
             self.writes = Default::default();
@@ -701,7 +786,8 @@ fn put_bind(out: &mut BytesMut, payload: &[u8], returning: bool) -> Result<bool,
     };
     frame::put(out, b'B', |out| {
         out.put_slice(&payload[..head]);
-        if count > 1 {
+        // Formats for a statement that gives no rows are not looked at.
+        if count > 1 && returning {
             out.put_i16(count + 1);
             out.put_slice(formats);
             out.put_i16(1);

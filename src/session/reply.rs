@@ -103,13 +103,18 @@ impl Session {
             return Err(End::Mismatch(format!("{:?} while nothing was asked", char::from(tag))));
         };
         let (kind, to, hold) = (owed.kind, owed.to.clone(), owed.hold);
+        if tag == b's'
+            && let (Done::Fetched(portal), To::Cut(cut)) = (&owed.done, &to)
+        {
+            // The rest of the rows, and their images, may never be fetched.
+            self.suspended.insert(*portal, cut.clone());
+        }
         let fit = fit(kind, tag);
         if fit == Fit::Wrong {
             return Err(End::Mismatch(format!("{:?} in answer to {kind:?}", char::from(tag))));
         }
         if tag == b'G' {
             self.queue.copy_in();
-            self.copy_in = true;
         }
         let payload = at + HEAD..at + total;
         if tag == b'C' {
@@ -197,12 +202,13 @@ impl Session {
     }
 
     fn error(&mut self, at: usize, total: usize) -> Verdict {
-        let Some((owed, passed)) = self.queue.fail() else { return Verdict::Forward };
-        for passed in &passed {
-            if let Done::Ours(name) = passed.done {
-                self.ours_prepared.retain(|known| *known != name);
-            }
+        let mut failed = self.queue.fail();
+        // The last first: each remembers what was before it.
+        while failed.len() > 1 {
+            failed.pop().into_iter().for_each(|passed| self.undo(passed.done));
         }
+        let Some(owed) = failed.pop() else { return Verdict::Forward };
+        self.undo(owed.done.clone());
         if owed.hold {
             self.held.failed = true;
         }
@@ -225,7 +231,8 @@ impl Session {
     fn complete(&mut self) {
         let Some(owed) = self.queue.front() else { return };
         match owed.done.clone() {
-            Done::Nothing | Done::Ours(_) => {}
+            Done::Nothing | Done::Parse(..) | Done::Ours(_) => {}
+            Done::Fetched(portal) => drop(self.suspended.remove(&portal)),
             Done::Begin => self.status = b'T',
             Done::End { chain } => {
                 self.status = if chain { b'T' } else { b'I' };
@@ -284,13 +291,6 @@ impl Session {
                 self.held.complete = Some(Bytes::copy_from_slice(&self.server.inb[at..at + total]));
                 Verdict::Drop
             }
-            b's' => {
-                // The rest of the rows, and their images, may never be fetched.
-                for table in cut.capture.tables.clone() {
-                    self.taint(table.number, "suspended");
-                }
-                Verdict::Forward
-            }
             _ => Verdict::Forward,
         })
     }
@@ -301,13 +301,13 @@ impl Session {
             Ok(fields) => fields,
             Err(error) => {
                 debug!(%error, "an image that cannot be read");
-                return self.lost(cut, "image");
+                return self.lost(&cut.capture.tables, "image");
             }
         };
         let Some(table) = self.world.catalog.by_oid.get(self.side).get(&fields.tableoid).cloned() else {
             // A temporary table of the same name, or a partition that the catalog does not know yet.
             self.shared.stale.notify_one();
-            return self.lost(cut, "unknown-table");
+            return self.lost(&cut.capture.tables, "unknown-table");
         };
         match image::row(&table, self.side, fields) {
             Ok(row) => {
@@ -318,14 +318,8 @@ impl Session {
             }
             Err(_) => {
                 self.shared.stale.notify_one();
-                self.taint(table.number, "definition");
+                self.lost(&[table], "definition");
             }
-        }
-    }
-
-    fn lost(&mut self, cut: &Cut, reason: &'static str) {
-        for table in &cut.capture.tables {
-            self.taint(table.number, reason);
         }
     }
 }

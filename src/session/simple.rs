@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use bytes::{BufMut, Bytes};
+use bytes::{BufMut, Bytes, BytesMut};
 
 use super::expect::{Done, Expected, Kind, To, Told};
 use super::relay::{Way, done, put_spliced, splice, way};
@@ -23,16 +23,20 @@ impl Session {
             self.settle().await?;
         }
         let (planned, end) = self.plan_for(&text);
-        if planned.facts.verb != Verb::Other || self.settings.escapes {
+        if planned.facts.verb != Verb::Other {
             return self.one(&text, &planned, end).await;
         }
-        let statements = sql::split(&text);
+        let statements = match self.settings.escapes {
+            true => sql::split(&sql::mask_escapes(&text)),
+            false => sql::split(&text),
+        };
         if statements.len() < 2 {
             return self.one(&text, &planned, end).await;
         }
         let parts: Vec<Bytes> = statements.iter().map(|statement| text.slice(statement.range.clone())).collect();
         let plans: Vec<_> = parts.iter().map(|part| self.plan_for(part)).collect();
-        let quiet = plans.iter().all(|(planned, _)| planned.plan == Plan::Pass && done(planned) == Done::Nothing);
+        let quiet =
+            plans.iter().all(|(planned, _)| planned.plan == Plan::Pass && matches!(done(planned), Done::Nothing));
         if quiet {
             self.put_query(&text, "", 0);
             self.queue.push(Expected::client(Kind::Query));
@@ -61,7 +65,7 @@ impl Session {
             Way::Cut(cut) => To::Cut(cut),
         };
         let done = done(planned);
-        self.begun |= done == Done::Begin;
+        self.begun |= matches!(done, Done::Begin);
         self.queue.push(Expected { kind: Kind::Query, to, hold, done });
         self.look_behind(planned, Told::Nobody);
     }
@@ -150,7 +154,10 @@ impl Session {
     }
 
     async fn end_among_several(&mut self, part: &Bytes, planned: &Planned, end: usize) -> Result<(), End> {
-        let ours = std::mem::take(&mut self.ours);
+        if std::mem::take(&mut self.ours) {
+            // As PostgreSQL does: the implicit transaction is no block, and yet it ends here.
+            no_transaction(&mut self.client.out);
+        }
         match planned.facts.verb {
             Verb::Commit { chain } => self.commit_held(part, chain).await?,
             _ => {
@@ -158,10 +165,13 @@ impl Session {
                 self.settle().await?;
             }
         }
-        if ours {
-            // PostgreSQL warns that there is no transaction in progress; the effect is the same.
-            self.ours = false;
-        }
         Ok(())
     }
+}
+
+/// PostgreSQL's warning at a COMMIT or ROLLBACK without BEGIN.
+fn no_transaction(out: &mut BytesMut) {
+    frame::put(out, b'N', |out| {
+        out.put_slice(b"SWARNING\0VWARNING\0C25P01\0Mthere is no transaction in progress\0\0");
+    });
 }

@@ -10,6 +10,8 @@ use tokio::sync::Notify;
 pub struct Gate {
     under_way: AtomicU64,
     closed: AtomicBool,
+    /// Closed for good: the proxy ends.
+    shut: AtomicBool,
     opened: Notify,
     drained: Notify,
 }
@@ -29,12 +31,15 @@ impl Gate {
         (!self.closed.load(Ordering::SeqCst)).then_some(pass)
     }
 
-    /// Begins a transaction; waits while the gate is closed.
-    pub async fn enter(self: &Arc<Self>) -> Pass {
+    /// Begins a transaction; waits while the gate is closed. None: it was shut for good.
+    pub async fn enter(self: &Arc<Self>) -> Option<Pass> {
         loop {
             let opened = self.opened.notified();
             if let Some(pass) = self.try_enter() {
-                return pass;
+                return Some(pass);
+            }
+            if self.shut.load(Ordering::SeqCst) {
+                return None;
             }
             opened.await;
         }
@@ -56,10 +61,27 @@ impl Gate {
         }
     }
 
-    /// Lets transactions begin again.
+    /// Lets transactions begin again, unless the gate was shut.
     pub fn open(&self) {
-        self.closed.store(false, Ordering::SeqCst);
+        if !self.shut.load(Ordering::SeqCst) {
+            self.closed.store(false, Ordering::SeqCst);
+            if self.shut.load(Ordering::SeqCst) {
+                self.closed.store(true, Ordering::SeqCst);
+            }
+        }
         self.opened.notify_waiters();
+    }
+
+    /// Closes for good: no move opens it again, and whoever waits is sent away.
+    pub fn shut(&self) {
+        self.shut.store(true, Ordering::SeqCst);
+        self.close();
+        self.opened.notify_waiters();
+    }
+
+    /// It was shut.
+    pub fn is_shut(&self) -> bool {
+        self.shut.load(Ordering::SeqCst)
     }
 
     /// Transactions under way.
@@ -83,7 +105,7 @@ mod tests {
     #[tokio::test]
     async fn a_move_waits_for_what_is_under_way_and_holds_what_is_new() {
         let gate = Arc::new(Gate::default());
-        let first = gate.enter().await;
+        let first = gate.enter().await.unwrap();
         gate.close();
         assert!(gate.try_enter().is_none());
         let waiting = tokio::spawn({
@@ -104,5 +126,20 @@ mod tests {
         gate.open();
         waiting.await.unwrap();
         assert_eq!(gate.under_way(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_gate_that_was_shut_sends_away_who_waits_and_stays_closed() {
+        let gate = Arc::new(Gate::default());
+        gate.close();
+        let waiting = tokio::spawn({
+            let gate = gate.clone();
+            async move { gate.enter().await.is_some() }
+        });
+        tokio::task::yield_now().await;
+        gate.shut();
+        assert!(!waiting.await.unwrap());
+        gate.open();
+        assert!(gate.try_enter().is_none(), "the end of a move opens nothing");
     }
 }

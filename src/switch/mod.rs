@@ -1,5 +1,6 @@
-//! Moving between phases: the gate that transactions pass, the rows that say what holds, the mover.
+//! Moving between phases: the gate that transactions pass, the bell that calls idle sessions, the rows that say what holds, the mover.
 
+pub mod bell;
 pub mod gate;
 pub mod mover;
 pub mod rows;

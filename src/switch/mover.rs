@@ -1,6 +1,7 @@
 //! Moving the phase: step by step, each behind the gate that transactions pass.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
@@ -40,34 +41,59 @@ pub enum MoveError {
     Database(#[from] tokio_postgres::Error),
 }
 
-impl MoveError {
-    /// Clients had to wait for nothing.
-    pub fn held_clients(&self) -> bool {
-        !matches!(self, MoveError::Closed(_) | MoveError::Connect(_))
-    }
+/// The phase stays, and why.
+#[derive(Debug)]
+pub struct Stays {
+    /// What is in the way.
+    pub error: MoveError,
+    /// Clients were held in vain: it must not happen again and again.
+    pub held: bool,
 }
 
-/// Control connections of one move.
+/// Control connections of one move. A side that the move can do without may be out of reach.
 struct Hands {
-    old: Client,
-    new: Client,
+    old: Result<Client, crate::config::ConnectError>,
+    new: Result<Client, crate::config::ConnectError>,
 }
 
 impl Hands {
-    async fn open(config: &Config) -> Result<Hands, MoveError> {
-        Ok(Hands { old: config.old.connect("crossfade move").await?, new: config.new.connect("crossfade move").await? })
+    async fn open(config: &Config) -> Hands {
+        let (old, new) = tokio::join!(config.old.connect("crossfade move"), config.new.connect("crossfade move"));
+        let hands = Hands { old, new };
+        for client in [&hands.old, &hands.new].into_iter().flatten() {
+            // No lock of anybody's may hold the clients for longer than the pause.
+            let pause = config.moves.pause.as_millis();
+            let _ = client.batch_execute(&format!("SET lock_timeout = {pause}")).await;
+        }
+        hands
     }
 
-    fn on(&self, side: Side) -> &Client {
+    fn get(&self, side: Side) -> &Result<Client, crate::config::ConnectError> {
         match side {
             Side::Old => &self.old,
             Side::New => &self.new,
         }
     }
+
+    fn on(&self, side: Side) -> Result<&Client, MoveError> {
+        self.get(side).as_ref().map_err(|error| MoveError::Closed(format!("{side} cannot be reached: {error}")))
+    }
 }
 
-/// Values that sequences are set ahead of the other side's.
+/// The move writes on that side. Leaving a mirror, or keeping it, needs the authority only: the way back is open while the mirror is dead.
+fn needed(from: Phase, to: Phase, side: Side) -> bool {
+    from.authority() == side || to.authority() == side || (to.mirror() == Some(side) && from.mirror() != Some(side))
+}
+
+/// Values that sequences are set ahead of the other side's. None: while they are read no client draws, and what sessions have cached
+/// (`CACHE`) is behind `last_value` already. A margin would only leave a gap at every move, in small sequences a dear one.
 const SEQUENCE_MARGIN: u32 = 0;
+
+/// How long one write of a phase row may take before the move is withdrawn.
+const ROW: Duration = Duration::from_secs(5);
+
+/// A transaction around the proxy that is older than this is named before anybody is held.
+const LONG: &str = "1 second";
 
 /// A table without a key, to be copied in the snapshot that was taken while no client wrote. The mirror's table was emptied then; rows that clients
 /// insert since are mirrored.
@@ -121,27 +147,28 @@ pub async fn load_catalog(config: &Config, authority: Side) -> Result<(Catalog, 
 }
 
 /// Moves one step on the way to `want`. Gives the phase that holds then.
-pub async fn step(shared: &Arc<Shared>, want: Phase) -> Result<Phase, MoveError> {
-    let config = shared.config.load_full();
+pub async fn step(shared: &Arc<Shared>, want: Phase) -> Result<Phase, Stays> {
     let world = shared.world.load_full();
-    let from = world.phase;
-    let to = next(from, want);
-    let hands = Hands::open(&config).await?;
-    for side in Side::BOTH {
-        migrate::install(hands.on(side), side).await?;
-    }
-    before(shared, &hands, from, to).await?;
-    let catalog = match to.mirror().or(from.mirror()) {
-        Some(_) => Arc::new(catalog::load(&hands.old, &hands.new, config.tables.as_deref(), &config.except).await?),
-        None => Arc::new(Catalog::default()),
+    let (from, to) = (world.phase, next(world.phase, want));
+    let config = shared.config.load_full();
+    let hands = Hands::open(&config).await;
+    let ready = async {
+        for side in Side::BOTH.into_iter().filter(|side| needed(from, to, *side)) {
+            migrate::install(hands.on(side)?, side).await?;
+        }
+        let catalog = definitions(&config, &hands, from, to, &world).await?;
+        before(shared, &hands, from, to, &catalog).await?;
+        Ok(catalog)
     };
+    let catalog = ready.await.map_err(|error| Stays { error, held: false })?;
+    let plan = Move { shared, config: &config, hands: &hands, from, to, catalog: &catalog, world: &world };
     let started = Instant::now();
     shared.gate.close();
-    let outcome = behind_the_gate(shared, &config, &hands, from, to, &catalog, &world).await;
+    let outcome = plan.behind_the_gate().await;
     shared.gate.open();
     let held = started.elapsed();
     shared.metrics.move_pause_seconds.observe(held.as_secs_f64());
-    let copies = outcome?;
+    let copies = outcome.map_err(|error| Stays { error, held: true })?;
     info!(%from, %to, pause_ms = held.as_millis() as u64, "the phase has moved");
     for copy in copies {
         if let Err(error) = copy.run().await {
@@ -152,13 +179,51 @@ pub async fn step(shared: &Arc<Shared>, want: Phase) -> Result<Phase, MoveError>
     Ok(to)
 }
 
+/// The definitions that hold after the move.
+async fn definitions(
+    config: &Config,
+    hands: &Hands,
+    from: Phase,
+    to: Phase,
+    world: &World,
+) -> Result<Arc<Catalog>, MoveError> {
+    if from.mirror() == to.mirror() {
+        return Ok(world.catalog.clone());
+    }
+    if to.mirror().is_none() {
+        return Ok(Arc::new(Catalog::default()));
+    }
+    let (old, new) = (hands.on(Side::Old)?, hands.on(Side::New)?);
+    Ok(Arc::new(catalog::load(old, new, config.tables.as_deref(), &config.except).await?))
+}
+
+/// Writers that this move waits for stand on this side: no transaction of theirs may outlive the phase in which it began.
+fn writers_on(from: Phase, to: Phase) -> Option<Side> {
+    let gains_mirror = from.mirror().is_none() && to.mirror().is_some();
+    (gains_mirror || from.authority() != to.authority()).then(|| from.authority())
+}
+
 /// What can be known to be in the way before anybody is held.
-async fn before(shared: &Arc<Shared>, hands: &Hands, from: Phase, to: Phase) -> Result<(), MoveError> {
+async fn before(
+    shared: &Arc<Shared>,
+    hands: &Hands,
+    from: Phase,
+    to: Phase,
+    catalog: &Catalog,
+) -> Result<(), MoveError> {
+    if let Some(side) = writers_on(from, to) {
+        let ours = shared.cancels.pids(side);
+        if let Some(writer) = foreign_writer(hands.on(side)?, catalog, side, &ours).await? {
+            return Err(MoveError::Closed(format!(
+                "{to} waits: {writer} on {side} holds a writer's lock on a migrating table; end its transaction, or wait for it"
+            )));
+        }
+    }
     if from.authority() == to.authority() {
         return Ok(());
     }
     let row = hands
-        .on(from.authority())
+        .on(from.authority())?
         .query_one("SELECT count(*) FROM crossfade.ledger WHERE at < clock_timestamp() - interval '5 seconds' OR carrier_xid IS NULL", &[])
         .await?;
     let owed: i64 = row.get(0);
@@ -172,75 +237,151 @@ async fn before(shared: &Arc<Shared>, hands: &Hands, from: Phase, to: Phase) -> 
     Ok(())
 }
 
-/// With every client transaction ended and new ones waiting.
-async fn behind_the_gate(
-    shared: &Arc<Shared>,
-    config: &Config,
-    hands: &Hands,
+/// One step.
+struct Move<'a> {
+    shared: &'a Arc<Shared>,
+    config: &'a Config,
+    hands: &'a Hands,
     from: Phase,
     to: Phase,
-    catalog: &Arc<Catalog>,
-    world: &World,
-) -> Result<Vec<KeylessCopy>, MoveError> {
-    let pause = config.moves.pause;
-    let deadline = Instant::now() + pause;
-    if tokio::time::timeout(pause, shared.gate.drained()).await.is_err() {
-        return Err(MoveError::Held(format!(
-            "{} transactions have not ended within move.pause ({pause:?}); clients were released and the phase stays {from}",
-            shared.gate.under_way()
-        )));
-    }
-    let epoch = world.epoch + 1;
-    let mut copies = Vec::new();
-    if from.mirror().is_none() && to.mirror().is_some() {
-        writers_gone(hands.on(to.authority()), catalog, to.authority(), deadline).await?;
-        copies = owe_everything(shared, config, hands, to, catalog).await?;
-    }
-    if from.authority() != to.authority() {
-        nothing_owed(shared, config, hands, from, catalog, deadline).await?;
-        let losing = (from.authority(), hands.on(from.authority()));
-        migrate::sequences::sequences(losing, (to.authority(), hands.on(to.authority())), catalog, SEQUENCE_MARGIN)
-            .await?;
-    }
-    let holds = Holds { epoch, phase: to };
-    let name = &config.name;
-    // The side that loses authority points first; then the side that gains it claims.
-    let order = if from.authority() == to.authority() {
-        [to.authority(), to.authority().other()]
-    } else {
-        [from.authority(), to.authority()]
-    };
-    for side in order {
-        rows::write(hands.on(side), side, name, holds, "move").await?;
-    }
-    if from.mirror().is_some() && to.mirror().is_none() {
-        // Without a mirror nothing is owed to it any more: the next mirrored phase begins with whole-table debts.
-        hands.on(from.authority()).batch_execute("DELETE FROM crossfade.ledger").await?;
-    }
-    shared.world.store(Arc::new(World {
-        epoch,
-        phase: to,
-        generation: world.generation + 1,
-        catalog: catalog.clone(),
-    }));
-    shared.metrics.set_phase(to, epoch);
-    Ok(copies)
+    catalog: &'a Arc<Catalog>,
+    world: &'a World,
 }
 
-/// Transactions that write migrating tables and are not ours to hold (a proxy that died, other clients) must have ended before the mirror's
-/// debts are entered: what they write later would be mirrored by nobody and copied too early.
+impl Move<'_> {
+    /// With every client transaction ended and new ones waiting.
+    async fn behind_the_gate(&self) -> Result<Vec<KeylessCopy>, MoveError> {
+        let (shared, from) = (self.shared, self.from);
+        let pause = self.config.moves.pause;
+        let deadline = Instant::now() + pause;
+        if tokio::time::timeout(pause, shared.gate.drained()).await.is_err() {
+            return Err(MoveError::Held(format!(
+                "{} transactions have not ended within move.pause ({pause:?}); clients were released and the phase stays {from}",
+                shared.gate.under_way()
+            )));
+        }
+        // What waits inside ends at the deadline by itself and says why; the rest is bounded here: a server may be frozen.
+        let Ok(prepared) = tokio::time::timeout(pause + ROW, self.prepare(deadline)).await else {
+            return Err(MoveError::Held(format!(
+                "the move was not prepared within move.pause ({pause:?}): does a server not answer? Clients were released and the phase stays {from}"
+            )));
+        };
+        let copies = prepared?;
+        let epoch = self.world.epoch + 1;
+        if let Err(error) = self.write_rows(self.hands, epoch).await {
+            self.settle_rows(epoch, error).await?;
+        }
+        self.holds(epoch, self.to, self.catalog.clone());
+        if from.mirror().is_some() && self.to.mirror().is_none() {
+            // Without a mirror nothing is owed to it any more: the next mirrored phase begins with whole-table debts.
+            let emptied = self.hands.on(from.authority())?.batch_execute("DELETE FROM crossfade.ledger").await;
+            if let Err(error) = emptied {
+                warn!(%error, "the ledger could not be emptied; nothing reads it in this phase");
+            }
+        }
+        Ok(copies)
+    }
+
+    /// Everything up to the rows; may be given up at any point.
+    async fn prepare(&self, deadline: Instant) -> Result<Vec<KeylessCopy>, MoveError> {
+        let (from, to) = (self.from, self.to);
+        if let Some(side) = writers_on(from, to) {
+            writers_gone(self.hands.on(side)?, self.catalog, side, deadline).await?;
+        }
+        let mut copies = Vec::new();
+        if from.mirror().is_none() && to.mirror().is_some() {
+            copies = owe_everything(self.shared, self.config, self.hands, to, self.catalog).await?;
+        }
+        if from.authority() != to.authority() {
+            nothing_owed(self.shared, self.config, self.hands.on(from.authority())?, from, self.catalog, deadline)
+                .await?;
+            let losing = (from.authority(), self.hands.on(from.authority())?);
+            let gaining = (to.authority(), self.hands.on(to.authority())?);
+            migrate::sequences::sequences(losing, gaining, self.catalog, SEQUENCE_MARGIN).await?;
+        }
+        Ok(copies)
+    }
+
+    /// The side that loses authority points first; then the side that gains it claims. Where authority stays, its side's row is what counts;
+    /// the other's is written for those who look there, if it can be.
+    async fn write_rows(&self, hands: &Hands, epoch: u64) -> Result<(), MoveError> {
+        let holds = Holds { epoch, phase: self.to };
+        let (losing, gaining) = (self.from.authority(), self.to.authority());
+        self.write_row(hands, losing, holds, "move").await?;
+        let other = if losing == gaining { gaining.other() } else { gaining };
+        match self.write_row(hands, other, holds, "move").await {
+            Err(error) if losing == gaining => {
+                warn!(side = %other, %error, "the phase row of the other side was not written; the authority's holds");
+                Ok(())
+            }
+            written => written,
+        }
+    }
+
+    async fn write_row(&self, hands: &Hands, side: Side, holds: Holds, event: &str) -> Result<(), MoveError> {
+        let write = rows::write(hands.on(side)?, side, &self.config.name, holds, event);
+        match tokio::time::timeout(ROW, write).await {
+            Ok(written) => Ok(written?),
+            Err(_) => Err(MoveError::Held(format!("{side} has not written its phase row within {ROW:?}"))),
+        }
+    }
+
+    /// A row could not be written, or nobody knows whether it was: before clients go on it must be certain what holds. The move is withdrawn by a
+    /// later epoch on the side that was authority; where that side is gone, it is finished.
+    async fn settle_rows(&self, epoch: u64, error: MoveError) -> Result<(), MoveError> {
+        warn!(%error, "the phase rows were not written; clients wait until it is certain which phase holds");
+        let back = Holds { epoch: epoch + 1, phase: self.from };
+        loop {
+            let hands = Hands::open(self.config).await;
+            if self.write_row(&hands, self.from.authority(), back, "withdrawn").await.is_ok() {
+                self.holds(back.epoch, self.from, self.world.catalog.clone());
+                return Err(error);
+            }
+            if self.write_rows(&hands, epoch).await.is_ok() {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    fn holds(&self, epoch: u64, phase: Phase, catalog: Arc<Catalog>) {
+        let generation = self.world.generation + 1;
+        self.shared.world.store(Arc::new(World { epoch, phase, generation, catalog }));
+        self.shared.metrics.set_phase(phase, epoch);
+        self.shared.call();
+    }
+}
+
+/// Backends with a writer's lock on a migrating table. $1: the tables, $2: backends to leave out, $3: younger transactions are left out.
+const WRITERS: &str = "SELECT coalesce('backend ' || l.pid, 'a prepared transaction'), coalesce(a.application_name, '') FROM pg_catalog.pg_locks l \
+    LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \
+    WHERE l.locktype = 'relation' AND l.relation = ANY ($1) AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) \
+    AND l.mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock') AND l.granted \
+    AND (l.pid IS NULL OR l.pid <> ALL ($2)) AND coalesce(a.xact_start < clock_timestamp() - $3::text::interval, true) LIMIT 1";
+
+/// Who writes around this proxy, and has for a while.
+async fn foreign_writer(
+    authority: &Client,
+    catalog: &Catalog,
+    side: Side,
+    ours: &[i32],
+) -> Result<Option<String>, MoveError> {
+    let oids: Vec<u32> = catalog.by_oid.get(side).keys().copied().collect();
+    let row = authority.query_opt(WRITERS, &[&oids, &ours, &LONG]).await?;
+    Ok(row.map(|row| format!("{} ({})", row.get::<_, String>(0), row.get::<_, String>(1))))
+}
+
+/// Transactions that write migrating tables and are not ours to hold (a proxy that died, other clients) must have ended: what they write later
+/// would be mirrored by nobody and copied too early, or owed by a side that is no authority any more.
 async fn writers_gone(authority: &Client, catalog: &Catalog, side: Side, deadline: Instant) -> Result<(), MoveError> {
     let oids: Vec<u32> = catalog.by_oid.get(side).keys().copied().collect();
-    let sql = "SELECT coalesce(l.pid::text, 'a prepared transaction'), coalesce(a.application_name, '') FROM pg_catalog.pg_locks l \
-        LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \
-        WHERE l.locktype = 'relation' AND l.relation = ANY ($1) AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) \
-        AND l.mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock') AND l.granted LIMIT 1";
     loop {
-        let Some(row) = authority.query_opt(sql, &[&oids]).await? else { return Ok(()) };
+        let row = authority.query_opt(WRITERS, &[&oids, &Vec::<i32>::new(), &"0 seconds"]).await?;
+        let Some(row) = row else { return Ok(()) };
         if Instant::now() > deadline {
             let (who, name): (String, String) = (row.get(0), row.get(1));
             return Err(MoveError::Held(format!(
-                "backend {who} ({name}) on {side} holds a writer's lock on a migrating table and has not ended within move.pause"
+                "{who} ({name}) on {side} holds a writer's lock on a migrating table and has not ended within move.pause"
             )));
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -256,14 +397,14 @@ async fn owe_everything(
     catalog: &Arc<Catalog>,
 ) -> Result<Vec<KeylessCopy>, MoveError> {
     let authority = to.authority();
-    hands.on(authority).batch_execute("DELETE FROM crossfade.ledger").await?;
+    hands.on(authority)?.batch_execute("DELETE FROM crossfade.ledger").await?;
     let mut keyless = Vec::new();
     for table in catalog.tables.values() {
         let id = shared.debt_id();
         let mut debts = bytes::BytesMut::new();
         encode(&Debt::Table { table: table.number }, &mut debts);
         let sql = "INSERT INTO crossfade.ledger (id, debts, reason) VALUES ($1, $2, 'move')";
-        hands.on(authority).execute(sql, &[&id, &&debts[..]]).await?;
+        hands.on(authority)?.execute(sql, &[&id, &&debts[..]]).await?;
         if table.key.is_none() && table.opaque.is_none() {
             keyless.push((table.clone(), id));
         }
@@ -282,20 +423,22 @@ async fn owe_everything(
     Ok(copies)
 }
 
-/// Debts in flight are cleared, what is owed is paid; then nothing may be left.
+/// Debts in flight are cleared, what is owed is paid; then nothing may be left, and no transaction under way to the mirror (`best-effort` has no
+/// debts that would show it).
 async fn nothing_owed(
     shared: &Arc<Shared>,
     config: &Config,
-    hands: &Hands,
+    ledger: &Client,
     from: Phase,
     catalog: &Arc<Catalog>,
     deadline: Instant,
 ) -> Result<(), MoveError> {
     let authority = from.authority();
+    let mut repair: Option<migrate::repair::Repair> = None;
     loop {
-        let row = hands.on(authority).query_one("SELECT count(*) FROM crossfade.ledger", &[]).await?;
+        let row = ledger.query_one("SELECT count(*) FROM crossfade.ledger", &[]).await?;
         let left: i64 = row.get(0);
-        if left == 0 {
+        if left == 0 && shared.paid.carrying.load(Ordering::SeqCst) == 0 {
             return Ok(());
         }
         if Instant::now() > deadline {
@@ -303,11 +446,16 @@ async fn nothing_owed(
                 "{left} debts are left on {authority}; clients were released and the phase stays {from}"
             )));
         }
-        let first = Shared::database(config, authority).connect("crossfade move").await?;
-        let second = Shared::database(config, authority.other()).connect("crossfade move").await?;
-        let pair = migrate::Pair::new(authority, first, second, migrate::Settings::default()).await?;
-        migrate::repair::Repair::new(pair, catalog.clone()).pass().await?;
-        let _ = shared;
+        if repair.is_none() {
+            let first = Shared::database(config, authority).connect("crossfade move").await?;
+            let second = Shared::database(config, authority.other()).connect("crossfade move").await?;
+            let pair = migrate::Pair::new(authority, first, second, migrate::Settings::default()).await?;
+            repair = Some(migrate::repair::Repair::new(pair, catalog.clone()));
+        }
+        if let Some(repair) = &mut repair {
+            repair.pass().await?;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 

@@ -18,12 +18,22 @@ pub struct Holds {
 #[derive(Debug, thiserror::Error)]
 pub enum RowError {
     /// The database said no, or is gone.
-    #[error("the phase row of the {side} database: {error}")]
+    #[error("the phase row of the {side} database: {}", said(.error))]
     Database {
         /// Which side.
         side: Side,
         /// What it said.
         error: tokio_postgres::Error,
+    },
+    /// Another move was later.
+    #[error(
+        "the phase row of the {side} database has passed epoch {epoch}: does another proxy move the same migration?"
+    )]
+    Passed {
+        /// Which side.
+        side: Side,
+        /// The epoch that was to be written.
+        epoch: u64,
     },
     /// A row that this version does not understand.
     #[error(
@@ -35,6 +45,22 @@ pub enum RowError {
         /// What stands there.
         phase: String,
     },
+}
+
+/// The server's own words, where it has said something.
+pub(super) fn said(error: &tokio_postgres::Error) -> String {
+    error.as_db_error().map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+impl RowError {
+    /// The server has said no: the row is as it was. Not so where the connection broke, or was ended from outside, which also happens to one whose
+    /// commit waits for a standby.
+    pub fn wrote_nothing(&self) -> bool {
+        match self {
+            RowError::Database { error, .. } => error.code().is_some_and(|code| !code.code().starts_with("57P")),
+            RowError::Unknown { .. } | RowError::Passed { .. } => true,
+        }
+    }
 }
 
 /// The row of one side; None: nothing was installed there, or nothing was ever moved.
@@ -83,19 +109,27 @@ pub fn judge(old: Option<Holds>, new: Option<Holds>) -> Verdict {
     }
 }
 
-/// Writes the row of one side, with an entry in its history.
+/// Writes the row of one side, with an entry in its history; flushed when it returns. A row of a higher epoch stays: what comes late (a statement
+/// that was given up, another proxy) never takes a phase back.
 pub async fn write(client: &Client, side: Side, name: &str, holds: Holds, event: &str) -> Result<(), RowError> {
     let epoch = holds.epoch as i64;
     let sql = "WITH row AS ( \
-            INSERT INTO crossfade.migration (one, name, epoch, phase, authority) VALUES (true, $1, $2, $3, $4) \
-            ON CONFLICT (one) DO UPDATE SET name = $1, epoch = $2, phase = $3, authority = $4, changed = clock_timestamp() RETURNING epoch) \
+            INSERT INTO crossfade.migration AS m (one, name, epoch, phase, authority) VALUES (true, $1, $2, $3, $4) \
+            ON CONFLICT (one) DO UPDATE SET name = $1, epoch = $2, phase = $3, authority = $4, changed = clock_timestamp() \
+            WHERE m.epoch <= $2 RETURNING epoch) \
         INSERT INTO crossfade.history (epoch, event, detail) SELECT $2, $5, jsonb_build_object('phase', $3::text, 'authority', $4::text) FROM row";
     let phase = holds.phase;
-    client
-        .execute(sql, &[&name, &epoch, &phase.name(), &phase.authority().name(), &event])
-        .await
-        .map(|_| ())
-        .map_err(|error| RowError::Database { side, error })
+    let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
+        [&name, &epoch, &phase.name(), &phase.authority().name(), &event];
+    let written = async {
+        client.batch_execute("SET synchronous_commit = on").await?;
+        client.execute(sql, &parameters).await
+    };
+    match written.await {
+        Ok(0) => Err(RowError::Passed { side, epoch: holds.epoch }),
+        Ok(_) => Ok(()),
+        Err(error) => Err(RowError::Database { side, error }),
+    }
 }
 
 #[cfg(test)]

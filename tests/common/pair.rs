@@ -1,6 +1,6 @@
 //! Two databases, and Crossfade in front of them.
 
-use crossfade::cluster::Cluster;
+use crossfade::cluster::{Builder, Cluster};
 use tokio_postgres::NoTls;
 
 use super::proxy::{Proxy, ProxyConfig};
@@ -21,9 +21,19 @@ pub struct Databases {
 impl Databases {
     /// Starts both, with these lines of postgresql.conf.
     pub async fn start(settings: &[(&str, &str)]) -> Databases {
-        let old = Cluster::builder().lineage("old").settings(settings).start();
-        let new = Cluster::builder().lineage("new").settings(settings).start();
-        let (old, new) = tokio::join!(old, new);
+        let [old, new] = ["old", "new"].map(|side| Cluster::builder().lineage(side).settings(settings));
+        Databases::of(old, new).await
+    }
+
+    /// Starts two that ask nobody for a password: [`super::raw`] can log in. Crossfade needs `auth: trust` in its file.
+    pub async fn start_trusting() -> Databases {
+        let trust = "local all all trust\nhost all all 127.0.0.1/32 trust\n";
+        let [old, new] = ["old", "new"].map(|side| Cluster::builder().lineage(side).hba(trust));
+        Databases::of(old, new).await
+    }
+
+    async fn of(old: Builder, new: Builder) -> Databases {
+        let (old, new) = tokio::join!(old.start(), new.start());
         let (old, new) = (old.expect("old starts"), new.expect("new starts"));
         let roles = format!(
             "CREATE ROLE {} LOGIN PASSWORD '{}'; CREATE ROLE {} LOGIN SUPERUSER PASSWORD '{}'; \
