@@ -191,7 +191,8 @@ impl Session {
                 self.held.failed = true;
                 break;
             }
-            if self.writes.bytes > self.shared.config.load().limits.mirror_buffer {
+            // A long COPY would fill the whole buffer again and again: it is held three times over while it is sent.
+            if self.writes.bytes > self.shared.config.load().limits.mirror_buffer / 8 {
                 self.send_ahead().await;
             }
         }
