@@ -127,6 +127,57 @@ async fn what_is_rolled_back_or_fails_is_not_captured() {
     pair.settle_and_assert_equal().await;
 }
 
+/// The extended protocol: behind an error nothing is answered up to the client's Sync, whatever of the data is still to come.
+#[tokio::test]
+async fn copy_by_execute() {
+    let pair = start(TRUST).await;
+    let (mut client, _) =
+        RawClient::connect(pair.proxy.port(), None, &raw::startup(raw::V3_0, &[("user", "app"), ("database", "shop")]))
+            .await;
+    let tags = |frames: &[raw::Frame]| frames.iter().map(|frame| char::from(frame.tag)).collect::<String>();
+    // As drivers do it: the Sync behind Execute is passed over, since the server reads data by then.
+    let copy = [
+        raw::parse("", "COPY items (id) FROM STDIN", &[]),
+        raw::bind("", "", &[], &[], &[]),
+        raw::execute("", 0),
+        raw::sync(),
+    ]
+    .concat();
+    let mut cut = raw::copy_data(&b"4\n".repeat(20_000));
+    let rest = cut.split_off(30_000);
+    for (number, (data, end)) in [
+        (raw::copy_data(b"nonsense\n"), [raw::copy_data(b"1\n"), raw::copy_done()].concat()),
+        (raw::copy_data(b"nonsense\n"), raw::copy_fail("no more")),
+        // The error comes in the midst of a CopyData.
+        ([raw::copy_data(b"4\nnonsense\n"), cut].concat(), [rest, raw::copy_done()].concat()),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        client.send(&copy).await;
+        assert_eq!(tags(&client.until(b'G', 1).await), "12G");
+        client.send(&data).await;
+        assert_eq!(tags(&client.until(b'E', 1).await), "E");
+        client.send(&[end, raw::sync(), raw::query("SELECT 1")].concat()).await;
+        assert_eq!(tags(&client.until_ready(2).await), "ZTDCZ", "{number}");
+    }
+    for (block, data, expected) in [("BEGIN", "1\n2\n", "CZT"), ("SELECT 1", "3\n", "CZI")] {
+        client.send(&raw::query(block)).await;
+        client.until_ready(1).await;
+        client.send(&copy).await;
+        client.until(b'G', 1).await;
+        client.send(&[raw::copy_data(data.as_bytes()), raw::copy_done(), raw::sync()].concat()).await;
+        let frames = client.until_ready(1).await;
+        let status = frames.last().map(|frame| char::from(frame.body[0])).expect("is ready");
+        assert_eq!(format!("{}{status}", tags(&frames)), expected, "behind {block}");
+        client.send(&raw::query("COMMIT")).await;
+        client.until_ready(1).await;
+    }
+    assert_eq!(tainted(&pair).await, [""; 0]);
+    assert_eq!(on_new(&pair, "items").await, 3);
+    pair.settle_and_assert_equal().await;
+}
+
 /// What is not read from the stream is seen by the audit.
 #[tokio::test]
 async fn what_is_not_captured_taints() {
@@ -165,8 +216,15 @@ async fn copy_in_queries() {
     client.until(b'G', 1).await;
     client.send(&raw::copy_data(b"nonsense\n4\n")).await;
     assert_eq!(tags(&client.until_ready(1).await), "EZ", "before the client's CopyDone");
-    client.send(&[raw::copy_data(b"5\n"), raw::copy_done(), raw::query("BEGIN")].concat()).await;
-    assert_eq!(tags(&client.until_ready(1).await), "CZ");
+    client.send(&[raw::copy_data(b"5\n"), raw::copy_done()].concat()).await;
+    client.send(&raw::query("COPY items (id) FROM STDIN")).await;
+    client.until(b'G', 1).await;
+    let mut cut = raw::copy_data(&b"5\n".repeat(20_000));
+    let rest = cut.split_off(30_000);
+    client.send(&[raw::copy_data(b"5\nnonsense\n"), cut].concat()).await;
+    assert_eq!(tags(&client.until(b'E', 1).await), "E", "in the midst of a CopyData");
+    client.send(&[rest, raw::copy_done(), raw::query("BEGIN")].concat()).await;
+    assert_eq!(tags(&client.until_ready(2).await), "ZCZ");
     client
         .send(&raw::query("COPY items (id) FROM STDIN; INSERT INTO items (id) VALUES (7); COPY items (id) FROM STDIN"))
         .await;
