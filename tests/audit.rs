@@ -315,15 +315,20 @@ async fn calls_outside_a_block_are_registered() {
     .await;
     assert_eq!(all, TABLES);
     let all = tainted(&pair, async || {
+        client.execute("DO $$ BEGIN INSERT INTO log (what) VALUES ('do'); COMMIT; END $$", &[]).await.expect("does");
+    })
+    .await;
+    assert_eq!(all, TABLES, "it ends its transaction: no block of ours may be around it");
+    let plain = tainted(&pair, async || {
         client.execute("DO $$ BEGIN INSERT INTO log (what) VALUES ('do'); END $$", &[]).await.expect("does");
     })
     .await;
-    assert_eq!(all, TABLES);
+    assert_eq!(plain, ["log"], "it cannot end its transaction: it is audited");
     let in_block = "BEGIN; DO $$ BEGIN INSERT INTO log (what) VALUES ('do'); END $$; COMMIT";
     assert_eq!(tainted_by(&pair, in_block).await, ["log"], "inside a block it is audited");
     pair.settle_and_assert_equal().await;
     let count = pair.databases.new.psql("shop", "SELECT count(*) FROM log").await.expect("counts");
-    assert_eq!(count.trim(), "4");
+    assert_eq!(count.trim(), "5");
     client.execute("SELECT 1", &[]).await.expect("the session goes on");
     until("nothing is held", async || {
         let held = "SELECT count(*) FROM crossfade.ledger WHERE holder_pid IS NOT NULL";

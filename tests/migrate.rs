@@ -370,8 +370,8 @@ async fn a_debt_with_a_holder_is_payable_when_it_is_released_or_gone() {
     let mut repair = world.repair().await;
     for released in [true, false] {
         let t1 = world.old().await;
-        let debt: i64 =
-            t1.query_one("SELECT crossfade.owe_unwrapped($1, 'call')", &[&&bytes[..]]).await.unwrap().get(0);
+        let debt: i64 = t1.query_one("SELECT nextval('crossfade.ledger_id')", &[]).await.unwrap().get(0);
+        t1.execute("SELECT crossfade.owe_unwrapped($1, $2, 'call')", &[&debt, &&bytes[..]]).await.expect("owes");
         exec(&t1, &format!("INSERT INTO t VALUES ({}, NULL, 1)", i32::from(released))).await;
         assert_eq!(repair.pass().await.expect("passes").in_flight, 1);
         if released {

@@ -19,6 +19,23 @@ pub struct Planned {
     pub plan: Plan,
 }
 
+/// Words without which the body of DO cannot end the transaction that it runs in.
+const ENDS: [&[u8]; 3] = [b"commit", b"rollback", b"call"];
+
+impl Planned {
+    /// The plan of DO with this body: one that cannot end its transaction may run in a block of ours, where the audit sees what it writes.
+    pub fn for_body(self: Arc<Self>, text: &[u8]) -> Arc<Planned> {
+        let lower = text.to_ascii_lowercase();
+        match &self.plan {
+            Plan::Opaque(opaque) if !ENDS.iter().any(|word| memchr::memmem::find(&lower, word).is_some()) => {
+                let plan = Plan::Opaque(Arc::new(super::Opaque { unwrapped: false, ..super::Opaque::clone(opaque) }));
+                Arc::new(Planned { facts: self.facts.clone(), plan })
+            }
+            _ => self,
+        }
+    }
+}
+
 /// What a plan depends on beside the shape.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Key {

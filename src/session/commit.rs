@@ -218,7 +218,8 @@ impl Session {
         let (debts, taints) = (self.debts().encode(false), self.debts().encode(true));
         let carried = matches!(executed, Executed::On(..));
         let best_effort = self.shared.config.load().mirror.commit == Commit::BestEffort;
-        if !debts.is_empty() && !(carried && best_effort) {
+        let told = carried && best_effort;
+        if !debts.is_empty() && !told {
             let (xid, backend, reason) = match executed {
                 Executed::On(_, carrier) => (carrier.xid, Some(carrier.backend), None),
                 Executed::Owed(backend, reason) => (None, *backend, Some(*reason)),

@@ -351,6 +351,8 @@ impl Session {
             let plan = narrow(plan, text, &self.world.catalog, self.side);
             Planned { facts, plan }
         });
+        // The body of DO is a literal, which the shape leaves out.
+        let planned = if planned.facts.verb == Verb::Do { planned.for_body(text) } else { planned };
         (planned, shape.end)
     }
 

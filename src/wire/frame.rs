@@ -318,8 +318,11 @@ pub fn cut_description(payload: &[u8]) -> Result<Option<Bytes>, Malformed> {
     Ok(Some(cut.freeze()))
 }
 
+/// A row before its last value: number of values in all, bytes of those before the last (without the count), the last one.
+pub type Cut<'a> = (i16, &'a [u8], Option<&'a [u8]>);
+
 /// A DataRow's payload, taken apart at its last value: number of values, bytes of all before the last one (without the count), the last one.
-pub fn cut_row(payload: &[u8]) -> Result<(i16, &[u8], Option<&[u8]>), Malformed> {
+pub fn cut_row(payload: &[u8]) -> Result<Cut<'_>, Malformed> {
     let mut fields = Fields::new(payload);
     let count = fields.int16()?;
     if count < 1 {

@@ -294,10 +294,12 @@ pub async fn owe(authority: &Client, carrier: Option<&Carrier>, debts: &[Debt]) 
         debts::encode(debt, &mut bytes);
     }
     let bytes: &[u8] = &bytes;
-    let row = authority
+    let id: i64 = authority.query_one("SELECT nextval('crossfade.ledger_id')", &[]).await.expect("a number").get(0);
+    authority
         .query_one(
-            "SELECT crossfade.owe($1, $2, $3, $4::text::uuid, $5, 'test')",
+            "SELECT crossfade.owe($1, $2, $3, $4, $5::text::uuid, $6, 'test')",
             &[
+                &id,
                 &carrier.and_then(|carrier| carrier.xid),
                 &carrier.map(|carrier| carrier.pid),
                 &carrier.map(|carrier| carrier.start),
@@ -307,7 +309,7 @@ pub async fn owe(authority: &Client, carrier: Option<&Carrier>, debts: &[Debt]) 
         )
         .await
         .expect("owes");
-    row.get(0)
+    id
 }
 
 /// The debt of an integer key.
