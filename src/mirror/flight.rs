@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 
 use super::writes::Op;
 use crate::catalog::Table;
@@ -165,7 +165,9 @@ impl Debts {
     pub fn add(&mut self, op: &Op) {
         match op {
             Op::Upsert(table, row) | Op::Delete(table, row) => {
-                let key = key_of(table, row);
+                // A copy: a slice would keep the whole row's image for as long as the debt is held.
+                let copied = |value: Option<Bytes>| value.map(|value| Bytes::copy_from_slice(&value));
+                let key: Values = key_of(table, row).into_iter().map(copied).collect();
                 let size = size_of(&key);
                 let owed = self.tables.entry(table.number).or_insert_with(|| Owed::Keys(HashSet::new()));
                 if let Owed::Keys(keys) = owed

@@ -53,6 +53,8 @@ pub struct Portal {
     pub planned: Option<Arc<Planned>>,
     /// The hidden column comes in binary.
     pub binary: bool,
+    /// The statement's text, of a COPY.
+    pub copy: Option<Bytes>,
 }
 
 /// Names of settings that pg_settings does not list, and that must be asked for by name when a session is carried over.

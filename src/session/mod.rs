@@ -9,6 +9,8 @@ mod audit;
 mod books;
 mod carry;
 mod commit;
+mod copy;
+mod copy_stream;
 pub mod expect;
 mod relay;
 mod reply;
@@ -35,7 +37,7 @@ use crate::phase::Side;
 use crate::shared::{Shared, Worker, World};
 use crate::switch::bell::Bell;
 use crate::switch::gate::Pass;
-use crate::wire::conn::{Conn, pass};
+use crate::wire::conn::Conn;
 use crate::wire::frame::{self, Report};
 use crate::wire::stream::Stream;
 
@@ -146,6 +148,8 @@ pub struct Session {
     /// Debts registered for statements that ran outside any block of ours, to be released when the session is at rest.
     registered: Vec<i64>,
     carry: Carry,
+    /// Reads the keys in the client's COPY data as it passes.
+    copying: Option<copy::Copying>,
     kept: Kept,
     held: Held,
     /// Our own statements that the server session has prepared.
@@ -211,6 +215,7 @@ impl Session {
             audit: None,
             registered: Vec::new(),
             carry: Carry::Nothing,
+            copying: None,
             kept: Kept::default(),
             held: Held::default(),
             ours_prepared: Vec::new(),
@@ -352,33 +357,7 @@ impl Session {
             }
             self.replies()?;
         }
-        Ok(())
-    }
-
-    /// The server waits for COPY data: what the client has sent of it is passed on, and more is awaited.
-    async fn copy_data(&mut self) -> Result<(), End> {
-        while self.queue.copying() && self.server.out.len() < self.limit {
-            if self.from_client > 0 {
-                let count = self.from_client.min(self.client.inb.len());
-                pass(&mut self.client.inb, &mut self.server.out, count);
-                self.from_client -= count;
-                if self.from_client > 0 {
-                    break;
-                }
-            }
-            let Some(head) = frame::head(&self.client.inb)? else { break };
-            if matches!(head.tag, b'c' | b'f') && self.client.inb.len() < head.total {
-                break;
-            }
-            if matches!(head.tag, b'c' | b'f') {
-                self.queue.copy_end();
-            }
-            self.forward(head);
-        }
-        if self.client.closed && self.queue.copying() {
-            return Err(End::Client);
-        }
-        self.drive().await
+        self.copy_rest().await
     }
 
     /// Like `drive`, without reading from the client: a client that has gone does not undo what it asked for.

@@ -484,8 +484,11 @@ impl Session {
             }
             None => self.forward(head),
         }
+        let copies = |planned: &Arc<Planned>| planned.facts.verb == Verb::CopyFromStdin;
+        let copy = planned.as_ref().filter(|planned| copies(planned));
+        let copy = copy.and_then(|_| self.prepared.get(&name)?.text.clone());
         self.portal_count += 1;
-        self.portals.insert(portal, Portal { number: self.portal_count, planned, binary });
+        self.portals.insert(portal, Portal { number: self.portal_count, planned, binary, copy });
         Ok(())
     }
 
@@ -581,8 +584,8 @@ impl Session {
             let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
             fields.string().ok().and_then(|name| self.portals.get(name)).cloned()
         };
-        let Some((planned, binary, number)) =
-            portal.and_then(|portal| Some((portal.planned?, portal.binary, portal.number)))
+        let Some((planned, binary, number, copy)) =
+            portal.and_then(|portal| Some((portal.planned?, portal.binary, portal.number, portal.copy)))
         else {
             self.queue.push(Expected::client(Kind::Execute));
             self.forward(head);
@@ -599,6 +602,10 @@ impl Session {
         }
         self.note_statement(&planned);
         self.look_before(&planned, Told::Client);
+        if let (Some(text), true) = (copy, self.in_block()) {
+            let frame = self.client.inb.split_to(head.total).freeze();
+            return self.copy_extended(frame, &planned, &text).await;
+        }
         let to = way(&planned, binary).cut().map_or(To::Client, To::Cut);
         let mut done = done(&planned);
         if matches!(done, Done::Begin) {

@@ -151,6 +151,13 @@ impl Session {
                 }
                 Verdict::Drop
             }
+            To::Images(cut) => {
+                if tag == b'D' {
+                    let row = self.server.inb[payload].to_vec();
+                    self.fetched(&cut, &row)?;
+                }
+                Verdict::Drop
+            }
             // Its error was replaced; what follows is the end of a Query.
             To::Refused(_) if matches!(tag, b'Z') => Verdict::Forward,
             To::Refused(_) => return Err(End::Mismatch("success of what can only fail".to_owned())),
@@ -289,7 +296,7 @@ impl Session {
     }
 
     /// One row as the authority left it.
-    fn capture(&mut self, cut: &Cut, hidden: &[u8]) {
+    pub(super) fn capture(&mut self, cut: &Cut, hidden: &[u8]) {
         let fields = match image::hidden(hidden, cut.binary) {
             Ok(fields) => fields,
             Err(error) => {

@@ -90,6 +90,11 @@ impl Session {
                 self.send(text, planned, end, false);
                 Ok(())
             }
+            _ if self.in_block() && planned.facts.verb == Verb::CopyFromStdin => {
+                self.held = Held::default();
+                self.send(text, planned, end, true);
+                self.copy_simple(planned, text).await
+            }
             _ if self.in_block() => {
                 self.send(text, planned, end, false);
                 Ok(())
@@ -98,7 +103,7 @@ impl Session {
                 self.begin_ours();
                 self.held = Held::default();
                 self.send(text, planned, end, true);
-                self.settle().await?;
+                self.settle_query(planned, text).await?;
                 self.commit_ours().await
             }
         }
@@ -131,7 +136,7 @@ impl Session {
                         self.begin_ours();
                     }
                     self.send(part, planned, *end, true);
-                    self.settle().await?;
+                    self.settle_query(planned, part).await?;
                 }
             }
             if let Some(complete) = self.held.complete.take() {
