@@ -178,3 +178,24 @@ async fn debts_have_numbers_where_the_start_could_not_draw_them() {
     pair.settle_and_assert_equal().await;
     assert_eq!(on(&pair.databases.new, "SELECT last_value, is_called FROM crossfade.ledger_id").await, "1|t");
 }
+
+/// All sessions of the pool are in use: what waits in vain is owed, and nobody takes the mirror for dead.
+#[tokio::test]
+async fn a_pool_without_a_free_place_is_no_mirror_that_is_down() {
+    let pair =
+        mirrored("", "mirror: { connections: 1, timeout: 500ms }\nlimits: { mirror_buffer: 64KiB, threads: 1 }").await;
+    let (mut long, mut short) = (raw_client(&pair).await, raw_client(&pair).await);
+    let big = "BEGIN; INSERT INTO notes SELECT n, repeat('y', 1000) FROM generate_series(1000, 1200) n";
+    says(&mut long, &[raw::query(big)]).await;
+    says(&mut long, &[raw::query("SELECT 1")]).await;
+    says(&mut short, &[raw::query("INSERT INTO notes VALUES (1, 'waits for a place')")]).await;
+    assert_eq!(pair.proxy.metrics("crossfade_mirror_failures_total{reason=\"busy\"}").await, 1.0);
+    assert!(!pair.proxy.log().contains("the mirror failed"));
+    says(&mut long, &[raw::query("COMMIT")]).await;
+    assert_eq!(
+        pair.proxy.metrics("crossfade_mirror_failures_total").await,
+        1.0,
+        "its images were on the mirror all along"
+    );
+    pair.settle_and_assert_equal().await;
+}

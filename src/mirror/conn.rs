@@ -62,6 +62,9 @@ pub enum Failure {
     /// No progress for `mirror.timeout`.
     #[error("no progress for {0:?}")]
     Timeout(Duration),
+    /// All sessions were in use for `mirror.timeout`. Says nothing of the mirror itself.
+    #[error("no free session for {0:?} (mirror.connections)")]
+    Busy(Duration),
     /// The circuit breaker is open.
     #[error("known to be down")]
     Down,
@@ -75,6 +78,7 @@ impl Failure {
             Failure::Broken(_) => "broken",
             Failure::Connect(_) => "connect",
             Failure::Timeout(_) => "timeout",
+            Failure::Busy(_) => "busy",
             Failure::Down => "down",
         }
     }
