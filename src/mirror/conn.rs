@@ -126,7 +126,7 @@ impl MirrorConn {
             ("database", db.database.as_str()),
             ("application_name", "crossfade mirror"),
             ("client_encoding", "UTF8"),
-            ("options", "-c session_replication_role=replica -c row_security=off -c synchronous_commit=off -c statement_timeout=0 -c lock_timeout=0 -c search_path=pg_catalog -c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off"),
+            ("options", "-c session_replication_role=replica -c row_security=off -c synchronous_commit=off -c statement_timeout=0 -c lock_timeout=0 -c search_path=pg_catalog -c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off -c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"),
         ]
         .map(|(name, value)| (Bytes::copy_from_slice(name.as_bytes()), Bytes::copy_from_slice(value.as_bytes())));
         let connected = connect::connect(db, &credentials, &parameters, 0).await?;
