@@ -199,3 +199,22 @@ async fn a_pool_without_a_free_place_is_no_mirror_that_is_down() {
     );
     pair.settle_and_assert_equal().await;
 }
+
+/// `best-effort` writes no debt beforehand: where the mirror's COMMIT fails it is written afterwards.
+#[tokio::test]
+async fn best_effort_owes_what_the_mirror_did_not_commit() {
+    let pair = mirrored("", "mirror: { commit: best-effort }").await;
+    let refuse = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not now'; END $$; \
+        CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON notes DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse(); \
+        ALTER TABLE notes ENABLE ALWAYS TRIGGER refuse";
+    on(&pair.databases.new, refuse).await;
+    let mut client = raw_client(&pair).await;
+    assert_eq!(says(&mut client, &[raw::query("INSERT INTO notes VALUES (1, 'late')")]).await, "CZ");
+    common::until("the row is owed", async || {
+        on(&pair.databases.old, "SELECT count(*) FROM crossfade.ledger").await == "1"
+    })
+    .await;
+    on(&pair.databases.new, "DROP TRIGGER refuse ON notes; DROP FUNCTION refuse()").await;
+    pair.settle_and_assert_equal().await;
+    assert_eq!(on(&pair.databases.new, "SELECT body FROM notes").await, "late");
+}
