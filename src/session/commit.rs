@@ -266,15 +266,15 @@ impl Session {
         let id = self.shared.debt_id();
         let (debts, taints) = (self.debts().encode(false), self.debts().encode(true));
         let carried = matches!(executed, Executed::On(..));
-        let best_effort = self.shared.config.load().mirror.commit == Commit::BestEffort;
-        if !debts.is_empty() && !(carried && best_effort) {
+        let later = carried && self.shared.config.load().mirror.commit == Commit::BestEffort;
+        if !later && !debts.is_empty() {
             let (xid, backend, reason) = match executed {
                 Executed::On(_, carrier) => (carrier.xid, Some(carrier.backend), None),
                 Executed::Owed(backend, reason) => (None, *backend, Some(*reason)),
             };
             self.put_owe(id, xid, backend, &debts, reason);
         }
-        let unwritten = (carried && best_effort && !debts.is_empty()).then(|| debts.freeze());
+        let unwritten = (later && !debts.is_empty()).then(|| debts.freeze());
         if !taints.is_empty() {
             let reason = self.writes.reason.unwrap_or("opaque");
             let id = self.shared.debt_id();
