@@ -178,3 +178,43 @@ async fn debts_have_numbers_where_the_start_could_not_draw_them() {
     pair.settle_and_assert_equal().await;
     assert_eq!(on(&pair.databases.new, "SELECT last_value, is_called FROM crossfade.ledger_id").await, "1|t");
 }
+
+/// All sessions of the pool are in use: what waits in vain is owed, and nobody takes the mirror for dead.
+#[tokio::test]
+async fn a_pool_without_a_free_place_is_no_mirror_that_is_down() {
+    let pair =
+        mirrored("", "mirror: { connections: 1, timeout: 500ms }\nlimits: { mirror_buffer: 64KiB, threads: 1 }").await;
+    let (mut long, mut short) = (raw_client(&pair).await, raw_client(&pair).await);
+    let big = "BEGIN; INSERT INTO notes SELECT n, repeat('y', 1000) FROM generate_series(1000, 1200) n";
+    says(&mut long, &[raw::query(big)]).await;
+    says(&mut long, &[raw::query("SELECT 1")]).await;
+    says(&mut short, &[raw::query("INSERT INTO notes VALUES (1, 'waits for a place')")]).await;
+    assert_eq!(pair.proxy.metrics("crossfade_mirror_failures_total{reason=\"busy\"}").await, 1.0);
+    assert!(!pair.proxy.log().contains("the mirror failed"));
+    says(&mut long, &[raw::query("COMMIT")]).await;
+    assert_eq!(
+        pair.proxy.metrics("crossfade_mirror_failures_total").await,
+        1.0,
+        "its images were on the mirror all along"
+    );
+    pair.settle_and_assert_equal().await;
+}
+
+/// `best-effort` writes no debt beforehand: where the mirror's COMMIT fails it is written afterwards.
+#[tokio::test]
+async fn best_effort_owes_what_the_mirror_did_not_commit() {
+    let pair = mirrored("", "mirror: { commit: best-effort }").await;
+    let refuse = "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'not now'; END $$; \
+        CREATE CONSTRAINT TRIGGER refuse AFTER INSERT ON notes DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION refuse(); \
+        ALTER TABLE notes ENABLE ALWAYS TRIGGER refuse";
+    on(&pair.databases.new, refuse).await;
+    let mut client = raw_client(&pair).await;
+    assert_eq!(says(&mut client, &[raw::query("INSERT INTO notes VALUES (1, 'late')")]).await, "CZ");
+    common::until("the row is owed", async || {
+        on(&pair.databases.old, "SELECT count(*) FROM crossfade.ledger").await == "1"
+    })
+    .await;
+    on(&pair.databases.new, "DROP TRIGGER refuse ON notes; DROP FUNCTION refuse()").await;
+    pair.settle_and_assert_equal().await;
+    assert_eq!(on(&pair.databases.new, "SELECT body FROM notes").await, "late");
+}

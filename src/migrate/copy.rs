@@ -280,6 +280,10 @@ async fn absorb(pair: &mut Pair, catalog: &Catalog, table: &Table, entries: &[En
             if !seen.insert(*token) || !tokens::claim(&mut pair.mirror, *token).await? {
                 continue;
             }
+            if !tokens::stands(pair, entry.id).await? {
+                // Paid and cleared by another job since the ledger was read. The token is swept.
+                continue;
+            }
             let others: Vec<(u32, &Values)> = (entry.debts.iter())
                 .filter_map(|debt| match debt {
                     Debt::Row { table: number, token: of, values } if of == token && *number != table.number => {

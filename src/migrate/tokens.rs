@@ -29,14 +29,19 @@ pub(crate) async fn pay(
     }
     // No token: nobody has paid yet, or somebody has since the ledger was read, and has cleared the debt and then removed the token. The ledger
     // as it is now tells.
-    let text = "SELECT EXISTS (SELECT FROM crossfade.ledger WHERE id = $1)";
-    if !pair.authority.rows("looking for a debt", text, &[&id]).await?[0].get::<_, bool>(0) {
+    if !stands(pair, id).await? {
         pair.mirror.batch("rolling back", "ROLLBACK").await?;
         return Ok(0);
     }
     let inserted = insert(pair, catalog, rows).await?;
     pair.mirror.batch("committing", "COMMIT").await?;
     Ok(inserted)
+}
+
+/// The debt is in the ledger now. To be asked behind a claim: what was read before may have been paid and cleared since, and its token removed.
+pub(crate) async fn stands(pair: &mut Pair, id: i64) -> Result<bool, Error> {
+    let text = "SELECT EXISTS (SELECT FROM crossfade.ledger WHERE id = $1)";
+    Ok(pair.authority.rows("looking for a debt", text, &[&id]).await?[0].get(0))
 }
 
 /// Writes the token; false if it is there. Waits for a transaction that is about to write it.

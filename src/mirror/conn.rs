@@ -62,6 +62,9 @@ pub enum Failure {
     /// No progress for `mirror.timeout`.
     #[error("no progress for {0:?}")]
     Timeout(Duration),
+    /// All sessions were in use for `mirror.timeout`. Says nothing of the mirror itself.
+    #[error("no free session for {0:?} (mirror.connections)")]
+    Busy(Duration),
     /// The circuit breaker is open.
     #[error("known to be down")]
     Down,
@@ -75,6 +78,7 @@ impl Failure {
             Failure::Broken(_) => "broken",
             Failure::Connect(_) => "connect",
             Failure::Timeout(_) => "timeout",
+            Failure::Busy(_) => "busy",
             Failure::Down => "down",
         }
     }
@@ -122,7 +126,7 @@ impl MirrorConn {
             ("database", db.database.as_str()),
             ("application_name", "crossfade mirror"),
             ("client_encoding", "UTF8"),
-            ("options", "-c session_replication_role=replica -c row_security=off -c synchronous_commit=off -c statement_timeout=0 -c lock_timeout=0 -c search_path=pg_catalog -c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off"),
+            ("options", "-c session_replication_role=replica -c row_security=off -c synchronous_commit=off -c statement_timeout=0 -c lock_timeout=0 -c search_path=pg_catalog -c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off -c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"),
         ]
         .map(|(name, value)| (Bytes::copy_from_slice(name.as_bytes()), Bytes::copy_from_slice(value.as_bytes())));
         let connected = connect::connect(db, &credentials, &parameters, 0).await?;

@@ -35,10 +35,13 @@ impl Pool {
         })
     }
 
-    /// A session, within the time-out. `generation` is that of the catalog: statements prepared for another one are not used.
+    /// A session. A place and a connection may take the time-out each: what was spent on waiting for a place is not the mirror's fault. `generation` is that of the catalog: statements prepared for another one are not used.
     pub async fn lease(self: &Rc<Self>, db: &Database, generation: u64, timeout: Duration) -> Result<Lease, Failure> {
+        let place = tokio::time::timeout(timeout, self.places.clone().acquire_owned())
+            .await
+            .map_err(|_| Failure::Busy(timeout))?
+            .map_err(|_| Failure::Down)?;
         let take = async {
-            let place = self.places.clone().acquire_owned().await.map_err(|_| Failure::Down)?;
             let idle = loop {
                 match self.idle.borrow_mut().pop() {
                     Some(conn) if conn.generation != generation => drop(conn),

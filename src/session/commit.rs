@@ -5,7 +5,7 @@ use bytes::Bytes;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 
 use super::expect::{Done, Expected, Kind, To};
 use super::{Carry, End, Held, Kept, Session};
@@ -14,6 +14,7 @@ use crate::mirror::conn::{Backend, Carrier, Failure};
 use crate::mirror::flight::steps;
 use crate::mirror::pool::Lease;
 use crate::mirror::writes::Op;
+use crate::phase::Side;
 use crate::plan::Opaque;
 use crate::shared::{Paid, Shared};
 use crate::sql::facts::Verb;
@@ -42,6 +43,8 @@ enum Executed {
 struct Settled {
     executed: Executed,
     id: i64,
+    /// `best-effort`: the debts that were not written, for when the mirror's COMMIT fails.
+    unwritten: Option<Bytes>,
 }
 
 /// How the client ends its transaction, where that may make its writes last.
@@ -243,8 +246,8 @@ impl Session {
                 "Nothing was committed. Look at `crossfade status`; connect again once the mirror is up, or set mirror.strict: false.",
             )));
         }
-        let id = self.put_debts(&executed);
-        Ok(Before::Ready(Some(Settled { executed, id })))
+        let (id, unwritten) = self.put_debts(&executed);
+        Ok(Before::Ready(Some(Settled { executed, id, unwritten })))
     }
 
     /// `mirror.strict` wants every transaction on the mirror when it commits; one that is prepared cannot be there.
@@ -259,25 +262,25 @@ impl Session {
     }
 
     /// The ledger rows of this transaction, into the flight of COMMIT.
-    fn put_debts(&mut self, executed: &Executed) -> i64 {
+    fn put_debts(&mut self, executed: &Executed) -> (i64, Option<Bytes>) {
         let id = self.shared.debt_id();
         let (debts, taints) = (self.debts().encode(false), self.debts().encode(true));
         let carried = matches!(executed, Executed::On(..));
-        let best_effort = self.shared.config.load().mirror.commit == Commit::BestEffort;
-        let told = carried && best_effort;
-        if !debts.is_empty() && !told {
+        let later = carried && self.shared.config.load().mirror.commit == Commit::BestEffort;
+        if !later && !debts.is_empty() {
             let (xid, backend, reason) = match executed {
                 Executed::On(_, carrier) => (carrier.xid, Some(carrier.backend), None),
                 Executed::Owed(backend, reason) => (None, *backend, Some(*reason)),
             };
             self.put_owe(id, xid, backend, &debts, reason);
         }
+        let unwritten = (later && !debts.is_empty()).then(|| debts.freeze());
         if !taints.is_empty() {
             let reason = self.writes.reason.unwrap_or("opaque");
             let id = self.shared.debt_id();
             self.put_taint(id, &taints, reason);
         }
-        id
+        (id, unwritten)
     }
 
     /// Taints, unless the transaction has written nothing at all: a volatile function may have only looked, and a read-only transaction
@@ -309,11 +312,11 @@ impl Session {
     /// Waits for the authority's answer to COMMIT and settles the mirror by it.
     async fn answered(&mut self, settled: Option<Settled>) -> Result<(), End> {
         let outcome = self.settle().await;
-        let Some(Settled { executed, id }) = settled else { return outcome };
+        let Some(Settled { executed, id, unwritten }) = settled else { return outcome };
         // COMMIT may answer ROLLBACK; an error says that nothing was committed; a lost connection says nothing: then the mirror is rolled back,
         // and if the authority did commit, the ledger has it.
         let committed = outcome.is_ok() && self.says_committed();
-        self.settled(executed, id, committed);
+        self.settled(executed, (id, unwritten), committed);
         outcome
     }
 
@@ -322,12 +325,13 @@ impl Session {
         &self.kept.tag[..] == b"COMMIT\0"
     }
 
-    fn settled(&mut self, executed: Executed, id: i64, committed: bool) {
+    fn settled(&mut self, executed: Executed, (id, unwritten): (i64, Option<Bytes>), committed: bool) {
         let shared = self.shared.clone();
         match executed {
             Executed::On(lease, carrier) if committed => {
                 shared.paid.carrying.fetch_add(1, Ordering::SeqCst);
-                tokio::task::spawn_local(commit_mirror(shared, lease, carrier, id));
+                let owed = unwritten.map(|debts| (self.side, debts));
+                tokio::task::spawn_local(commit_mirror(shared, lease, carrier, id, owed));
             }
             Executed::On(mut lease, _) => {
                 tokio::task::spawn_local(async move {
@@ -544,13 +548,25 @@ async fn carry_out(
 }
 
 /// The authority has committed: so does the mirror. Nobody waits; the debt is cleared after the next flush there.
-async fn commit_mirror(shared: std::sync::Arc<Shared>, mut lease: Box<Lease>, carrier: Carrier, id: i64) {
+/// `owed`: debts that the authority on that side has not been told of.
+async fn commit_mirror(
+    shared: std::sync::Arc<Shared>,
+    mut lease: Box<Lease>,
+    carrier: Carrier,
+    id: i64,
+    owed: Option<(Side, Bytes)>,
+) {
     let timeout = shared.config.load().mirror.timeout.max(Duration::from_secs(10));
     let committed = tokio::time::timeout(timeout, async {
         lease.conn.send_commit().await?;
         lease.conn.committed().await
     })
     .await;
+    if !matches!(committed, Ok(Ok(())))
+        && let Some((side, debts)) = owed
+    {
+        owe_afterwards(&shared, side, (carrier, id), &debts).await;
+    }
     match committed {
         Ok(Ok(())) => {
             shared.paid.push(Paid { id, incarnation: carrier.backend.incarnation });
@@ -567,4 +583,31 @@ async fn commit_mirror(shared: std::sync::Arc<Shared>, mut lease: Box<Lease>, ca
     }
     // Last: whoever sees that nothing is carried finds the debt in the queue.
     shared.paid.carrying.fetch_sub(1, Ordering::SeqCst);
+}
+
+/// `best-effort`: the authority has committed, and the mirror has not. The debts come late; a proxy that dies before them leaves rows that differ.
+async fn owe_afterwards(shared: &Shared, side: Side, (carrier, id): (Carrier, i64), debts: &[u8]) {
+    let config = shared.config.load_full();
+    let backend = carrier.backend;
+    let written = async {
+        let ledger =
+            Shared::database(&config, side).connect("crossfade owes").await.map_err(|error| error.to_string())?;
+        let owe = "SELECT crossfade.owe($1, $2, $3, $4, pg_catalog.encode($5::bytea, 'hex')::uuid, $6, NULL)";
+        let incarnation = &backend.incarnation[..];
+        ledger
+            .execute(owe, &[&id, &carrier.xid, &backend.pid, &backend.start, &incarnation, &debts])
+            .await
+            .map_err(|error| error.to_string())
+    };
+    match written.await {
+        Ok(_) => warn!(
+            debt = id,
+            "COMMIT on the mirror failed after the authority had committed (best-effort); its rows are owed now"
+        ),
+        Err(error) => error!(
+            debt = id,
+            %error,
+            "COMMIT on the mirror failed and its debts could not be written: rows may differ. Run `crossfade verify`, then `crossfade repair --table NAME`"
+        ),
+    }
 }
