@@ -10,6 +10,9 @@ use crate::catalog::{Catalog, Resolution, SideEffects, Table, WRITING_BUILT_IN};
 use crate::phase::Side;
 use crate::sql::facts::{Facts, Name, OnConflict, Target, Verb};
 
+/// In place of a role: the session may run as any (SET ROLE). What one of them may not read is not captured. No role has an empty name.
+pub const ANY_ROLE: &str = "";
+
 /// What to do with a statement in a phase in which `authority` is mirrored. `role`: the session's current role, where known. `encoding_matches`: the
 /// session's client_encoding is UTF8, as the mirror's sessions' is (SQL_ASCII on a server whose encoding is UTF8 comes to the same).
 pub fn plan(facts: &Facts, catalog: &Catalog, authority: Side, role: Option<&str>, encoding_matches: bool) -> Plan {
@@ -227,7 +230,11 @@ impl View<'_> {
     /// Why the write cannot be captured, by the first reason that applies to any of the tables.
     fn refusal(&self, target: &Target, tables: &[Arc<Table>]) -> Option<&'static str> {
         let refused = |table: &Arc<Table>| {
-            let denied = |role: &str| self.catalog.no_select.get(self.side).contains(&(role.to_owned(), table.number));
+            let no_select = self.catalog.no_select.get(self.side);
+            let denied = |role: &str| match role {
+                ANY_ROLE => no_select.iter().any(|(_, refused)| *refused == table.number),
+                _ => no_select.contains(&(role.to_owned(), table.number)),
+            };
             match () {
                 _ if table.opaque.is_some() => Some("definition"),
                 _ if *table.row_security.get(self.side) => Some("row-security"),

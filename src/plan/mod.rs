@@ -15,7 +15,7 @@ use crate::catalog::Table;
 use crate::sql::facts::Name;
 
 pub use ddl::narrow;
-pub use decide::plan;
+pub use decide::{ANY_ROLE, plan};
 pub use explain::explain;
 
 /// What to do with one statement in a mirrored phase.

@@ -102,7 +102,8 @@ fn share(config: Config) -> Result<Shared, RunError> {
         plans,
         cancels: Cancels::default(),
         verifiers,
-        next_debt: AtomicI64::new(0),
+        // Never 0: whoever reads the ledger begins behind it.
+        next_debt: AtomicI64::new(1),
         stale: Notify::new(),
         owed: Notify::new(),
         wanted: Notify::new(),
@@ -189,20 +190,16 @@ async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
     Ok(())
 }
 
-/// Numbers of debts are drawn in blocks of 2^32, one block for each start of a proxy: nextval in a client's session would change its lastval().
-/// Where the schema cannot be had (a control role without rights, in phase old) the clock serves until it can.
+/// Numbers of debts are drawn at each start of a proxy, and again by each move. Where the schema cannot be had (a control role without rights, in
+/// phase old) the move to a phase with a mirror is the first to draw.
 pub(crate) async fn draw_debt_numbers(shared: &Shared, authority: &tokio_postgres::Client) {
-    let block = match migrate::install(authority, shared.world.load().phase.authority()).await {
-        Ok(()) => {
-            authority.query_one("SELECT nextval('crossfade.ledger_id')", &[]).await.map(|row| row.get::<_, i64>(0)).ok()
-        }
-        Err(error) => {
-            warn!(%error, "schema crossfade is not installed; phases with a mirror need it");
-            None
-        }
-    };
-    if let Some(block) = block {
-        shared.next_debt.store(block << 32, std::sync::atomic::Ordering::SeqCst);
+    if let Err(error) = migrate::install(authority, shared.world.load().phase.authority()).await {
+        warn!(%error, "schema crossfade is not installed; phases with a mirror need it");
+        return;
+    }
+    match mover::draw_block(authority).await {
+        Ok(block) => shared.next_debt.store(block, std::sync::atomic::Ordering::SeqCst),
+        Err(error) => warn!(%error, "no numbers for debts could be drawn"),
     }
 }
 

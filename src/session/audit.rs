@@ -270,6 +270,11 @@ impl Session {
             ),
             "Nothing was committed. Write the rows by INSERT, UPDATE or DELETE of the client, or set mirror.strict: false.",
         );
+        self.fail_here(report).await
+    }
+
+    /// The transaction fails on the server, so that its state and the client's agree; `kept` has what the client is told.
+    pub(super) async fn fail_here(&mut self, report: Report) -> Result<(), End> {
         let mut error = BytesMut::new();
         report.put(&mut error);
         self.put_failing(Kind::Bind, To::Us, false);

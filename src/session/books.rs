@@ -7,6 +7,17 @@ use bytes::Bytes;
 
 use crate::plan::cache::Planned;
 
+/// What a plan depends on beside its text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// The world.
+    pub generation: u64,
+    /// The client's encoding is UTF8.
+    pub utf8: bool,
+    /// The session may run as another role than it logged in as.
+    pub role_changed: bool,
+}
+
 /// A prepared statement of the client.
 #[derive(Clone, Debug)]
 pub struct Prepared {
@@ -14,8 +25,8 @@ pub struct Prepared {
     pub text: Option<Bytes>,
     /// Number and OIDs of declared parameter types, as they stood in Parse.
     pub types: Bytes,
-    /// Its plan in a world, and where the hidden column is spliced.
-    pub planned: Option<(u64, bool, Arc<Planned>, usize)>,
+    /// Its plan, on which terms it was made, and where the hidden column is spliced.
+    pub planned: Option<(Terms, Arc<Planned>, usize)>,
     /// What the server session has under this name.
     pub there: There,
 }
@@ -69,6 +80,12 @@ impl Settings {
         let is = |keyword: &[u8]| word.len() >= keyword.len() && word[..keyword.len()].eq_ignore_ascii_case(keyword);
         if is(b"set") || text.len() < 64 * 1024 && memchr::memmem::find(text, b"set_config").is_some() {
             self.collect(text);
+        } else if memchr::memchr(b';', text).is_some_and(|at| text[at + 1..].iter().any(|b| !b.is_ascii_whitespace())) {
+            // Several statements: one behind the first may set something.
+            let text = &text[..text.len().min(64 * 1024)];
+            if text.windows(4).any(|word| word.eq_ignore_ascii_case(b"set ")) {
+                self.collect(text);
+            }
         }
         if is(b"prepare") {
             self.sql_prepared = true;
@@ -93,8 +110,11 @@ impl Settings {
                 self.custom.insert(word.trim_end_matches('.').to_lowercase());
             }
         }
-        self.role_changed |=
-            text.to_ascii_lowercase().contains("role") || text.to_ascii_lowercase().contains("authorization");
+        // The name may be a parameter.
+        let unnamed = |rest: &str| !rest.trim_start().trim_start_matches('(').trim_start().starts_with('\'');
+        self.role_changed |= text.split("set_config").skip(1).any(unnamed)
+            || text.to_ascii_lowercase().contains("role")
+            || text.to_ascii_lowercase().contains("authorization");
     }
 }
 
@@ -115,5 +135,15 @@ mod tests {
             ["app.user", "app.user_id", "my.tenant"]
         );
         assert!(settings.role_changed && !settings.sql_prepared);
+        for (text, changes) in [
+            ("BEGIN; SET LOCAL ROLE admin; INSERT INTO t VALUES (1)", true),
+            ("select set_config($1, $2, false)", true),
+            ("select set_config('a.b', $2, false)", false),
+            ("BEGIN; UPDATE t SET n = 1; COMMIT", false),
+        ] {
+            let mut settings = Settings::default();
+            settings.glance(text.as_bytes());
+            assert_eq!(settings.role_changed, changes, "{text}");
+        }
     }
 }

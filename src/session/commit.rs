@@ -16,6 +16,7 @@ use crate::mirror::pool::Lease;
 use crate::mirror::writes::Op;
 use crate::plan::Opaque;
 use crate::shared::{Paid, Shared};
+use crate::sql::facts::Verb;
 use crate::wire::frame::{self, Report};
 
 /// OIDs of owe's parameters: id, xid, pid, start, incarnation, debts, reason.
@@ -43,6 +44,34 @@ struct Settled {
     id: i64,
 }
 
+/// How the client ends its transaction, where that may make its writes last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// COMMIT.
+    Commit {
+        /// AND CHAIN.
+        chain: bool,
+    },
+    /// PREPARE TRANSACTION: nobody knows yet whether it will commit, nor when, nor in whose session. The mirror cannot wait for that, so all of it
+    /// is owed; COMMIT PREPARED makes the debts visible.
+    Prepare,
+}
+
+impl Ending {
+    /// What this statement does to an open block.
+    pub(super) fn of(verb: &Verb) -> Option<Ending> {
+        match verb {
+            Verb::Commit { chain } => Some(Ending::Commit { chain: *chain }),
+            Verb::PrepareTransaction => Some(Ending::Prepare),
+            _ => None,
+        }
+    }
+
+    fn done(self) -> Done {
+        Done::End { chain: self == Ending::Commit { chain: true } }
+    }
+}
+
 /// Whether COMMIT may be sent.
 enum Before {
     /// It may; what was executed on the mirror, if anything.
@@ -53,9 +82,9 @@ enum Before {
 
 impl Session {
     /// COMMIT as a Query.
-    pub(super) async fn commit_simple(&mut self, text: &Bytes, chain: bool) -> Result<(), End> {
+    pub(super) async fn commit_simple(&mut self, text: &Bytes, ending: Ending) -> Result<(), End> {
         self.held = Held::default();
-        self.commit_held(text, chain).await?;
+        self.commit_held(text, ending).await?;
         if let Some(complete) = self.held.complete.take() {
             self.client.out.extend_from_slice(&complete);
         }
@@ -64,11 +93,11 @@ impl Session {
     }
 
     /// COMMIT as a Query whose end is held back.
-    pub(super) async fn commit_held(&mut self, text: &Bytes, chain: bool) -> Result<(), End> {
+    pub(super) async fn commit_held(&mut self, text: &Bytes, ending: Ending) -> Result<(), End> {
         self.settle().await?;
-        let Before::Ready(settled) = self.before_commit().await? else { return self.undo_refused().await };
+        let Before::Ready(settled) = self.before_commit(ending).await? else { return self.undo_refused().await };
         self.put_query(text, "", 0);
-        self.queue.push(Expected { kind: Kind::Query, to: To::Client, hold: true, done: Done::End { chain } });
+        self.queue.push(Expected { kind: Kind::Query, to: To::Client, hold: true, done: ending.done() });
         self.answered(settled).await?;
         if self.queue.skipping() {
             // The ledger refused: the server has passed over COMMIT.
@@ -78,12 +107,12 @@ impl Session {
     }
 
     /// COMMIT in the extended protocol: `frame` is the client's Execute.
-    pub(super) async fn commit_extended(&mut self, frame: Bytes, chain: bool) -> Result<(), End> {
+    pub(super) async fn commit_extended(&mut self, frame: Bytes, ending: Ending) -> Result<(), End> {
         self.settle().await?;
         self.held = Held::default();
-        if let Before::Ready(settled) = self.before_commit().await? {
+        if let Before::Ready(settled) = self.before_commit(ending).await? {
             self.server.out.extend_from_slice(&frame);
-            self.queue.push(Expected { kind: Kind::Execute, to: To::Client, hold: true, done: Done::End { chain } });
+            self.queue.push(Expected { kind: Kind::Execute, to: To::Client, hold: true, done: ending.done() });
             self.answered(settled).await?;
         }
         if let Some(complete) = self.held.complete.take() {
@@ -130,7 +159,7 @@ impl Session {
         if self.status == b'E' {
             return self.roll_back_ours().await;
         }
-        match self.before_commit().await? {
+        match self.before_commit(Ending::Commit { chain: false }).await? {
             Before::Ready(settled) => {
                 self.put_ours(b"crossfade_commit", b"COMMIT", &[], &[], To::Us);
                 frame::sync(&mut self.server.out);
@@ -177,7 +206,7 @@ impl Session {
     }
 
     /// Images to the mirror, executed and awaited; then the debts into the authority's flight. COMMIT follows in the same flight.
-    async fn before_commit(&mut self) -> Result<Before, End> {
+    async fn before_commit(&mut self, ending: Ending) -> Result<Before, End> {
         self.kept = Kept::default();
         for cut in std::mem::take(&mut self.suspended).into_values() {
             self.lost(&cut.capture.tables, "suspended");
@@ -190,6 +219,12 @@ impl Session {
         }
         if self.writes.is_empty() {
             return Ok(Before::Ready(None));
+        }
+        if ending == Ending::Prepare {
+            if self.strict() {
+                return self.fail_prepare().await;
+            }
+            self.give_up("prepared");
         }
         let started = Instant::now();
         let ops = std::mem::take(&mut self.writes.ops);
@@ -210,6 +245,17 @@ impl Session {
         }
         let id = self.put_debts(&executed);
         Ok(Before::Ready(Some(Settled { executed, id })))
+    }
+
+    /// `mirror.strict` wants every transaction on the mirror when it commits; one that is prepared cannot be there.
+    async fn fail_prepare(&mut self) -> Result<Before, End> {
+        self.fail_here(Report::error(
+            "0A000",
+            "crossfade cannot mirror a prepared transaction, and mirror.strict is on",
+            "Nothing was prepared. Use COMMIT, or set mirror.strict: false.",
+        ))
+        .await?;
+        Ok(Before::Failed)
     }
 
     /// The ledger rows of this transaction, into the flight of COMMIT.

@@ -7,13 +7,14 @@ use std::time::{Duration, Instant};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::audit;
-use super::books::{Portal, Prepared, Settings, There};
+use super::books::{Portal, Prepared, Settings, Terms, There};
+use super::commit::Ending;
 use super::expect::{Cut, Done, Expected, Kind, To, Told, Written};
 use super::simple::put_spliced;
 use super::{Aside, Carry, End, Session, ending};
 use crate::mirror::flight::Debts;
 use crate::plan::cache::{Key, Planned};
-use crate::plan::{Opaque, Plan, narrow, plan};
+use crate::plan::{ANY_ROLE, Opaque, Plan, narrow, plan};
 use crate::sql;
 use crate::sql::facts::{OnConflict, Verb};
 use crate::wire::conn::pass;
@@ -59,6 +60,11 @@ impl Session {
             }
             if self.pass.is_none() {
                 self.begin().await?;
+                if self.client.inb.len() < head.total && !self.streams(head) {
+                    // In the world that holds now somebody has to look inside.
+                    self.needed = head.total;
+                    return Ok(true);
+                }
             }
             if self.world.phase.mirror().is_some() {
                 self.mirrored(head).await?;
@@ -104,19 +110,26 @@ impl Session {
         let limit = self.shared.config.load().limits.statement;
         match head.tag {
             b'd' | b'F' | b'p' => true,
-            b'B' => !mirrored || self.bound(head).is_none_or(|planned| !matches!(planned.plan, Plan::Capture(_))),
+            b'B' => !mirrored || self.bind_streams(head),
             b'Q' | b'P' => !mirrored || head.total > limit,
             _ => !mirrored,
         }
     }
 
-    /// The plan of the statement that a Bind names, from what is there of it.
-    fn bound(&self, head: Head) -> Option<Arc<Planned>> {
-        let payload = &self.client.inb[HEAD..head.total.min(self.client.inb.len())];
-        let mut fields = Fields::new(payload);
-        fields.string().ok()?;
-        let name = fields.string().ok()?;
-        self.prepared.get(name)?.planned.as_ref().map(|(_, _, planned, _)| planned.clone())
+    /// Nothing looks inside this Bind in a mirrored phase. Where the statement's plan is not that of the world as it is now, or may change before
+    /// its turn comes, the Bind has to be here whole: a new plan may capture.
+    fn bind_streams(&self, head: Head) -> bool {
+        if !self.queue.is_empty() && !self.unsynced {
+            return false;
+        }
+        let Some(name) = self.name_in(head, b'B') else { return false };
+        let Some(prepared) = self.prepared.get(&name) else { return true };
+        if prepared.text.is_none() {
+            return !self.strict();
+        }
+        prepared.planned.as_ref().is_some_and(|(terms, planned, _)| {
+            *terms == self.terms() && !matches!(planned.plan, Plan::Capture(_)) && self.refusal(planned).is_none()
+        })
     }
 
     /// In phases without a mirror frames pass as they are; only what is owed for them is noted.
@@ -330,6 +343,15 @@ impl Session {
         Ok(())
     }
 
+    /// What the plan of a text depends on.
+    fn terms(&self) -> Terms {
+        Terms {
+            generation: self.world.generation,
+            utf8: self.settings.client_encoding == "UTF8",
+            role_changed: self.settings.role_changed,
+        }
+    }
+
     /// The plan of a text in this world, and where its hidden column goes.
     pub(super) fn plan_for(&self, text: &[u8]) -> (Arc<Planned>, usize) {
         let limit = self.shared.config.load().limits.statement;
@@ -343,7 +365,11 @@ impl Session {
         }
         let shape = sql::shape(text);
         let encoding_matches = self.settings.client_encoding == "UTF8";
-        let role = (!self.world.catalog.no_select.get(self.side).is_empty()).then(|| Arc::from(self.user()));
+        let role =
+            (!self.world.catalog.no_select.get(self.side).is_empty()).then(|| match self.settings.role_changed {
+                true => Arc::from(ANY_ROLE),
+                false => Arc::from(self.user()),
+            });
         let key =
             Key { shape: shape.text.into(), generation: self.world.generation, encoding_matches, role: role.clone() };
         let planned = self.shared.plans.get(key, || {
@@ -374,9 +400,9 @@ impl Session {
         let types = payload.slice_ref(fields.rest());
         let (planned, end) = self.plan_for(&text);
         let splice = splice(&planned).unwrap_or_default().to_owned();
-        let utf8 = self.settings.client_encoding == "UTF8";
+        let terms = self.terms();
         if let Some(prepared) = self.prepared.get_mut(&name) {
-            prepared.planned = Some((self.world.generation, utf8, planned, end));
+            prepared.planned = Some((terms, planned, end));
             prepared.there = if splice.is_empty() { There::Plain } else { There::Spliced(splice.clone()) };
         }
         self.put_parse(&name, (&text, &splice, end), &types, false, To::Client, done);
@@ -392,11 +418,9 @@ impl Session {
                 Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
             return Some(Arc::new(Planned { facts, plan }));
         };
-        let utf8 = self.settings.client_encoding == "UTF8";
+        let terms = self.terms();
         let (planned, end) = match prepared.planned {
-            Some((generation, encoding, planned, end)) if generation == self.world.generation && encoding == utf8 => {
-                (planned, end)
-            }
+            Some((of, planned, end)) if of == terms => (planned, end),
             _ => self.plan_for(&text),
         };
         let wanted = match splice(&planned) {
@@ -405,7 +429,7 @@ impl Session {
         };
         let before = (prepared.there != wanted).then(|| prepared.there.clone());
         if let Some(prepared) = self.prepared.get_mut(name) {
-            prepared.planned = Some((self.world.generation, utf8, planned.clone(), end));
+            prepared.planned = Some((terms, planned.clone(), end));
             prepared.there = wanted;
         }
         if let Some(there) = before {
@@ -568,11 +592,11 @@ impl Session {
             self.forward(head);
             return Ok(());
         };
-        if let Verb::Commit { chain } = planned.facts.verb
+        if let Some(ending) = Ending::of(&planned.facts.verb)
             && self.in_block()
         {
             let frame = self.client.inb.split_to(head.total).freeze();
-            return self.commit_extended(frame, chain).await;
+            return self.commit_extended(frame, ending).await;
         }
         if planned.plan != Plan::Pass && self.queue.ends() {
             self.settle().await?;

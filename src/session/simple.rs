@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use bytes::{BufMut, Bytes, BytesMut};
 
+use super::commit::Ending;
 use super::expect::{Done, Expected, Kind, To, Told};
 use super::relay::{Way, done, splice, way};
 use super::{End, Held, Session};
@@ -74,10 +75,10 @@ impl Session {
     async fn one(&mut self, text: &Bytes, planned: &Arc<Planned>, end: usize) -> Result<(), End> {
         match &planned.plan {
             Plan::Pass => {
-                if let Verb::Commit { chain } = planned.facts.verb
+                if let Some(ending) = Ending::of(&planned.facts.verb)
                     && self.in_block()
                 {
-                    return self.commit_simple(text, chain).await;
+                    return self.commit_simple(text, ending).await;
                 }
                 self.note_sql_prepared(planned);
                 self.send(text, planned, end, false);
@@ -127,7 +128,7 @@ impl Session {
                     frame::complete(&mut self.client.out, b"BEGIN");
                     continue;
                 }
-                Verb::Commit { .. } | Verb::Rollback { .. } if self.in_block() => {
+                Verb::Commit { .. } | Verb::PrepareTransaction | Verb::Rollback { .. } if self.in_block() => {
                     self.end_among_several(part, planned, *end).await?;
                 }
                 _ => {
@@ -158,9 +159,9 @@ impl Session {
             // As PostgreSQL does: the implicit transaction is no block, and yet it ends here.
             no_transaction(&mut self.client.out);
         }
-        match planned.facts.verb {
-            Verb::Commit { chain } => self.commit_held(part, chain).await?,
-            _ => {
+        match Ending::of(&planned.facts.verb) {
+            Some(ending) => self.commit_held(part, ending).await?,
+            None => {
                 self.send(part, planned, end, true);
                 self.settle().await?;
             }

@@ -61,9 +61,9 @@ impl Hands {
         let (old, new) = tokio::join!(config.old.connect("crossfade move"), config.new.connect("crossfade move"));
         let hands = Hands { old, new };
         for client in [&hands.old, &hands.new].into_iter().flatten() {
-            // No lock of anybody's may hold the clients for longer than the pause.
+            // No lock of anybody's may hold the clients for longer than the pause; debts and rows are durable whatever the role's default.
             let pause = config.moves.pause.as_millis();
-            let _ = client.batch_execute(&format!("SET lock_timeout = {pause}")).await;
+            let _ = client.batch_execute(&format!("SET lock_timeout = {pause}; SET synchronous_commit = on")).await;
         }
         hands
     }
@@ -114,6 +114,13 @@ impl KeylessCopy {
     }
 }
 
+/// A block of 2^32 numbers for debts, from the sequence of the side whose ledger they stand in: nextval in a client's session would change
+/// its lastval().
+pub async fn draw_block(authority: &Client) -> Result<i64, tokio_postgres::Error> {
+    let row = authority.query_one("SELECT pg_catalog.nextval('crossfade.ledger_id')", &[]).await?;
+    Ok(row.get::<_, i64>(0) << 32)
+}
+
 /// The next phase on the way from one to another.
 pub fn next(from: Phase, to: Phase) -> Phase {
     use Phase::{DualRead, DualWrite, New, NewPrimary, Old, OldReadOnly};
@@ -158,10 +165,14 @@ pub async fn step(shared: &Arc<Shared>, want: Phase) -> Result<Phase, Stays> {
         }
         let catalog = definitions(&config, &hands, from, to, &world).await?;
         before(shared, &hands, from, to, &catalog).await?;
-        Ok(catalog)
+        let block = match to.mirror() {
+            Some(_) => Some(draw_block(hands.on(to.authority())?).await?),
+            None => None,
+        };
+        Ok((catalog, block))
     };
-    let catalog = ready.await.map_err(|error| Stays { error, held: false })?;
-    let plan = Move { shared, config: &config, hands: &hands, from, to, catalog: &catalog, world: &world };
+    let (catalog, block) = ready.await.map_err(|error| Stays { error, held: false })?;
+    let plan = Move { shared, config: &config, hands: &hands, from, to, catalog: &catalog, block, world: &world };
     let started = Instant::now();
     shared.gate.close();
     let outcome = plan.behind_the_gate().await;
@@ -245,6 +256,8 @@ struct Move<'a> {
     from: Phase,
     to: Phase,
     catalog: &'a Arc<Catalog>,
+    /// The first of the numbers for debts on the side that will be authority.
+    block: Option<i64>,
     world: &'a World,
 }
 
@@ -271,6 +284,9 @@ impl Move<'_> {
         if let Err(error) = self.write_rows(self.hands, epoch).await {
             self.settle_rows(epoch, error).await?;
         }
+        if from.authority() != self.to.authority() {
+            self.number_debts();
+        }
         self.holds(epoch, self.to, self.catalog.clone());
         if from.mirror().is_some() && self.to.mirror().is_none() {
             // Without a mirror nothing is owed to it any more: the next mirrored phase begins with whole-table debts.
@@ -290,6 +306,8 @@ impl Move<'_> {
         }
         let mut copies = Vec::new();
         if from.mirror().is_none() && to.mirror().is_some() {
+            // Nobody else owes anything yet.
+            self.number_debts();
             copies = owe_everything(self.shared, self.config, self.hands, to, self.catalog).await?;
         }
         if from.authority() != to.authority() {
@@ -341,6 +359,13 @@ impl Move<'_> {
                 return Ok(());
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// Numbers of another ledger from here on: those drawn from one side's sequence may be taken on the other.
+    fn number_debts(&self) {
+        if let Some(block) = self.block {
+            self.shared.next_debt.store(block, Ordering::SeqCst);
         }
     }
 

@@ -72,7 +72,7 @@ async fn every_metric_is_there_and_the_counters_count() {
     let client = pair.client().await;
     client.batch_execute("INSERT INTO notes VALUES (1, 'a')").await.expect("writes");
     client.batch_execute("INSERT INTO notes VALUES (2, 'a')").await.expect("writes");
-    client.batch_execute("DO $$ BEGIN UPDATE notes SET body = 'b'; END $$").await.expect("writes out of sight");
+    client.batch_execute("DO $$ BEGIN UPDATE notes SET body = 'b'; COMMIT; END $$").await.expect("writes out of sight");
     until("the taint shows", async || pair.proxy.metrics("crossfade_tainted_tables").await > 0.0).await;
     pair.databases.new.stop(Stop::Fast).await.expect("stops");
     client.batch_execute("INSERT INTO notes VALUES (3, 'c')").await.expect("writes");

@@ -198,7 +198,7 @@ async fn a_transaction_that_does_not_end_keeps_the_phase_and_frees_the_others() 
     // Tried again by itself, later; an operator need not wait.
     hangup(&pair.proxy);
     until("the move goes through", async || pair.proxy.holds("dual-write").await).await;
-    assert!(status(&pair.proxy).await["waiting_for"].is_null());
+    until("nothing is waited for", async || status(&pair.proxy).await["waiting_for"].is_null()).await;
     pair.settle_and_assert_equal().await;
 }
 
@@ -234,7 +234,7 @@ async fn authority_does_not_move_while_anything_is_owed() {
     pair.settle_and_assert_equal().await;
     // A taint is paid before authority moves.
     client
-        .batch_execute("DO $$ BEGIN UPDATE photos SET name = 'out of sight' WHERE id = 2; END $$")
+        .batch_execute("DO $$ BEGIN UPDATE photos SET name = 'out of sight' WHERE id = 2; COMMIT; END $$")
         .await
         .expect("runs");
     pair.proxy.request_phase("new-primary");
