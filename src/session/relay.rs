@@ -10,6 +10,7 @@ use super::audit;
 use super::books::{Portal, Prepared, Settings, Terms, There};
 use super::commit::Ending;
 use super::expect::{Cut, Done, Expected, Kind, To, Told, Written};
+use super::simple::put_spliced;
 use super::{Aside, Carry, End, Session, ending};
 use crate::mirror::flight::Debts;
 use crate::plan::cache::{Key, Planned};
@@ -778,16 +779,6 @@ fn done_of_text(payload: &[u8]) -> Done {
         Verb::Deallocate(name) => Done::Deallocate(name.map(String::into_bytes)),
         Verb::Discard(what) if what == "all" => Done::Deallocate(None),
         _ => Done::Nothing,
-    }
-}
-
-pub(super) fn put_spliced(out: &mut BytesMut, text: &[u8], splice: &str, end: usize) {
-    if splice.is_empty() {
-        out.put_slice(text);
-    } else {
-        out.put_slice(&text[..end]);
-        out.put_slice(splice.as_bytes());
-        out.put_slice(&text[end..]);
     }
 }
 

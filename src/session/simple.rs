@@ -6,7 +6,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 
 use super::commit::Ending;
 use super::expect::{Done, Expected, Kind, To, Told};
-use super::relay::{Way, done, put_spliced, splice, way};
+use super::relay::{Way, done, splice, way};
 use super::{End, Held, Session};
 use crate::plan::Plan;
 use crate::plan::cache::Planned;
@@ -167,6 +167,16 @@ impl Session {
             }
         }
         Ok(())
+    }
+}
+
+pub(super) fn put_spliced(out: &mut BytesMut, text: &[u8], splice: &str, end: usize) {
+    if splice.is_empty() {
+        out.put_slice(text);
+    } else {
+        out.put_slice(&text[..end]);
+        out.put_slice(splice.as_bytes());
+        out.put_slice(&text[end..]);
     }
 }
 
