@@ -1,7 +1,7 @@
 //! A client's session: its frames go to the authority, the authority's replies come back. In a mirrored phase its writes are captured on the
 //! way and carried to the mirror at COMMIT.
 //!
-//! The life of a statement: `relay` takes the client's frames and asks for a plan, `reply` matches each answer of the server with what was asked
+//! The life of a statement: `relay` takes the client's frames, `mirrored` plans them, `reply` matches each answer of the server with what was asked
 //! and cuts images out, `commit` settles a transaction on both sides, `carry` moves a session to another authority.
 //! Nothing here reads a catalog or opens a transaction on the mirror by itself: that is `mirror`.
 
@@ -12,6 +12,7 @@ mod commit;
 mod copy;
 mod copy_stream;
 pub mod expect;
+mod mirrored;
 mod relay;
 mod reply;
 mod simple;

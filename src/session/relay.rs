@@ -1,35 +1,23 @@
-//! The client's frames on their way to the authority.
+//! The client's frames on their way to the authority; those of phases without a mirror pass here as they are.
 
-use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes};
 
-use super::audit;
-use super::books::{Portal, Prepared, Settings, Terms, There};
-use super::commit::Ending;
-use super::expect::{Cut, Done, Expected, Kind, To, Told, Written};
+use super::books::{Prepared, Settings, There};
+use super::expect::{Done, Expected, Kind, To};
 use super::simple::put_spliced;
 use super::{Aside, Carry, End, Session, ending};
 use crate::mirror::flight::Debts;
-use crate::plan::cache::{Key, Planned};
-use crate::plan::{ANY_ROLE, Opaque, Plan, narrow, plan};
+use crate::plan::Plan;
 use crate::sql;
-use crate::sql::facts::{OnConflict, Verb};
+use crate::sql::facts::Verb;
 use crate::wire::conn::pass;
-use crate::wire::frame::{self, Fields, HEAD, Head, Report};
+use crate::wire::frame::{self, Fields, HEAD, Head};
 
 /// Larger frames are passed on as they come, where nothing needs to look inside.
 const STREAMED: usize = 64 * 1024;
-
-/// What is decided for one statement.
-pub(super) enum Way {
-    /// As it is.
-    Plain,
-    /// With the hidden column.
-    Cut(Rc<Cut>),
-}
 
 impl Session {
     /// Works through the frames that the client has sent. False: more bytes are needed.
@@ -102,7 +90,7 @@ impl Session {
     }
 
     /// The frame may be passed on before it is here whole.
-    fn streams(&self, head: Head) -> bool {
+    pub(super) fn streams(&self, head: Head) -> bool {
         if head.total <= STREAMED || self.client.inb.len() < STREAMED {
             return false;
         }
@@ -118,7 +106,7 @@ impl Session {
 
     /// Nothing looks inside this Bind in a mirrored phase. Where the statement's plan is not that of the world as it is now, or may change before
     /// its turn comes, the Bind has to be here whole: a new plan may capture.
-    fn bind_streams(&self, head: Head) -> bool {
+    pub(super) fn bind_streams(&self, head: Head) -> bool {
         if !self.queue.is_empty() && !self.unsynced {
             return false;
         }
@@ -133,7 +121,7 @@ impl Session {
     }
 
     /// In phases without a mirror frames pass as they are; only what is owed for them is noted.
-    fn unmirrored(&mut self, head: Head) {
+    pub(super) fn unmirrored(&mut self, head: Head) {
         let there = head.total.min(self.client.inb.len());
         match head.tag {
             b'Q' => {
@@ -176,7 +164,7 @@ impl Session {
         self.forward(head);
     }
 
-    fn extended(&mut self, kind: Kind) {
+    pub(super) fn extended(&mut self, kind: Kind) {
         self.queue.push(Expected::client(kind));
         self.unsynced = true;
     }
@@ -206,7 +194,7 @@ impl Session {
     }
 
     /// Remembers a Parse: the statement may have to be prepared again, on another server or with a hidden column.
-    fn note_parse(&mut self, head: Head, there: There) -> Done {
+    pub(super) fn note_parse(&mut self, head: Head, there: There) -> Done {
         let payload = &self.client.inb[HEAD..head.total.min(self.client.inb.len())];
         let mut fields = Fields::new(payload);
         let Ok(name) = fields.string() else { return Done::Nothing };
@@ -223,7 +211,7 @@ impl Session {
     }
 
     /// A statement that was prepared on another server session is prepared here before its first Bind or Describe.
-    fn prepare_again_if_needed(&mut self, head: Head, tag: u8) {
+    pub(super) fn prepare_again_if_needed(&mut self, head: Head, tag: u8) {
         let Some(name) = self.name_in(head, tag) else { return };
         let Some(prepared) = self.prepared.get_mut(&name) else { return };
         if prepared.there == There::Plain {
@@ -239,7 +227,7 @@ impl Session {
     }
 
     /// The statement's name in a Bind, or in a Describe or Close of a statement; None for portals.
-    fn name_in(&self, head: Head, tag: u8) -> Option<Bytes> {
+    pub(super) fn name_in(&self, head: Head, tag: u8) -> Option<Bytes> {
         let payload = &self.client.inb[HEAD..head.total.min(self.client.inb.len())];
         let mut fields = Fields::new(payload);
         if tag == b'B' {
@@ -251,7 +239,7 @@ impl Session {
     }
 
     /// Sends Parse with a splice; `replace`: a statement of this name is there.
-    fn put_parse(
+    pub(super) fn put_parse(
         &mut self,
         name: &Bytes,
         (text, splice, end): (&Bytes, &str, usize),
@@ -272,428 +260,6 @@ impl Session {
             out.put_slice(types);
         });
         self.expect(Expected { done, ..Expected::of(Kind::Parse, to) });
-    }
-
-    // ---- mirrored phases ----
-
-    async fn mirrored(&mut self, head: Head) -> Result<(), End> {
-        match head.tag {
-            b'Q' if self.client.inb.len() < head.total => {
-                // Too long to be read: it may write anything.
-                self.opaque_unread().await?;
-                self.queue.push(Expected::client(Kind::Query));
-                self.forward(head);
-            }
-            b'Q' => {
-                let frame = self.take(head);
-                let text = frame.strip_suffix(b"\0").map_or_else(|| frame.clone(), |text| frame.slice_ref(text));
-                self.simple(text).await?;
-            }
-            b'P' => self.parse(head).await?,
-            b'B' => self.bind(head).await?,
-            b'D' => self.describe(head),
-            b'E' => self.execute(head).await?,
-            b'C' => {
-                self.forget(head);
-                self.extended(Kind::Close);
-                self.forward(head);
-            }
-            b'S' => {
-                self.unsynced = false;
-                self.sync(head).await?;
-            }
-            b'F' => {
-                self.opaque_unread().await?;
-                self.queue.push(Expected::client(Kind::Call));
-                self.forward(head);
-            }
-            b'c' | b'f' => {
-                self.queue.copy_end();
-                self.forward(head);
-            }
-            _ => self.forward(head),
-        }
-        Ok(())
-    }
-
-    /// The payload of a frame that is here whole.
-    pub(super) fn take(&mut self, head: Head) -> Bytes {
-        let mut frame = self.client.inb.split_to(head.total).freeze();
-        frame.advance(HEAD);
-        frame
-    }
-
-    /// A message that nobody reads follows: every table may be written.
-    async fn opaque_unread(&mut self) -> Result<(), End> {
-        self.settle().await?;
-        let opaque = Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: true, ddl: false };
-        if self.strict() {
-            return Err(End::Refused(Report::fatal(
-                "0A000",
-                "crossfade cannot mirror what a FunctionCall or a statement beyond limits.statement may write, and mirror.strict is on",
-                "Call the function in a SELECT, send shorter statements, or set mirror.strict: false.",
-            )));
-        }
-        self.shared.metrics.opaque_writes.with_label_values(&[opaque.reason]).inc();
-        if self.in_block() {
-            self.audit_from_here(opaque.reason, &[], Told::Nobody);
-        } else if let Some(debt) = self.register_unwrapped(&opaque).await? {
-            self.registered.push(debt);
-        }
-        Ok(())
-    }
-
-    /// What the plan of a text depends on.
-    fn terms(&self) -> Terms {
-        Terms {
-            generation: self.world.generation,
-            utf8: self.settings.client_encoding == "UTF8",
-            role_changed: self.settings.role_changed,
-        }
-    }
-
-    /// The plan of a text in this world, and where its hidden column goes.
-    pub(super) fn plan_for(&self, text: &[u8]) -> (Arc<Planned>, usize) {
-        let limit = self.shared.config.load().limits.statement;
-        let masked = self.settings.escapes.then(|| sql::mask_escapes(text));
-        let text = masked.as_deref().unwrap_or(text);
-        if text.len() > limit {
-            let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", sql::Limits::default()) };
-            let plan =
-                Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
-            return (Arc::new(Planned { facts, plan }), text.len());
-        }
-        let shape = sql::shape(text);
-        let encoding_matches = self.settings.client_encoding == "UTF8";
-        let role =
-            (!self.world.catalog.no_select.get(self.side).is_empty()).then(|| match self.settings.role_changed {
-                true => Arc::from(ANY_ROLE),
-                false => Arc::from(self.user()),
-            });
-        let key =
-            Key { shape: shape.text.into(), generation: self.world.generation, encoding_matches, role: role.clone() };
-        let planned = self.shared.plans.get(key, || {
-            let facts = sql::read(text, sql::Limits { bytes_max: limit, ..Default::default() });
-            let plan = plan(&facts, &self.world.catalog, self.side, role.as_deref(), encoding_matches);
-            let plan = narrow(plan, text, &self.world.catalog, self.side);
-            Planned { facts, plan }
-        });
-        // The body of DO is a literal, which the shape leaves out.
-        let planned = if planned.facts.verb == Verb::Do { planned.for_body(text) } else { planned };
-        (planned, shape.end)
-    }
-
-    /// Parse: the text is read, and spliced where it is a write to be captured.
-    async fn parse(&mut self, head: Head) -> Result<(), End> {
-        self.unsynced = true;
-        if self.client.inb.len() < head.total {
-            let done = self.note_parse(head, There::Plain);
-            self.expect(Expected { done, ..Expected::client(Kind::Parse) });
-            self.forward(head);
-            return Ok(());
-        }
-        let done = self.note_parse(head, There::Plain);
-        let payload = self.take(head);
-        let mut fields = Fields::new(&payload);
-        let name = payload.slice_ref(fields.string()?);
-        let text = payload.slice_ref(fields.string()?);
-        let types = payload.slice_ref(fields.rest());
-        let (planned, end) = self.plan_for(&text);
-        let splice = splice(&planned).unwrap_or_default().to_owned();
-        let terms = self.terms();
-        if let Some(prepared) = self.prepared.get_mut(&name) {
-            prepared.planned = Some((terms, planned, end));
-            prepared.there = if splice.is_empty() { There::Plain } else { There::Spliced(splice.clone()) };
-        }
-        self.put_parse(&name, (&text, &splice, end), &types, false, To::Client, done);
-        Ok(())
-    }
-
-    /// The plan of a prepared statement in this world; the server's copy is made to fit.
-    fn current(&mut self, name: &Bytes) -> Option<Arc<Planned>> {
-        let prepared = self.prepared.get(name)?.clone();
-        let Some(text) = prepared.text else {
-            let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", sql::Limits::default()) };
-            let plan =
-                Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
-            return Some(Arc::new(Planned { facts, plan }));
-        };
-        let terms = self.terms();
-        let (planned, end) = match prepared.planned {
-            Some((of, planned, end)) if of == terms => (planned, end),
-            _ => self.plan_for(&text),
-        };
-        let wanted = match splice(&planned) {
-            Some(splice) => There::Spliced(splice.to_owned()),
-            None => There::Plain,
-        };
-        let before = (prepared.there != wanted).then(|| prepared.there.clone());
-        if let Some(prepared) = self.prepared.get_mut(name) {
-            prepared.planned = Some((terms, planned.clone(), end));
-            prepared.there = wanted;
-        }
-        if let Some(there) = before {
-            let splice = splice(&planned).unwrap_or_default().to_owned();
-            let failed = Prepared {
-                text: Some(text.clone()),
-                types: prepared.types.clone(),
-                planned: None,
-                there: There::Unknown,
-            };
-            let done = Done::Parse(name.clone(), Some(Box::new(failed)));
-            self.put_parse(name, (&text, &splice, end), &prepared.types, there != There::Nothing, To::Nobody, done);
-        }
-        Some(planned)
-    }
-
-    async fn bind(&mut self, head: Head) -> Result<(), End> {
-        let Some(name) = self.name_in(head, b'B') else {
-            self.extended(Kind::Bind);
-            self.forward(head);
-            return Ok(());
-        };
-        let portal = {
-            let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
-            Bytes::copy_from_slice(fields.string()?)
-        };
-        if !self.queue.is_empty() && !self.unsynced {
-            // Whether a block is open is known only when the messages before the last Sync were answered.
-            self.settle().await?;
-        }
-        let planned = self.current(&name);
-        if let Some(planned) = &planned {
-            if let Some(report) = self.refusal(planned) {
-                self.client.inb.advance(head.total);
-                self.unsynced = true;
-                self.portals.remove(&portal);
-                self.put_refused(report, Kind::Bind, false);
-                return Ok(());
-            }
-            self.open_block_for(planned).await?;
-        }
-        self.unsynced = true;
-        self.queue.push(Expected::client(Kind::Bind));
-        let capture = planned.as_ref().and_then(|planned| match &planned.plan {
-            Plan::Capture(capture) => Some(capture.clone()),
-            _ => None,
-        });
-        let mut binary = false;
-        match capture {
-            Some(capture) => {
-                let payload = self.take(head);
-                binary = put_bind(&mut self.server.out, &payload, capture.returning)?;
-            }
-            None => self.forward(head),
-        }
-        let copies = |planned: &Arc<Planned>| planned.facts.verb == Verb::CopyFromStdin;
-        let copy = planned.as_ref().filter(|planned| copies(planned));
-        let copy = copy.and_then(|_| self.prepared.get(&name)?.text.clone());
-        self.portal_count += 1;
-        self.portals.insert(portal, Portal { number: self.portal_count, planned, binary, copy });
-        Ok(())
-    }
-
-    /// Before a write outside any block: a block of ours, so that its images, its debts and its commit have one transaction.
-    async fn open_block_for(&mut self, planned: &Planned) -> Result<(), End> {
-        if planned.plan == Plan::Pass {
-            return Ok(());
-        }
-        if self.queue.ends() {
-            // Whether a block is open is known only when its end was answered.
-            self.settle().await?;
-        }
-        if self.in_block() {
-            return Ok(());
-        }
-        match &planned.plan {
-            Plan::Opaque(opaque) if opaque.unwrapped => {
-                self.settle().await?;
-                if !self.queue.skipping()
-                    && let Some(debt) = self.register_unwrapped(opaque).await?
-                {
-                    self.registered.push(debt);
-                }
-            }
-            _ => self.begin_ours(),
-        }
-        Ok(())
-    }
-
-    /// A transaction block is open, the client's or ours.
-    pub(super) fn in_block(&self) -> bool {
-        self.status != b'I' || self.begun || self.ours
-    }
-
-    /// BEGIN, unseen by the client. Behind statements of the same pipeline it takes their transaction over.
-    pub(super) fn begin_ours(&mut self) {
-        self.put_ours(b"crossfade_begin", b"BEGIN", &[], &[], To::Nobody);
-        self.ours = true;
-    }
-
-    /// Executes a statement of ours, prepared once per server session.
-    pub(super) fn put_ours(
-        &mut self,
-        name: &'static [u8],
-        text: &[u8],
-        types: &[u32],
-        values: &[Option<&[u8]>],
-        to: To,
-    ) {
-        if !self.ours_prepared.contains(&name) {
-            frame::parse(&mut self.server.out, name, text, types);
-            self.ours_prepared.push(name);
-            self.expect(Expected { done: Done::Ours(name), ..Expected::of(Kind::Parse, to.clone()) });
-        }
-        // The client's unnamed portal may be waiting for its Execute. Ours of this name goes with the transaction that it ends, or is closed.
-        let apart = [super::commit::OWE_NAME, super::commit::TAINT_NAME, audit::LOOK_NAME, audit::CONSTRAINTS_NAME]
-            .contains(&name);
-        let portal: &[u8] = if apart { name } else { b"" };
-        frame::bind(&mut self.server.out, portal, name, &[1], values.iter().copied(), 0);
-        self.queue.push(Expected::of(Kind::Bind, to.clone()));
-        frame::execute(&mut self.server.out, portal);
-        self.queue.push(Expected::of(Kind::Execute, to.clone()));
-        if !portal.is_empty() {
-            frame::close_portal(&mut self.server.out, portal);
-            self.queue.push(Expected::of(Kind::Close, to));
-        }
-    }
-
-    fn describe(&mut self, head: Head) {
-        let cut = {
-            let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
-            match (fields.byte(), fields.string()) {
-                (Ok(b'S'), Ok(name)) => {
-                    let name = Bytes::copy_from_slice(name);
-                    self.current(&name).and_then(|planned| way(&planned, false).cut())
-                }
-                (Ok(b'P'), Ok(name)) => self
-                    .portals
-                    .get(name)
-                    .and_then(|portal| portal.planned.as_ref().and_then(|planned| way(planned, portal.binary).cut())),
-                _ => None,
-            }
-        };
-        self.unsynced = true;
-        self.queue.push(Expected::of(Kind::Describe, cut.map_or(To::Client, To::Cut)));
-        self.forward(head);
-    }
-
-    async fn execute(&mut self, head: Head) -> Result<(), End> {
-        self.since.get_or_insert_with(Instant::now);
-        self.unsynced = true;
-        let portal = {
-            let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
-            fields.string().ok().and_then(|name| self.portals.get(name)).cloned()
-        };
-        let Some((planned, binary, number, copy)) =
-            portal.and_then(|portal| Some((portal.planned?, portal.binary, portal.number, portal.copy)))
-        else {
-            self.queue.push(Expected::client(Kind::Execute));
-            self.forward(head);
-            return Ok(());
-        };
-        if let Some(ending) = Ending::of(&planned.facts.verb)
-            && self.in_block()
-        {
-            let frame = self.client.inb.split_to(head.total).freeze();
-            return self.commit_extended(frame, ending).await;
-        }
-        if planned.plan != Plan::Pass && self.queue.ends() {
-            self.settle().await?;
-        }
-        self.note_statement(&planned);
-        self.look_before(&planned, Told::Client);
-        if let (Some(text), true) = (copy, self.in_block()) {
-            let frame = self.client.inb.split_to(head.total).freeze();
-            return self.copy_extended(frame, &planned, &text).await;
-        }
-        let to = way(&planned, binary).cut().map_or(To::Client, To::Cut);
-        let mut done = done(&planned);
-        if matches!(done, Done::Begin) {
-            if self.ours && self.takes_over().await? {
-                self.client.inb.advance(head.total);
-                return Ok(());
-            }
-            self.begun = true;
-        }
-        if matches!(planned.plan, Plan::Capture(_)) {
-            done = Done::Fetched(number);
-        }
-        self.queue.push(Expected { kind: Kind::Execute, to, hold: false, done });
-        match &planned.plan {
-            Plan::Capture(capture) if !capture.returning => self.execute_all(head)?,
-            _ => self.forward(head),
-        }
-        self.look_behind(&planned, Told::Client);
-        Ok(())
-    }
-
-    /// BEGIN behind a write in one pipeline: the transaction that we opened for the write becomes the client's block. False: the server is
-    /// passing over messages.
-    async fn takes_over(&mut self) -> Result<bool, End> {
-        self.settle().await?;
-        if self.queue.skipping() {
-            return Ok(false);
-        }
-        self.ours = false;
-        self.begun = true;
-        frame::complete(&mut self.client.out, b"BEGIN");
-        Ok(true)
-    }
-
-    /// Execute without its row limit: it means nothing to a statement that gives no rows, but the hidden column makes some.
-    fn execute_all(&mut self, head: Head) -> Result<(), End> {
-        let payload = self.take(head);
-        frame::execute(&mut self.server.out, Fields::new(&payload).string()?);
-        Ok(())
-    }
-
-    /// What a statement that is about to run means for the transaction's books.
-    pub(super) fn note_statement(&mut self, planned: &Planned) {
-        let class = match &planned.plan {
-            Plan::Pass => "pass",
-            Plan::Capture(_) | Plan::Truncate(_) | Plan::Copy(_) => "write",
-            Plan::Opaque(_) => "opaque",
-        };
-        self.shared.metrics.statements.with_label_values(&[class, self.side.name()]).inc();
-        if let Plan::Opaque(opaque) = &planned.plan {
-            self.shared.metrics.opaque_writes.with_label_values(&[opaque.reason]).inc();
-            if opaque.ddl && self.in_block() {
-                // Row counters do not tell what has become of the rows of a table whose definition changed.
-                opaque.tables.iter().for_each(|table| self.taint(table.number, opaque.reason));
-            }
-            if opaque.ddl {
-                self.shared.stale.notify_one();
-            }
-        }
-    }
-
-    /// A write whose images turn out not to be had: counted like any other out of sight.
-    pub(super) fn lost(&mut self, tables: &[Arc<crate::catalog::Table>], reason: &'static str) {
-        self.shared.metrics.opaque_writes.with_label_values(&[reason]).inc();
-        tables.iter().for_each(|table| self.taint(table.number, reason));
-    }
-
-    fn forget(&mut self, head: Head) {
-        if let Some(name) = self.name_in(head, b'C') {
-            self.prepared.remove(&name);
-        } else {
-            let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
-            if let (Ok(b'P'), Ok(name)) = (fields.byte(), fields.string()) {
-                self.portals.remove(name);
-            }
-        }
-    }
-
-    async fn sync(&mut self, head: Head) -> Result<(), End> {
-        self.portals.remove(&b""[..]);
-        if !self.ours {
-            self.queue.push(Expected::client(Kind::Sync));
-            self.forward(head);
-            return Ok(());
-        }
-        self.client.inb.advance(head.total);
-        self.commit_pipeline().await
     }
 
     /// How long a statement took, from the client's message to ReadyForQuery.
@@ -722,56 +288,6 @@ impl Session {
     }
 }
 
-impl Way {
-    fn cut(self) -> Option<Rc<Cut>> {
-        match self {
-            Way::Plain => None,
-            Way::Cut(cut) => Some(cut),
-        }
-    }
-}
-
-pub(super) fn way(planned: &Planned, binary: bool) -> Way {
-    match &planned.plan {
-        Plan::Capture(capture) => {
-            let written = match planned.facts.verb {
-                Verb::Update => Written::Update,
-                Verb::Delete => Written::Delete,
-                _ if planned.facts.on_conflict == Some(OnConflict::Update) => Written::Upsert,
-                _ => Written::Insert,
-            };
-            Way::Cut(Rc::new(Cut { capture: capture.clone(), binary, written }))
-        }
-        _ => Way::Plain,
-    }
-}
-
-/// What is spliced into the statement.
-pub(super) fn splice(planned: &Planned) -> Option<&str> {
-    match &planned.plan {
-        Plan::Capture(capture) => Some(&capture.splice),
-        _ => None,
-    }
-}
-
-/// What a statement changes in our books when it completes.
-pub(super) fn done(planned: &Planned) -> Done {
-    if let Plan::Truncate(tables) = &planned.plan {
-        return Done::Truncate(tables.clone());
-    }
-    match &planned.facts.verb {
-        Verb::Begin { .. } => Done::Begin,
-        Verb::Commit { chain } | Verb::Rollback { chain } => Done::End { chain: *chain },
-        Verb::PrepareTransaction => Done::End { chain: false },
-        Verb::Savepoint(name) => Done::Savepoint(name.clone().into_bytes()),
-        Verb::Release(name) => Done::Release(name.clone().into_bytes()),
-        Verb::RollbackTo(name) => Done::RollbackTo(name.clone().into_bytes()),
-        Verb::Deallocate(name) => Done::Deallocate(name.clone().map(String::into_bytes)),
-        Verb::Discard(what) if what == "all" => Done::Deallocate(None),
-        _ => Done::Nothing,
-    }
-}
-
 /// The same, in phases in which no statement is planned, for texts that drop prepared statements.
 fn done_of_text(payload: &[u8]) -> Done {
     let text = payload.strip_suffix(b"\0").unwrap_or(payload);
@@ -780,41 +296,4 @@ fn done_of_text(payload: &[u8]) -> Done {
         Verb::Discard(what) if what == "all" => Done::Deallocate(None),
         _ => Done::Nothing,
     }
-}
-
-/// Bind with a format for the hidden column: none and one format hold for all columns, more are one each. True: it comes in binary.
-fn put_bind(out: &mut BytesMut, payload: &[u8], returning: bool) -> Result<bool, End> {
-    let mut fields = Fields::new(payload);
-    fields.string()?;
-    fields.string()?;
-    for _ in 0..fields.int16()? {
-        fields.int16()?;
-    }
-    for _ in 0..fields.int16()? {
-        fields.value()?;
-    }
-    let head = payload.len() - fields.rest().len();
-    let count = fields.int16()?;
-    let formats = fields.take(usize::try_from(count).map_err(|_| frame::Malformed::Short)? * 2)?;
-    let binary = match count {
-        0 => !returning,
-        1 => !returning || formats == [0, 1],
-        _ => true,
-    };
-    frame::put(out, b'B', |out| {
-        out.put_slice(&payload[..head]);
-        // Formats for a statement that gives no rows are not looked at.
-        if count > 1 && returning {
-            out.put_i16(count + 1);
-            out.put_slice(formats);
-            out.put_i16(1);
-        } else if !returning {
-            out.put_i16(1);
-            out.put_i16(1);
-        } else {
-            out.put_i16(count);
-            out.put_slice(formats);
-        }
-    });
-    Ok(binary)
 }

@@ -6,7 +6,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 
 use super::commit::Ending;
 use super::expect::{Done, Expected, Kind, To, Told};
-use super::relay::{Way, done, splice, way};
+use super::mirrored::{Way, done, splice, way};
 use super::{End, Held, Session};
 use crate::plan::Plan;
 use crate::plan::cache::Planned;
