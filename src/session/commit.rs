@@ -477,7 +477,7 @@ impl Session {
             return Err(End::Refused(Report::fatal(
                 "58000",
                 format!("crossfade cannot note what this statement may write: {}", error.message),
-                "Nothing was run. Run `crossfade check`, then connect again.",
+                "Nothing was run. Run `crossfade install`, look at `crossfade status`, then connect again.",
             )));
         }
         Ok(Some(id))
