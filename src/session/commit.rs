@@ -607,7 +607,7 @@ async fn owe_afterwards(shared: &Shared, side: Side, (carrier, id): (Carrier, i6
         Err(error) => error!(
             debt = id,
             %error,
-            "COMMIT on the mirror failed and its debts could not be written: rows may differ. Run `crossfade verify`, then `crossfade repair --table NAME`"
+            "COMMIT on the mirror failed and its debts could not be written: rows may differ. Moving back to `old` and to `dual-write` again compares every row; a table without a key is copied by `crossfade repair --table NAME`"
         ),
     }
 }
