@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use crate::auth::verifiers::Verifiers;
 use crate::backend::connect::Address;
 use crate::catalog::{Catalog, Sides};
+use crate::clock::Clock;
 use crate::config::{Config, Database};
 use crate::metrics::Metrics;
 use crate::mirror::health::Health;
@@ -175,13 +176,15 @@ pub struct Worker {
     pub pools: Sides<Rc<Pool>>,
     /// Of its sessions.
     pub bells: Bells,
+    /// Limits their waits.
+    pub clock: Clock,
 }
 
 impl Worker {
     /// With so many mirror sessions at most on each side.
     pub fn new(shared: Arc<Shared>, connections: usize) -> Worker {
         let pools = Sides { old: Pool::new(Side::Old, connections), new: Pool::new(Side::New, connections) };
-        Worker { shared, pools, bells: Bells::default() }
+        Worker { shared, pools, bells: Bells::default(), clock: Clock::default() }
     }
 }
 

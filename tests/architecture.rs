@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// A module imports only from groups above its own in this list.
 const GROUPS: &[&[&str]] = &[
-    &["phase", "wire", "sql", "ledger", "cluster"],
+    &["phase", "clock", "wire", "sql", "ledger", "cluster"],
     &["config", "metrics"],
     &["auth", "catalog"],
     &["backend", "plan"],

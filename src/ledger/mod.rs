@@ -3,6 +3,7 @@
 
 pub mod clear;
 pub mod debts;
+pub mod owe;
 
 /// Makes schema `crossfade`, on either side; may be run again.
 pub const SCHEMA_SQL: &str = include_str!("schema.sql");

@@ -55,20 +55,11 @@ CREATE TABLE IF NOT EXISTS crossfade.ledger (
     reason text,
     error text
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000, autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_threshold = 1000000);
+-- Any role's transaction may owe: see src/ledger/owe.rs.
+GRANT INSERT (id, carrier_xid, carrier_pid, carrier_start, carrier_incarnation, debts, reason) ON crossfade.ledger TO PUBLIC;
 
 -- On the mirror: tokens of transactions that inserted into tables without a key, so that such a debt is never paid twice.
 CREATE TABLE IF NOT EXISTS crossfade.applied (token uuid PRIMARY KEY, at timestamptz NOT NULL DEFAULT clock_timestamp());
-
-CREATE OR REPLACE FUNCTION crossfade.owe(debt bigint, carrier_xid bigint, carrier_pid integer, carrier_start bigint, carrier_incarnation uuid, debts bytea, reason text)
-RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    -- A mirrored transaction's commit must be durable: the mirror will have its rows.
-    IF current_setting('synchronous_commit') = 'off' THEN
-        PERFORM set_config('synchronous_commit', 'local', true);
-    END IF;
-    INSERT INTO crossfade.ledger (id, carrier_xid, carrier_pid, carrier_start, carrier_incarnation, debts, reason)
-    VALUES (debt, carrier_xid, carrier_pid, carrier_start, carrier_incarnation, debts, reason);
-END $$;
 
 -- The incarnation of this side, made anew where a crash or promotion has emptied it.
 CREATE OR REPLACE FUNCTION crossfade.incarnate() RETURNS uuid LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$

@@ -4,28 +4,54 @@
 //! BEGIN and COMMIT cost no statements, and the server never takes the session for idle in transaction. Sync is sent only after every statement
 //! was answered (a commit that is sent with its statements could run after its sender has died).
 
-use std::collections::HashMap;
 use std::io;
 use std::time::Duration;
 
 use bytes::Bytes;
 
 use super::flight::{Step, flights};
+use super::prepared::{Statements, Verb, chunks, per_statement};
 use crate::auth::Credentials;
 use crate::backend::connect::{self, ConnectError};
 use crate::catalog::Table;
+use crate::clock::{Clock, Late};
 use crate::config::Database;
 use crate::phase::Side;
-use crate::plan::image::{self, Row, Statement};
+use crate::plan::image::{self, Row};
 use crate::wire::conn::Conn;
 use crate::wire::frame::{self, ServerError};
 use crate::wire::stream::Stream;
 
-/// Parameters in one statement at most (the protocol counts them in 16 bits).
-const PARAMETERS: usize = 32_000;
+/// The statement that asks for the open transaction's number.
+const XID: &[u8] = b"xid";
+const XID_TEXT: &[u8] = b"SELECT pg_catalog.pg_current_xact_id()";
 
-/// Rows in one statement at most. Statements are prepared for powers of two of rows.
-const ROWS: usize = 64;
+/// How long the next answer may take, and the clock that tells.
+#[derive(Clone, Copy)]
+pub struct Patience<'a> {
+    /// Of this thread.
+    pub clock: &'a Clock,
+    /// `mirror.timeout`.
+    pub limit: Duration,
+}
+
+impl Patience<'_> {
+    async fn wait<T, E: Into<Failure>>(self, work: impl Future<Output = Result<T, E>>) -> Result<T, Failure> {
+        match self.clock.limit(self.limit, work).await {
+            Ok(outcome) => outcome.map_err(Into::into),
+            Err(Late) => Err(Failure::Timeout(self.limit)),
+        }
+    }
+}
+
+/// What goes behind the last steps of a transaction.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tail {
+    /// The transaction's token in `crossfade.applied`, where it adds rows to tables without a key.
+    pub token: Option<[u8; 16]>,
+    /// Ask for the transaction's xid8.
+    pub xid: bool,
+}
 
 /// Who carries images: the transaction on the mirror and its backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,23 +115,15 @@ impl Failure {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Verb {
-    Upsert,
-    Delete,
-    Insert,
-    InsertMissing,
-}
-
 /// One session on the mirror.
 pub struct MirrorConn {
     conn: Conn<Stream>,
     side: Side,
     backend: Backend,
-    prepared: HashMap<(u32, Verb, usize), (Bytes, Vec<i16>)>,
+    statements: Statements,
     /// Statements executed since the last Sync: a transaction is open.
     open: bool,
-    /// The catalog's generation that `prepared` was made for.
+    /// The catalog's generation that its statements were made for.
     pub generation: u64,
 }
 
@@ -115,6 +133,16 @@ enum Await {
     Any,
     /// A delete that must find this many rows, else it is done again.
     Deleted { step: usize, rows: usize },
+    /// One row: the transaction's xid8.
+    Xid,
+}
+
+/// What was learnt from answers.
+#[derive(Default)]
+struct Answers {
+    /// Steps whose deletes found too few rows.
+    again: Vec<usize>,
+    xid: Option<i64>,
 }
 
 impl MirrorConn {
@@ -126,7 +154,7 @@ impl MirrorConn {
             ("database", db.database.as_str()),
             ("application_name", "crossfade mirror"),
             ("client_encoding", "UTF8"),
-            ("options", "-c session_replication_role=replica -c row_security=off -c synchronous_commit=off -c statement_timeout=0 -c lock_timeout=0 -c search_path=pg_catalog -c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off -c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"),
+            ("options", "-c session_replication_role=replica -c row_security=off -c synchronous_commit=off -c statement_timeout=0 -c lock_timeout=0 -c search_path=pg_catalog -c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off -c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"),
         ]
         .map(|(name, value)| (Bytes::copy_from_slice(name.as_bytes()), Bytes::copy_from_slice(value.as_bytes())));
         let connected = connect::connect(db, &credentials, &parameters, 0).await?;
@@ -134,13 +162,13 @@ impl MirrorConn {
             conn: Conn::new(connected.stream, connected.buf),
             side,
             backend: Backend { pid: 0, start: 0, incarnation: [0; 16] },
-            prepared: HashMap::new(),
+            statements: Statements::new(side),
             open: false,
             generation,
         };
         conn.until_ready().await?;
         conn.backend = conn.identify().await?;
-        frame::parse(&mut conn.conn.out, b"xid", b"SELECT pg_current_xact_id()::text", &[]);
+        frame::parse(&mut conn.conn.out, XID, XID_TEXT, &[]);
         frame::sync(&mut conn.conn.out);
         conn.until_ready().await?;
         Ok(conn)
@@ -187,71 +215,78 @@ impl MirrorConn {
         }
     }
 
-    /// Executes steps in this session's transaction and waits until all were executed. Nothing is committed.
+    /// Executes steps in this session's transaction and waits until all were executed. Nothing is committed. Gives the xid8 where `tail` asks for it.
     /// On an error the transaction is over, and nothing of it stays.
-    pub async fn execute(&mut self, steps: &[Step], token: Option<[u8; 16]>, timeout: Duration) -> Result<(), Failure> {
-        let mut token = token;
-        for steps in flights(steps) {
-            // The token goes with the first of them; without any step it goes alone.
-            self.execute_flight(steps, token.take(), timeout).await?;
+    pub async fn execute(
+        &mut self,
+        steps: &[Step],
+        tail: Tail,
+        patience: Patience<'_>,
+    ) -> Result<Option<i64>, Failure> {
+        let flights = flights(steps);
+        let mut xid = None;
+        for (number, steps) in flights.iter().enumerate() {
+            let tail = if number + 1 == flights.len() { tail } else { Tail::default() };
+            xid = self.execute_flight(steps, tail, patience).await?;
         }
-        Ok(())
+        match (tail.xid, xid) {
+            (true, None) => Err(io::Error::new(io::ErrorKind::InvalidData, "the mirror gave no xid").into()),
+            (_, xid) => Ok(xid),
+        }
     }
 
     async fn execute_flight(
         &mut self,
         steps: &[Step],
-        token: Option<[u8; 16]>,
-        timeout: Duration,
-    ) -> Result<(), Failure> {
-        let mut awaited = Vec::with_capacity(steps.len() + 1);
-        for (number, step) in steps.iter().enumerate() {
-            self.put_step(number, step, &mut awaited);
-        }
-        if let Some(token) = token {
-            frame::parse(
-                &mut self.conn.out,
-                b"",
-                b"INSERT INTO crossfade.applied (token) VALUES ($1) ON CONFLICT DO NOTHING",
-                &[2950],
-            );
-            self.bind_execute(b"", &[1], std::iter::once(Some(&token[..])));
-            awaited.push(Await::Any);
-        }
-        let again = self.answers(&awaited, timeout).await?;
-        for step in again {
-            self.delete_again(&steps[step], timeout).await?;
-        }
-        Ok(())
-    }
-
-    /// The xid8 of the open transaction.
-    pub async fn xid(&mut self, timeout: Duration) -> Result<i64, Failure> {
-        self.bind_execute(b"xid", &[], std::iter::empty());
-        frame::flush(&mut self.conn.out);
-        let mut xid = None;
-        loop {
-            match self.next(timeout).await? {
-                (b'D', payload) => {
-                    xid = values(&payload)?.first().and_then(|v| std::str::from_utf8(v).ok()?.parse().ok())
+        tail: Tail,
+        patience: Patience<'_>,
+    ) -> Result<Option<i64>, Failure> {
+        let mut awaited = Vec::with_capacity(steps.len() + 2);
+        let together = match tail.xid {
+            true => self.statements.together(steps, tail.token.is_some(), &mut self.conn.out),
+            false => None,
+        };
+        if let Some((name, formats)) = together {
+            let mut values = Vec::new();
+            for step in steps {
+                if let Step::Upsert(table, rows) | Step::Insert(table, rows) = step {
+                    values.extend(rows.iter().flat_map(|row| image::parameters(table, self.side, row)));
                 }
-                (b'C', _) => break,
-                _ => {}
+            }
+            let values = values.iter().map(Option::as_deref).chain(tail.token.iter().map(|token| Some(&token[..])));
+            self.bind_execute(&name, &formats, &values.collect::<Vec<_>>());
+            awaited.push(Await::Xid);
+        } else {
+            for (number, step) in steps.iter().enumerate() {
+                self.put_step(number, step, &mut awaited);
+            }
+            if let Some(token) = tail.token {
+                let (name, formats) = self.statements.token(&mut self.conn.out);
+                self.bind_execute(&name, &formats, &[Some(&token[..])]);
+                awaited.push(Await::Any);
+            }
+            if tail.xid {
+                self.bind_execute(XID, &[], &[]);
+                awaited.push(Await::Xid);
             }
         }
-        xid.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the mirror gave no xid").into())
+        let Answers { again, xid } = self.answers(&awaited, patience).await?;
+        for step in again {
+            self.delete_again(&steps[step], patience).await?;
+        }
+        Ok(xid)
     }
 
     /// A delete that found too few rows may have met an insert of a transaction that is over on the authority and not yet here:
     /// invisible, and DELETE does not wait for it. Inserting the deleted rows waits for it; then they are deleted in a new statement (W7).
-    async fn delete_again(&mut self, step: &Step, timeout: Duration) -> Result<(), Failure> {
+    async fn delete_again(&mut self, step: &Step, patience: Patience<'_>) -> Result<(), Failure> {
         let Step::Delete(table, rows) = step else { return Ok(()) };
         let mut awaited = Vec::new();
         self.put_rows(table, Verb::InsertMissing, rows, &mut |_| awaited.push(Await::Any));
         self.put_rows(table, Verb::Delete, rows, &mut |_| ());
-        let deletes = chunks(rows.len(), self.per_statement(table, Verb::Delete)).count();
+        let deletes = chunks(rows.len(), per_statement(table, Verb::Delete)).count();
         awaited.extend((0..deletes).map(|_| Await::Any));
-        self.answers(&awaited, timeout).await.map(|_| ())
+        self.answers(&awaited, patience).await.map(|_| ())
     }
 
     fn put_step(&mut self, number: usize, step: &Step, awaited: &mut Vec<Await>) {
@@ -270,27 +305,19 @@ impl MirrorConn {
             Step::Truncate(tables) => {
                 let names: Vec<_> = tables.iter().map(|table| table.qualified(self.side)).collect();
                 frame::parse(&mut self.conn.out, b"", format!("TRUNCATE {}", names.join(", ")).as_bytes(), &[]);
-                self.bind_execute(b"", &[], std::iter::empty());
+                self.bind_execute(b"", &[], &[]);
                 awaited.push(Await::Any);
             }
         }
     }
 
-    fn per_statement(&self, table: &Table, verb: Verb) -> usize {
-        let width = match verb {
-            Verb::Delete => table.key.as_ref().map_or(1, |key| key.columns.len()),
-            _ => table.columns.len(),
-        };
-        (PARAMETERS / width.max(1)).clamp(1, ROWS)
-    }
-
     fn put_rows(&mut self, table: &Table, verb: Verb, rows: &[Row], sent: &mut dyn FnMut(usize)) {
-        let most = self.per_statement(table, verb);
+        let most = per_statement(table, verb);
         let mut rest = rows;
         for count in chunks(rows.len(), most) {
             let (now, later) = rest.split_at(count);
             rest = later;
-            let (name, formats) = self.prepare(table, verb, count);
+            let (name, formats) = self.statements.rows(table, verb, count, &mut self.conn.out);
             let values: Vec<Option<Bytes>> = now
                 .iter()
                 .flat_map(|row| match verb {
@@ -298,82 +325,58 @@ impl MirrorConn {
                     _ => image::parameters(table, self.side, row),
                 })
                 .collect();
-            self.bind_execute(&name, &formats, values.iter().map(Option::as_deref));
+            self.bind_execute(&name, &formats, &values.iter().map(Option::as_deref).collect::<Vec<_>>());
             sent(count);
         }
     }
 
-    /// The prepared statement for so many rows, parsed in this flight if it is new.
-    fn prepare(&mut self, table: &Table, verb: Verb, rows: usize) -> (Bytes, Vec<i16>) {
-        let at = (table.number, verb, rows);
-        if let Some(known) = self.prepared.get(&at) {
-            return known.clone();
-        }
-        let Statement { text, parameter_types, formats } = match verb {
-            Verb::Upsert => image::upsert(table, self.side, rows),
-            Verb::Delete => image::delete(table, self.side, rows),
-            Verb::Insert => image::insert(table, self.side, rows),
-            Verb::InsertMissing => image::insert_missing(table, self.side, rows),
-        };
-        let name = Bytes::from(format!("{verb:?}{}x{rows}", table.number));
-        frame::parse(&mut self.conn.out, &name, text.as_bytes(), &parameter_types);
-        self.prepared.insert(at, (name.clone(), formats.clone()));
-        (name, formats)
-    }
-
-    fn bind_execute<'v>(
-        &mut self,
-        name: &[u8],
-        formats: &[i16],
-        values: impl ExactSizeIterator<Item = Option<&'v [u8]>>,
-    ) {
-        frame::bind(&mut self.conn.out, b"", name, formats, values, 0);
+    fn bind_execute(&mut self, name: &[u8], formats: &[i16], values: &[Option<&[u8]>]) {
+        frame::bind(&mut self.conn.out, b"", name, formats, values.iter().copied(), 1);
         frame::execute(&mut self.conn.out, b"");
         self.open = true;
     }
 
-    /// Waits for all answers; gives the steps whose deletes found too few rows.
-    async fn answers(&mut self, awaited: &[Await], timeout: Duration) -> Result<Vec<usize>, Failure> {
+    /// Waits for all answers.
+    async fn answers(&mut self, awaited: &[Await], patience: Patience<'_>) -> Result<Answers, Failure> {
         frame::flush(&mut self.conn.out);
-        let mut again = Vec::new();
+        let mut found = Answers::default();
         for one in awaited {
             loop {
-                let (tag, payload) = self.next(timeout).await?;
-                if tag != b'C' {
-                    continue;
+                let (tag, payload) = self.next(patience).await?;
+                match (tag, one) {
+                    (b'D', Await::Xid) => found.xid = xid8(&payload),
+                    (b'C', &Await::Deleted { step, rows }) => {
+                        if affected(&payload) < rows && found.again.last() != Some(&step) {
+                            found.again.push(step);
+                        }
+                        break;
+                    }
+                    (b'C', _) => break,
+                    _ => {}
                 }
-                if let Await::Deleted { step, rows } = *one
-                    && affected(&payload) < rows
-                    && again.last() != Some(&step)
-                {
-                    again.push(step);
-                }
-                break;
             }
         }
-        Ok(again)
+        Ok(found)
     }
 
     /// The next answer within the time-out. An error ends the transaction: the session is made ready for another one.
-    async fn next(&mut self, timeout: Duration) -> Result<(u8, Bytes), Failure> {
-        let (tag, payload) =
-            tokio::time::timeout(timeout, self.conn.frame()).await.map_err(|_| Failure::Timeout(timeout))??;
+    async fn next(&mut self, patience: Patience<'_>) -> Result<(u8, Bytes), Failure> {
+        let (tag, payload) = patience.wait(self.conn.frame()).await?;
         if tag == b'E' {
             let error = frame::server_error(&payload);
             // A statement that failed to parse is not there, and neither are those parsed behind it in this flight.
-            let forgotten = tokio::time::timeout(timeout, self.forget()).await;
-            forgotten.map_err(|_| Failure::Timeout(timeout))??;
+            patience.wait(self.forget()).await?;
             return Err(Failure::Refused(error));
         }
         Ok((tag, payload))
     }
 
     async fn forget(&mut self) -> Result<(), Failure> {
-        self.prepared.clear();
+        self.statements.clear();
         frame::sync(&mut self.conn.out);
         self.until_ready().await?;
         frame::query(&mut self.conn.out, b"DEALLOCATE ALL");
-        frame::parse(&mut self.conn.out, b"xid", b"SELECT pg_current_xact_id()::text", &[]);
+        frame::parse(&mut self.conn.out, XID, XID_TEXT, &[]);
         frame::sync(&mut self.conn.out);
         self.until_ready().await?;
         self.until_ready().await?;
@@ -396,7 +399,7 @@ impl MirrorConn {
     pub async fn roll_back(&mut self) -> Result<(), Failure> {
         if self.open {
             frame::parse(&mut self.conn.out, b"", b"ROLLBACK", &[]);
-            self.bind_execute(b"", &[], std::iter::empty());
+            self.bind_execute(b"", &[], &[]);
             frame::sync(&mut self.conn.out);
             self.until_ready().await?;
         }
@@ -404,24 +407,17 @@ impl MirrorConn {
     }
 }
 
-/// `total` rows as chunks of powers of two, none larger than `most`.
-fn chunks(total: usize, most: usize) -> impl Iterator<Item = usize> {
-    let mut left = total;
-    std::iter::from_fn(move || {
-        let largest = left.min(most);
-        (largest > 0).then(|| {
-            let count = 1 << largest.ilog2();
-            left -= count;
-            count
-        })
-    })
-}
-
 /// The number of rows in a command tag such as `DELETE 3`.
 fn affected(payload: &[u8]) -> usize {
     let tag = payload.strip_suffix(b"\0").unwrap_or(payload);
     let digits = tag.rsplit(|&byte| byte == b' ').next().unwrap_or_default();
     std::str::from_utf8(digits).ok().and_then(|digits| digits.parse().ok()).unwrap_or(0)
+}
+
+/// The xid8 of a row with that one column, in binary.
+fn xid8(payload: &Bytes) -> Option<i64> {
+    let row = values(payload).ok()?;
+    Some(i64::from_be_bytes(row.first()?.as_ref().try_into().ok()?))
 }
 
 fn values(payload: &Bytes) -> Result<Vec<Bytes>, Failure> {
@@ -434,14 +430,6 @@ fn values(payload: &Bytes) -> Result<Vec<Bytes>, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn rows_are_sent_in_powers_of_two() {
-        assert_eq!(chunks(13, 64).collect::<Vec<_>>(), [8, 4, 1]);
-        assert_eq!(chunks(150, 64).collect::<Vec<_>>(), [64, 64, 16, 4, 2]);
-        assert_eq!(chunks(5, 1).collect::<Vec<_>>(), [1; 5]);
-        assert_eq!(chunks(0, 64).count(), 0);
-    }
 
     #[test]
     fn tags_say_how_many_rows() {

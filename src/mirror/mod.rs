@@ -4,4 +4,5 @@ pub mod conn;
 pub mod flight;
 pub mod health;
 pub mod pool;
+mod prepared;
 pub mod writes;

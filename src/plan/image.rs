@@ -15,7 +15,9 @@ use crate::phase::Side;
 
 pub use super::splice::{Texts, expression, texts};
 pub use decode::{DefinitionChanged, Fields, ImageError, hidden, row};
-pub use statement::{delete, insert, insert_missing, keys_max, needs_replace, rows_max, select, upsert};
+pub use statement::{
+    delete, insert, insert_missing, keys_max, needs_replace, put_insert, put_upsert, rows_max, select, upsert,
+};
 pub use translate::{translate, translate_key};
 
 /// One row: values in the order of `Table::columns`, each in that column's `Format`, OIDs as on the side it was read from. None is NULL.
@@ -26,7 +28,7 @@ pub struct Row {
 }
 
 /// A statement for one side, for the extended protocol.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Statement {
     /// With $1, $2, ...
     pub text: String,

@@ -1,7 +1,7 @@
 //! Two databases and one outcome: images are executed on the mirror, then the debts and COMMIT go to the authority, then the mirror commits.
 //! docs/protocols.md gives the argument; each step here is a step there.
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -9,8 +9,10 @@ use tracing::{debug, error, warn};
 
 use super::expect::{Done, Expected, Kind, To};
 use super::{Carry, End, Held, Kept, Session};
+use crate::clock::{Clock, Late};
 use crate::config::Commit;
-use crate::mirror::conn::{Backend, Carrier, Failure};
+use crate::ledger::owe::{OWE, OWE_TYPES, TAINT, TAINT_TYPES};
+use crate::mirror::conn::{Backend, Carrier, Failure, Patience, Tail};
 use crate::mirror::flight::steps;
 use crate::mirror::pool::Lease;
 use crate::mirror::writes::Op;
@@ -20,13 +22,8 @@ use crate::shared::{Paid, Shared};
 use crate::sql::facts::Verb;
 use crate::wire::frame::{self, Report};
 
-/// OIDs of owe's parameters: id, xid, pid, start, incarnation, debts, reason.
-const OWE_TYPES: [u32; 7] = [20, 20, 23, 20, 2950, 17, 25];
 pub(super) const OWE_NAME: &[u8] = b"crossfade_owe";
-const OWE: &[u8] = b"SELECT crossfade.owe($1, $2, $3, $4, $5, $6, $7)";
 pub(super) const TAINT_NAME: &[u8] = b"crossfade_taint";
-const TAINT: &[u8] = b"SELECT crossfade.owe($1, NULL, NULL, NULL, NULL, $2, $3) \
-    WHERE pg_catalog.pg_current_xact_id_if_assigned() IS NOT NULL";
 
 /// While the proxy holds a transaction for longer than this, the server is kept from taking it for idle.
 const BUSY: Duration = Duration::from_millis(5);
@@ -111,11 +108,16 @@ impl Session {
 
     /// COMMIT in the extended protocol: `frame` is the client's Execute.
     pub(super) async fn commit_extended(&mut self, frame: Bytes, ending: Ending) -> Result<(), End> {
-        self.settle().await?;
+        // What executes nothing (COMMIT's own Bind) may be answered together with COMMIT.
+        if !self.queue.quiet() || self.audit.is_some() || ending == Ending::Prepare {
+            self.settle().await?;
+        }
         self.held = Held::default();
+        let mut synced = false;
         if let Before::Ready(settled) = self.before_commit(ending).await? {
             self.server.out.extend_from_slice(&frame);
             self.queue.push(Expected { kind: Kind::Execute, to: To::Client, hold: true, done: ending.done() });
+            synced = self.sync_with_commit();
             self.answered(settled).await?;
         }
         if let Some(complete) = self.held.complete.take() {
@@ -125,8 +127,27 @@ impl Session {
             self.client.out.extend_from_slice(&error);
             // A COMMIT that failed has ended its transaction: the failed block that is left goes with the client's Sync.
             self.ours = true;
+            if synced {
+                self.roll_back_ours().await?;
+            }
+        }
+        if synced {
+            frame::ready(&mut self.client.out, self.status);
         }
         Ok(())
+    }
+
+    /// The client's Sync, where it is here already, goes into COMMIT's flight.
+    fn sync_with_commit(&mut self) -> bool {
+        if self.ours || self.queue.skipping() || !self.client.inb.starts_with(b"S\0\0\0\x04") {
+            return false;
+        }
+        self.client.inb.advance(frame::HEAD);
+        self.unsynced = false;
+        self.portals.remove(&b""[..]);
+        frame::sync(&mut self.server.out);
+        self.queue.push(Expected { hold: true, ..Expected::client(Kind::Sync) });
+        true
     }
 
     /// The end of a block of ours around a Query: COMMIT, or ROLLBACK where the statement failed. Then the client gets its end.
@@ -288,7 +309,7 @@ impl Session {
     fn put_taint(&mut self, id: i64, taints: &[u8], reason: &'static str) {
         let id = id.to_be_bytes();
         let values = [Some(&id[..]), Some(taints), Some(reason.as_bytes())];
-        self.put_ours(TAINT_NAME, TAINT, &[20, 17, 25], &values, To::Us);
+        self.put_ours(TAINT_NAME, TAINT.as_bytes(), &TAINT_TYPES, &values, To::Us);
     }
 
     fn put_owe(&mut self, id: i64, xid: Option<i64>, backend: Option<Backend>, debts: &[u8], reason: Option<&str>) {
@@ -306,7 +327,7 @@ impl Session {
             Some(debts),
             reason.map(str::as_bytes),
         ];
-        self.put_ours(OWE_NAME, OWE, &OWE_TYPES, &values, To::Us);
+        self.put_ours(OWE_NAME, OWE.as_bytes(), &OWE_TYPES, &values, To::Us);
     }
 
     /// Waits for the authority's answer to COMMIT and settles the mirror by it.
@@ -331,7 +352,8 @@ impl Session {
             Executed::On(lease, carrier) if committed => {
                 shared.paid.carrying.fetch_add(1, Ordering::SeqCst);
                 let owed = unwritten.map(|debts| (self.side, debts));
-                tokio::task::spawn_local(commit_mirror(shared, lease, carrier, id, owed));
+                let clock = self.worker.clock.clone();
+                tokio::task::spawn_local(commit_mirror(shared, clock, lease, (carrier, id), owed));
             }
             Executed::On(mut lease, _) => {
                 tokio::task::spawn_local(async move {
@@ -388,10 +410,9 @@ impl Session {
         let token = if last { self.debts().token() } else { None };
         let mut flight = Box::pin(carry_out(self.worker.clone(), self.world.clone(), lease, ops, token, last));
         // Nothing else is owed by the authority now: a Flush that it reads keeps its idle-in-transaction timers from running.
-        let outcome = tokio::select! {
-            biased;
-            outcome = &mut flight => outcome,
-            () = tokio::time::sleep(BUSY) => {
+        let outcome = match self.worker.clock.limit(BUSY, &mut flight).await {
+            Ok(outcome) => outcome,
+            Err(Late) => {
                 frame::flush(&mut self.server.out);
                 let _ = self.server.flush().await;
                 flight.await
@@ -534,34 +555,33 @@ async fn carry_out(
         Failure::Refused(_) => (None, failure),
         _ => (Some(backend), failure),
     };
-    match lease.conn.execute(&steps(ops), token, timeout).await {
-        Ok(()) => {}
+    let patience = Patience { clock: &worker.clock, limit: timeout };
+    match lease.conn.execute(&steps(ops), Tail { token, xid: last }, patience).await {
+        Ok(xid) => Ok((lease, xid)),
         Err(failure) => {
             if matches!(failure, Failure::Refused(_)) {
                 lease.release();
             }
-            return Err(failed(failure));
+            Err(failed(failure))
         }
     }
-    let xid = if last { Some(lease.conn.xid(timeout).await.map_err(failed)?) } else { None };
-    Ok((lease, xid))
 }
 
 /// The authority has committed: so does the mirror. Nobody waits; the debt is cleared after the next flush there.
 /// `owed`: debts that the authority on that side has not been told of.
 async fn commit_mirror(
     shared: std::sync::Arc<Shared>,
+    clock: Clock,
     mut lease: Box<Lease>,
-    carrier: Carrier,
-    id: i64,
+    (carrier, id): (Carrier, i64),
     owed: Option<(Side, Bytes)>,
 ) {
     let timeout = shared.config.load().mirror.timeout.max(Duration::from_secs(10));
-    let committed = tokio::time::timeout(timeout, async {
+    let commit = async {
         lease.conn.send_commit().await?;
         lease.conn.committed().await
-    })
-    .await;
+    };
+    let committed = clock.limit(timeout, commit).await;
     if !matches!(committed, Ok(Ok(())))
         && let Some((side, debts)) = owed
     {
@@ -576,7 +596,7 @@ async fn commit_mirror(
             debug!(error = %failure, "COMMIT on the mirror failed; its debt stays");
             shared.owed.notify_one();
         }
-        Err(_) => {
+        Err(Late) => {
             debug!("COMMIT on the mirror was not answered; its debt stays");
             shared.owed.notify_one();
         }
@@ -592,10 +612,10 @@ async fn owe_afterwards(shared: &Shared, side: Side, (carrier, id): (Carrier, i6
     let written = async {
         let ledger =
             Shared::database(&config, side).connect("crossfade owes").await.map_err(|error| error.to_string())?;
-        let owe = "SELECT crossfade.owe($1, $2, $3, $4, pg_catalog.encode($5::bytea, 'hex')::uuid, $6, NULL)";
+        let owe = OWE.replace("$5", "pg_catalog.encode($5::bytea, 'hex')::uuid");
         let incarnation = &backend.incarnation[..];
         ledger
-            .execute(owe, &[&id, &carrier.xid, &backend.pid, &backend.start, &incarnation, &debts])
+            .execute(&owe, &[&id, &carrier.xid, &backend.pid, &backend.start, &incarnation, &debts, &None::<&str>])
             .await
             .map_err(|error| error.to_string())
     };

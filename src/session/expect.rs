@@ -204,6 +204,13 @@ impl Queue {
         }
     }
 
+    /// Nothing that is owed executes anything.
+    pub fn quiet(&self) -> bool {
+        !self.skipping
+            && !self.copying
+            && self.owed.iter().all(|owed| matches!(owed.kind, Kind::Parse | Kind::Bind | Kind::Describe | Kind::Close))
+    }
+
     /// The end of a transaction is under way: what holds behind it is known only when it was answered.
     pub fn ends(&self) -> bool {
         self.owed.iter().any(|owed| matches!(owed.done, Done::End { .. }))

@@ -296,8 +296,8 @@ pub async fn owe(authority: &Client, carrier: Option<&Carrier>, debts: &[Debt]) 
     let bytes: &[u8] = &bytes;
     let id: i64 = authority.query_one("SELECT nextval('crossfade.ledger_id')", &[]).await.expect("a number").get(0);
     authority
-        .query_one(
-            "SELECT crossfade.owe($1, $2, $3, $4, $5::text::uuid, $6, 'test')",
+        .execute(
+            &crossfade::ledger::owe::OWE.replace("$5", "$5::text::uuid"),
             &[
                 &id,
                 &carrier.and_then(|carrier| carrier.xid),
@@ -305,6 +305,7 @@ pub async fn owe(authority: &Client, carrier: Option<&Carrier>, debts: &[Debt]) 
                 &carrier.map(|carrier| carrier.start),
                 &carrier.map(|carrier| carrier.incarnation.clone()),
                 &bytes,
+                &"test",
             ],
         )
         .await

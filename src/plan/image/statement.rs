@@ -52,7 +52,14 @@ fn assigned(table: &Table, side: Side) -> Vec<usize> {
 /// Makes `rows` rows (at least one, with distinct keys) what their images say, whether they are there or not. Parameters: `parameters` of each row.
 /// Only for tables with a key and without `needs_replace`.
 pub fn upsert(table: &Table, side: Side, rows: usize) -> Statement {
-    let mut statement = insert(table, side, rows);
+    let mut statement = Statement::default();
+    put_upsert(table, side, rows, &mut statement);
+    statement
+}
+
+/// `upsert` behind what is in `statement`; its parameters are numbered on.
+pub fn put_upsert(table: &Table, side: Side, rows: usize, statement: &mut Statement) {
+    put_insert(table, side, rows, statement);
     let mut separator = " DO UPDATE SET ";
     conflict(table, side, &mut statement.text);
     for at in assigned(table, side) {
@@ -60,7 +67,6 @@ pub fn upsert(table: &Table, side: Side, rows: usize) -> Statement {
         let _ = write!(statement.text, "{separator}{name} = EXCLUDED.{name}");
         separator = ", ";
     }
-    statement
 }
 
 /// Adds rows whose key is not there, and waits for transactions that are inserting the same key. Where the key is deferrable there is no
@@ -83,25 +89,30 @@ fn conflict(table: &Table, side: Side, text: &mut String) {
 
 /// Adds rows. Parameters: `parameters` of each row.
 pub fn insert(table: &Table, side: Side, rows: usize) -> Statement {
+    let mut statement = Statement::default();
+    put_insert(table, side, rows, &mut statement);
+    statement
+}
+
+/// `insert` behind what is in `statement`; its parameters are numbered on.
+pub fn put_insert(table: &Table, side: Side, rows: usize, statement: &mut Statement) {
     let columns: Vec<usize> = writable(table, side).collect();
     let names: Vec<String> = columns.iter().map(|&at| quote(table.columns[at].name.get(side))).collect();
     let overriding = match columns.iter().any(|&at| *table.columns[at].identity_always.get(side)) {
         true => " OVERRIDING SYSTEM VALUE",
         false => "",
     };
-    let mut statement =
-        empty(format!("INSERT INTO {} ({}){overriding} VALUES ", table.qualified(side), names.join(", ")));
+    let _ = write!(statement.text, "INSERT INTO {} ({}){overriding} VALUES ", table.qualified(side), names.join(", "));
     for row in 0..rows {
         statement.text.push_str(if row == 0 { "(" } else { ", (" });
         for (position, &at) in columns.iter().enumerate() {
             if position > 0 {
                 statement.text.push_str(", ");
             }
-            parameter(&table.columns[at], side, &mut statement);
+            parameter(&table.columns[at], side, statement);
         }
         statement.text.push(')');
     }
-    statement
 }
 
 /// Deletes the rows with these keys. Parameters: the key's values of each, in the order of `Table::key`.
@@ -122,7 +133,7 @@ pub fn select(table: &Table, side: Side, keys: usize, texts: Texts, locking: &st
 }
 
 fn empty(text: String) -> Statement {
-    Statement { text, parameter_types: Vec::new(), formats: Vec::new() }
+    Statement { text, ..Statement::default() }
 }
 
 /// `k = $1`; `k = ANY (ARRAY[$1, $2])`; `(k = $1 AND l = $2) OR (k = $3 AND l = $4)`: forms for which the key's index is used.
