@@ -99,9 +99,9 @@ impl Database {
         if let Some(password) = &self.password {
             config.password(password);
         }
-        if let Some(options) = &self.options {
-            config.options(options);
-        }
+        // Wide joins over the catalogs cost enough on paper to be compiled, which takes longer than running them.
+        let options = self.options.as_deref().unwrap_or_default();
+        config.options(format!("-c jit=off {options}").trim_end());
         // As libpq: sslmode means nothing on a Unix socket.
         let sockets_only = self.hosts.iter().all(|(host, _)| host.starts_with('/'));
         config.ssl_mode(match self.sslmode {

@@ -42,12 +42,14 @@ pub(super) struct Statements {
     side: Side,
     rows: HashMap<(u32, Verb, usize), Known>,
     together: HashMap<Sort, Option<Known>>,
+    /// How many of these are prepared.
+    named: usize,
     token: bool,
 }
 
 impl Statements {
     pub(super) fn new(side: Side) -> Statements {
-        Statements { side, rows: HashMap::new(), together: HashMap::new(), token: false }
+        Statements { side, rows: HashMap::new(), together: HashMap::new(), named: 0, token: false }
     }
 
     /// The server has forgotten them all.
@@ -106,7 +108,7 @@ impl Statements {
             return None;
         }
         let sort = (sort, token);
-        let number = self.together.len();
+        let kinds = self.together.len();
         match self.together.get_mut(&sort) {
             Some(Some(known)) => Some(known.clone()),
             Some(unprepared) => {
@@ -128,11 +130,12 @@ impl Statements {
                     statement.text.push_str(&taken);
                 }
                 statement.text.push_str(" SELECT pg_catalog.pg_current_xact_id()");
-                let known = parse(format!("together{number}"), statement, out);
+                let known = parse(format!("together{}", self.named), statement, out);
+                self.named += 1;
                 Some(unprepared.insert(known).clone())
             }
             None => {
-                if number < TOGETHER && !sort.0.is_empty() {
+                if kinds < TOGETHER && !sort.0.is_empty() {
                     self.together.insert(sort, None);
                 }
                 None
