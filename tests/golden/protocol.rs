@@ -1,9 +1,11 @@
 //! The extended protocol: pipelines, portals, prepared statements.
 
+use crate::common::pair::DATABASE;
 use crate::common::raw::{self, bind, close, describe, execute, flush, parse};
 use crate::stage::{Stage, ask, pipeline, said};
 
-const SCHEMA: &str = "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v text);";
+const SCHEMA: &str = "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE u (id int PRIMARY KEY, v text);
+    CREATE TABLE late (id int PRIMARY KEY, once int UNIQUE DEFERRABLE INITIALLY DEFERRED);";
 
 /// Parse, Bind and Execute of a text without parameters.
 fn run(sql: &str) -> Vec<u8> {
@@ -16,6 +18,7 @@ async fn pipelines_and_portals_arrive() {
     pipelines(&stage).await;
     broken_pipelines(&stage).await;
     blocks_in_pipelines(&stage).await;
+    commits_that_fail(&stage).await;
     row_limits(&stage).await;
     bind_many(&stage).await;
     names_that_failed(&stage).await;
@@ -104,6 +107,36 @@ async fn blocks_in_pipelines(stage: &Stage) {
     assert_eq!(pipeline(&mut client, &behind).await, "1 2 C(INSERT 0 1) 1 2 C(BEGIN) 1 2 C(INSERT 0 1) Z(T)");
     assert_eq!(ask(&mut client, "COMMIT").await, "C(COMMIT) Z(I)");
     story.exact(&[("t", &["(1,a)", "(2,b)"])]).await;
+}
+
+/// COMMIT and its Sync go over in one flight with the debts: whatever of it fails, the client hears what PostgreSQL says, and goes on.
+async fn commits_that_fail(stage: &Stage) {
+    let story = stage.story("a COMMIT that fails").await;
+    let mut client = stage.raw().await;
+    ask(&mut client, "TRUNCATE t, u").await;
+    let write = [run("BEGIN"), run("INSERT INTO t VALUES (1, 'never')"), run("INSERT INTO late VALUES (1, 1), (2, 1)")];
+    let written = "1 2 C(BEGIN) 1 2 C(INSERT 0 1) 1 2 C(INSERT 0 2) Z(T)";
+    assert_eq!(pipeline(&mut client, &write).await, written);
+    assert_eq!(pipeline(&mut client, &[run("COMMIT")]).await, "1 2 E(23505) Z(I)");
+    // COMMIT's own Bind fails: the block is left to the client.
+    assert_eq!(pipeline(&mut client, &write).await, written);
+    let wrong = [parse("", "COMMIT", &[]), bind("", "", &[], &[Some(b"1")], &[]), execute("", 0)];
+    assert_eq!(pipeline(&mut client, &wrong).await, "1 E(08P01) Z(E)");
+    assert_eq!(pipeline(&mut client, &[run("COMMIT")]).await, "1 2 C(ROLLBACK) Z(I)");
+    // The ledger refuses: nothing is committed.
+    let (authority, _) = stage.sides();
+    let shut = "ALTER TABLE crossfade.ledger ADD CONSTRAINT shut CHECK (id < 0) NOT VALID";
+    authority.psql(DATABASE, shut).await.expect("shuts the ledger");
+    assert_eq!(pipeline(&mut client, &write[..2]).await, "1 2 C(BEGIN) 1 2 C(INSERT 0 1) Z(T)");
+    assert_eq!(pipeline(&mut client, &[run("COMMIT")]).await, "1 2 E(23514) Z(I)");
+    assert_eq!(
+        pipeline(&mut client, &[run("INSERT INTO t VALUES (2, 'never')")]).await,
+        "1 2 C(INSERT 0 1) E(23514) Z(I)"
+    );
+    authority.psql(DATABASE, "ALTER TABLE crossfade.ledger DROP CONSTRAINT shut").await.expect("opens it");
+    let kept = [run("BEGIN"), run("INSERT INTO t VALUES (3, 'kept')"), run("COMMIT")];
+    assert_eq!(pipeline(&mut client, &kept).await, "1 2 C(BEGIN) 1 2 C(INSERT 0 1) 1 2 C(COMMIT) Z(I)");
+    story.exact(&[("t", &["(3,kept)"])]).await;
 }
 
 async fn row_limits(stage: &Stage) {
