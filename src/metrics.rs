@@ -21,8 +21,8 @@ pub struct Metrics {
     pub server_connections: IntGaugeVec,
     /// Statements, by class and side.
     pub statements: IntCounterVec,
-    /// Seconds from a statement's arrival to the end of its answer.
-    pub statement_seconds: HistogramVec,
+    /// Seconds from a statement's arrival to the end of its answer, on old and on new.
+    statement_seconds: [Histogram; 2],
     /// Images that went over, by table.
     pub mirror_images: IntCounterVec,
     /// Seconds that COMMIT waited for the mirror.
@@ -82,7 +82,7 @@ impl Metrics {
                         .buckets(buckets());
                 let vec = HistogramVec::new(options, &["class", "side"])?;
                 r.register(Box::new(vec.clone()))?;
-                vec
+                Side::BOTH.map(|side| vec.with_label_values(&["all", side.name()]))
             },
             mirror_images: counters(r, "mirror_images_total", "Images that went over to the mirror", &["table"])?,
             mirror_commit_seconds: histogram(r, "mirror_commit_seconds", "Time that a COMMIT waited for the mirror")?,
@@ -127,6 +127,11 @@ impl Metrics {
         };
         metrics.mirror_up.set(1);
         Ok(metrics)
+    }
+
+    /// A statement has been answered.
+    pub fn observe_statement(&self, side: Side, seconds: f64) {
+        self.statement_seconds[usize::from(side == Side::New)].observe(seconds);
     }
 
     /// Shows the phase that holds.

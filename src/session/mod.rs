@@ -160,6 +160,9 @@ pub struct Session {
     limit: usize,
 }
 
+/// After so long without a message from its client a session gives its buffers back.
+const IDLE: std::time::Duration = std::time::Duration::from_secs(1);
+
 impl Session {
     /// A session whose client has logged in, on its way to a first authority. Nothing was sent to the client since its login.
     pub async fn open(
@@ -261,9 +264,28 @@ impl Session {
                 if self.client.closed {
                     return Ok(End::Client);
                 }
-                self.drive().await?;
+                self.wait().await?;
             }
         }
+    }
+
+    /// Waits for bytes. A session whose client has sent nothing for a while keeps no buffers: there may be thousands of them.
+    async fn wait(&mut self) -> Result<(), End> {
+        if !(self.queue.is_empty() && self.client.is_empty() && self.server.is_empty()) || self.client.closed {
+            return self.drive().await;
+        }
+        let clock = self.worker.clock.clone();
+        if let Ok(moved) = clock.limit(IDLE, self.drive()).await {
+            return moved;
+        }
+        self.client.shrink();
+        self.server.shrink();
+        std::future::poll_fn(|cx| {
+            let readable = self.client.poll_readable(cx).is_ready() | self.server.poll_readable(cx).is_ready();
+            if readable | self.bell.poll(cx) { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+        Ok(())
     }
 
     /// Between transactions: the phase may move.

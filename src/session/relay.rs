@@ -212,11 +212,13 @@ impl Session {
 
     /// A statement that was prepared on another server session is prepared here before its first Bind or Describe.
     pub(super) fn prepare_again_if_needed(&mut self, head: Head, tag: u8) {
-        let Some(name) = self.name_in(head, tag) else { return };
-        let Some(prepared) = self.prepared.get_mut(&name) else { return };
+        let payload = &self.client.inb[HEAD..head.total.min(self.client.inb.len())];
+        let Some(name) = name_of(payload, tag) else { return };
+        let Some(prepared) = self.prepared.get_mut(name) else { return };
         if prepared.there == There::Plain {
             return;
         }
+        let name = Bytes::copy_from_slice(name);
         let spliced = prepared.there != There::Nothing;
         let Some(text) = prepared.text.clone() else { return };
         let types = prepared.types.clone();
@@ -228,14 +230,7 @@ impl Session {
 
     /// The statement's name in a Bind, or in a Describe or Close of a statement; None for portals.
     pub(super) fn name_in(&self, head: Head, tag: u8) -> Option<Bytes> {
-        let payload = &self.client.inb[HEAD..head.total.min(self.client.inb.len())];
-        let mut fields = Fields::new(payload);
-        if tag == b'B' {
-            fields.string().ok()?;
-        } else if fields.byte().ok()? != b'S' {
-            return None;
-        }
-        fields.string().ok().map(Bytes::copy_from_slice)
+        name_of(&self.client.inb[HEAD..head.total.min(self.client.inb.len())], tag).map(Bytes::copy_from_slice)
     }
 
     /// Sends Parse with a splice; `replace`: a statement of this name is there.
@@ -264,7 +259,7 @@ impl Session {
 
     /// How long a statement took, from the client's message to ReadyForQuery.
     pub(super) fn observe(&self, took: Duration) {
-        self.shared.metrics.statement_seconds.with_label_values(&["all", self.side.name()]).observe(took.as_secs_f64());
+        self.shared.metrics.observe_statement(self.side, took.as_secs_f64());
     }
 
     /// The transaction is over; whatever was not settled is undone on the mirror.
@@ -286,6 +281,16 @@ impl Session {
         let limit = self.shared.config.load().limits.mirror_buffer / 4;
         self.debts.get_or_insert_with(|| Debts::new(limit, rand::random()))
     }
+}
+
+fn name_of(payload: &[u8], tag: u8) -> Option<&[u8]> {
+    let mut fields = Fields::new(payload);
+    if tag == b'B' {
+        fields.string().ok()?;
+    } else if fields.byte().ok()? != b'S' {
+        return None;
+    }
+    fields.string().ok()
 }
 
 /// The same, in phases in which no statement is planned, for texts that drop prepared statements.

@@ -7,6 +7,8 @@ use std::task::{Context, Poll};
 use bytes::BytesMut;
 use tokio::io::{AsyncRead, AsyncWrite};
 
+use super::stream::Stream;
+
 /// Bytes asked for by one read.
 const READ: usize = 16 * 1024;
 
@@ -94,6 +96,28 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Conn<S> {
                 _ => self.fill().await?,
             }
         }
+    }
+}
+
+impl Conn<Stream> {
+    /// Nothing is in its buffers.
+    pub fn is_empty(&self) -> bool {
+        self.inb.is_empty() && self.out.is_empty()
+    }
+
+    /// Gives empty buffers back. Reading makes new ones: wait for `poll_readable` first.
+    pub fn shrink(&mut self) {
+        if self.inb.is_empty() {
+            self.inb = BytesMut::new();
+        }
+        if self.out.is_empty() {
+            self.out = BytesMut::new();
+        }
+    }
+
+    /// Ready once a read that found nothing is worth another try.
+    pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        self.stream.poll_read_ready(cx).map(|_| ())
     }
 }
 

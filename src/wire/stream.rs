@@ -44,6 +44,16 @@ impl Stream {
         }
     }
 
+    /// Ready once the socket has something to read, or has ended. Says nothing of what TLS has read from it already.
+    pub fn poll_read_ready(&self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self {
+            Stream::Tcp(tcp) => tcp.poll_read_ready(cx),
+            Stream::Unix(unix) => unix.poll_read_ready(cx),
+            Stream::TlsServer(tls) => tls.get_ref().0.poll_read_ready(cx),
+            Stream::TlsClient(tls) => tls.get_ref().0.poll_read_ready(cx),
+        }
+    }
+
     /// Is it encrypted?
     pub fn is_tls(&self) -> bool {
         matches!(self, Stream::TlsServer(_) | Stream::TlsClient(_))

@@ -98,6 +98,48 @@ async fn large_parameters_and_rows_pass_in_constant_memory() {
     .await;
 }
 
+/// A session that has been idle for a second keeps no buffers: whatever wakes it arrives all the same, in the clear and over TLS.
+#[tokio::test]
+async fn sessions_that_have_slept_wake_up() {
+    let (old, new) = tokio::join!(server(), server());
+    let folder = tempfile::tempdir().expect("a folder");
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate");
+    let (certificate, key) = (folder.path().join("cert.pem"), folder.path().join("key.pem"));
+    std::fs::write(&certificate, made.cert.pem()).expect("writes");
+    std::fs::write(&key, made.signing_key.serialize_pem()).expect("writes");
+    let tls = format!("auth: trust\ntls: {{ certificate: {}, key: {} }}", certificate.display(), key.display());
+    let config = common::ProxyConfig {
+        old: old.url_as(CONTROL.0, "none", DATABASE),
+        new: new.url_as(CONTROL.0, "none", DATABASE),
+        phase: "old".to_owned(),
+        more: tls,
+    };
+    let proxy = Proxy::start(config).await;
+    let script = "SELECT 1 AS first; \\! sleep 2\nSELECT length(repeat('x', 200000)) AS second; LISTEN news; \\! sleep 2\nSELECT 3 AS third;\n";
+    for (mode, encrypted) in [("disable", "f"), ("require", "t")] {
+        let url = format!("host=127.0.0.1 port={} user={} dbname={DATABASE} sslmode={mode}", proxy.port(), APP.0);
+        let mut psql = tokio::process::Command::new(old.program("psql"));
+        psql.args(["-X", "-At", "-d", &url, "-v", "ON_ERROR_STOP=1"]).stdin(std::process::Stdio::piped());
+        let mut running = psql.stdout(std::process::Stdio::piped()).spawn().expect("psql starts");
+        let shown = format!("\\conninfo\n{}", script.replace("\\\\", "\\"));
+        running.stdin.take().expect("a pipe").write_all(shown.as_bytes()).await.expect("writes");
+        let output = running.wait_with_output().await.expect("ends");
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.success(), "{said}");
+        assert_eq!(said.contains("SSL connection"), encrypted == "t", "{said}");
+        assert!(said.ends_with("1\n200000\nLISTEN\n3\n"), "{said}");
+    }
+    // The server speaks first: a notification comes to a session that sleeps.
+    let packet = raw::startup(raw::V3_0, &[("user", APP.0), ("database", DATABASE)]);
+    let (mut client, _) = RawClient::connect(proxy.port(), None, &packet).await;
+    client.send(&raw::query("LISTEN news")).await;
+    client.until_ready(1).await;
+    tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+    old.psql(DATABASE, "NOTIFY news, 'arrived'").await.expect("notifies");
+    let frames = client.until(b'A', 1).await;
+    assert!(frames.last().is_some_and(|frame| frame.body.ends_with(b"news\0arrived\0")), "{frames:?}");
+}
+
 #[tokio::test]
 async fn large_parameters_and_rows_pass_directly() {
     let server = server().await;
