@@ -2,8 +2,8 @@
 
 mod common;
 
-use common::raw::{self, RawClient};
-use common::{Pair, until};
+use common::pair::TRUST;
+use common::{Pair, raw, until};
 use tokio_postgres::error::SqlState;
 
 const SCHEMA: &str = "
@@ -36,32 +36,14 @@ const SCHEMA: &str = "
 
 const TABLES: [&str; 6] = ["users", "posts", "log", "audited", "deferred", "parts"];
 
-/// Clients need no password, servers get it.
-const TRUST: &str = "auth: trust\nusers: { app: { password: app-secret } }";
-
 /// In `dual-write`, nothing owed.
 async fn start(more: &str) -> Pair {
-    let mut pair = Pair::start("old", SCHEMA, more).await;
-    pair.proxy.set_phase("dual-write").await;
-    pair.proxy.settle().await;
-    pair
-}
-
-/// How often each table was tainted so far.
-async fn taints(pair: &Pair) -> Vec<f64> {
-    let mut counts = Vec::new();
-    for table in TABLES {
-        counts.push(pair.proxy.metrics(&format!("crossfade_taints_total{{table=\"public.{table}\"}}")).await);
-    }
-    counts
+    Pair::dual_write(SCHEMA, more).await
 }
 
 /// Runs something, and says which tables it tainted.
 async fn tainted(pair: &Pair, what: impl AsyncFnOnce()) -> Vec<&'static str> {
-    let before = taints(pair).await;
-    what().await;
-    let after = taints(pair).await;
-    TABLES.iter().zip(before.iter().zip(&after)).filter(|(_, (b, a))| a > b).map(|(table, _)| *table).collect()
+    pair.tainted_by(&TABLES, what).await
 }
 
 /// Runs a script as one Query, and says which tables it tainted.
@@ -187,9 +169,7 @@ async fn the_extended_protocol_is_audited_as_well() {
 #[tokio::test]
 async fn a_pipeline_across_transactions_is_audited() {
     let pair = start(TRUST).await;
-    let (mut client, _) =
-        RawClient::connect(pair.proxy.port(), None, &raw::startup(raw::V3_0, &[("user", "app"), ("database", "shop")]))
-            .await;
+    let mut client = pair.raw().await;
     let run = |sql: &str| [raw::parse("", sql, &[]), raw::bind("", "", &[], &[], &[]), raw::execute("", 0)].concat();
     let found = tainted(&pair, async || {
         let flight = [
@@ -203,8 +183,7 @@ async fn a_pipeline_across_transactions_is_audited() {
         client.send(&flight.concat()).await;
         let frames = client.until_ready(1).await;
         assert!(frames.iter().all(|frame| frame.tag != b'E'), "{frames:?}");
-        let tags: String = frames.iter().map(|frame| char::from(frame.tag)).collect();
-        assert_eq!(tags, "12C12C12C12DC12CZ");
+        assert_eq!(raw::tags(&frames), "12C12C12C12DC12CZ");
     })
     .await;
     assert_eq!(found, ["log"]);
@@ -218,9 +197,7 @@ async fn a_pipeline_across_transactions_is_audited() {
 #[tokio::test]
 async fn what_the_server_has_passed_over_is_sent_again() {
     let pair = start(TRUST).await;
-    let (mut client, _) =
-        RawClient::connect(pair.proxy.port(), None, &raw::startup(raw::V3_0, &[("user", "app"), ("database", "shop")]))
-            .await;
+    let mut client = pair.raw().await;
     let run = |sql: &str| [raw::parse("", sql, &[]), raw::bind("", "", &[], &[], &[]), raw::execute("", 0)].concat();
     client
         .send(
@@ -234,8 +211,7 @@ async fn what_the_server_has_passed_over_is_sent_again() {
         let insert = format!("INSERT INTO users VALUES ({id}, 'n{id}')");
         client.send(&[run(&insert), run("SELECT log_it('x')"), raw::sync()].concat()).await;
         let frames = client.until_ready(1).await;
-        let tags: String = frames.iter().map(|frame| char::from(frame.tag)).collect();
-        assert_eq!(tags, expected, "{frames:?}");
+        assert_eq!(raw::tags(&frames), expected, "{frames:?}");
     }
     pair.settle_and_assert_equal().await;
 }
@@ -244,17 +220,14 @@ async fn what_the_server_has_passed_over_is_sent_again() {
 #[tokio::test]
 async fn an_error_of_a_deferred_trigger_is_commits_own() {
     let pair = start(TRUST).await;
-    let (mut client, _) =
-        RawClient::connect(pair.proxy.port(), None, &raw::startup(raw::V3_0, &[("user", "app"), ("database", "shop")]))
-            .await;
-    let tags = |frames: &[raw::Frame]| frames.iter().map(|frame| char::from(frame.tag)).collect::<String>();
+    let mut client = pair.raw().await;
     let run = |sql: &str| [raw::parse("", sql, &[]), raw::bind("", "", &[], &[], &[]), raw::execute("", 0)].concat();
     let idle = |frames: &[raw::Frame]| frames.last().expect("frames").body == b"I";
     client.send(&raw::query("BEGIN; INSERT INTO deferred VALUES (1, 'bad')")).await;
-    assert_eq!(tags(&client.until_ready(1).await), "CCZ");
+    assert_eq!(raw::tags(&client.until_ready(1).await), "CCZ");
     client.send(&raw::query("COMMIT")).await;
     let frames = client.until_ready(1).await;
-    assert_eq!((tags(&frames).as_str(), idle(&frames)), ("NEZ", true), "{frames:?}");
+    assert_eq!((raw::tags(&frames).as_str(), idle(&frames)), ("NEZ", true), "{frames:?}");
     client
         .send(
             &[run("BEGIN"), run("INSERT INTO deferred VALUES (2, 'bad')"), run("COMMIT"), run("SELECT 1"), raw::sync()]
@@ -262,16 +235,16 @@ async fn an_error_of_a_deferred_trigger_is_commits_own() {
         )
         .await;
     let frames = client.until_ready(1).await;
-    assert_eq!((tags(&frames).as_str(), idle(&frames)), ("12C12C12NEZ", true), "{frames:?}");
+    assert_eq!((raw::tags(&frames).as_str(), idle(&frames)), ("12C12C12NEZ", true), "{frames:?}");
     client.send(&[run("INSERT INTO deferred VALUES (3, 'bad')"), raw::sync()].concat()).await;
     let frames = client.until_ready(1).await;
-    assert_eq!(tags(&frames).replace('C', ""), "12NEZ", "{frames:?}");
+    assert_eq!(raw::tags(&frames).replace('C', ""), "12NEZ", "{frames:?}");
     assert!(idle(&frames));
     client.send(&raw::query("INSERT INTO deferred VALUES (4, 'bad')")).await;
     let frames = client.until_ready(1).await;
-    assert_eq!((tags(&frames).as_str(), idle(&frames)), ("NEZ", true), "{frames:?}");
+    assert_eq!((raw::tags(&frames).as_str(), idle(&frames)), ("NEZ", true), "{frames:?}");
     client.send(&raw::query("INSERT INTO deferred VALUES (5, 'good')")).await;
-    assert_eq!(tags(&client.until_ready(1).await), "NCZ");
+    assert_eq!(raw::tags(&client.until_ready(1).await), "NCZ");
     let count =
         pair.databases.old.psql("shop", "SELECT string_agg(id::text, ',') FROM deferred").await.expect("counts");
     assert_eq!(count.trim(), "5");
@@ -293,11 +266,11 @@ async fn definitions_taint_the_tables_that_they_name() {
     }
     // A table of old alone. What its making calls may write anything.
     let client = pair.client().await;
-    let before = taints(&pair).await;
+    let before = pair.taints(&TABLES).await;
     client.batch_execute("CREATE TABLE fresh (id int PRIMARY KEY); DROP TABLE fresh").await.expect("makes");
-    assert_eq!(taints(&pair).await, before);
+    assert_eq!(pair.taints(&TABLES).await, before);
     client.batch_execute("CREATE TABLE fresh AS SELECT 1 AS one FROM log_it('made')").await.expect("makes");
-    assert!(taints(&pair).await.iter().zip(&before).all(|(after, before)| after > before));
+    assert!(pair.taints(&TABLES).await.iter().zip(&before).all(|(after, before)| after > before));
     client.batch_execute("DROP TABLE fresh").await.expect("drops");
     pair.settle_and_assert_equal().await;
 }
@@ -344,9 +317,7 @@ async fn a_function_call_is_audited_in_a_block_and_registered_outside() {
     let oid =
         pair.databases.old.psql("shop", "SELECT 'quiet()'::regprocedure::oid, 'log_it(text)'::regprocedure::oid").await;
     let oids: Vec<u32> = oid.expect("reads").trim().split('|').map(|oid| oid.parse().expect("an OID")).collect();
-    let (mut client, _) =
-        RawClient::connect(pair.proxy.port(), None, &raw::startup(raw::V3_0, &[("user", "app"), ("database", "shop")]))
-            .await;
+    let mut client = pair.raw().await;
     let log_it = raw::function_call(oids[1], &[0], &[Some(b"called")], 0);
     let found = tainted(&pair, async || {
         client.send(&raw::query("BEGIN")).await;
@@ -434,5 +405,5 @@ async fn strict_refuses_opaque_writes_and_the_session_goes_on() {
     let there = pair.databases.new.psql("shop", "SELECT count(*) FROM users WHERE id IN (80, 81, 82)").await;
     assert_eq!(there.expect("counts").trim(), "3");
     assert_eq!(pair.databases.old.psql("shop", "SELECT count(*) FROM audited").await.expect("counts").trim(), "0");
-    assert_eq!(taints(&pair).await, [0.0; 6]);
+    assert_eq!(pair.taints(&TABLES).await, [0.0; 6]);
 }

@@ -365,7 +365,9 @@ fn told(plan: &Plan) -> String {
             format!("opaque {}{}{flags}", found.reason, labels(&found.tables))
         }
         Plan::Truncate(tables) => format!("truncate{}", labels(tables)),
-        Plan::Copy(copy) => format!("copy {}", copy.table.label()),
+        Plan::Copy(copy) => {
+            format!("copy {}{}", copy.table.label(), if copy.audited { " audited" } else { "" })
+        }
     }
 }
 
@@ -444,10 +446,13 @@ async fn each_statement_has_its_plan() {
         (truncate("parts.events_a", false), "opaque truncate public.events"),
         (facts(CopyFromStdin, "public.photos"), "copy public.photos"),
         (copy("public.photos", &["id", "path"]), "copy public.photos"),
-        (copy("public.photos", &["path"]), "opaque copy public.photos"),
-        (copy("history", &["at"]), "opaque copy public.history"),
+        (copy("public.photos", &["path"]), "copy public.photos"),
+        (copy("history", &["at"]), "copy public.history"),
         (facts(CopyFromStdin, "history"), "copy public.history"),
-        (facts(CopyFromStdin, "logged"), "opaque copy"),
+        (facts(CopyFromStdin, "logged"), "copy public.logged audited"),
+        (facts(CopyFromStdin, "parts.events_a"), "copy public.events"),
+        (facts(CopyFromStdin, "secured"), "opaque row-security public.secured"),
+        (facts(CopyFromStdin, "fewer"), "opaque definition public.fewer"),
         (facts(CopyFromStdin, "only_old"), "pass"),
         (facts(CopyFromServer, "history"), "opaque copy public.history"),
         (facts(Ddl { temporary: false }, ""), "opaque ddl unwrapped ddl"),

@@ -5,8 +5,10 @@ mod common;
 use std::process::Stdio;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use common::raw::{self, RawClient};
-use common::{Pair, pair::DATABASE};
+use common::Pair;
+use common::copy::{copy, images, on_new};
+use common::pair::TRUST;
+use common::raw::{self, tags};
 use futures_util::SinkExt;
 use tokio::io::AsyncWriteExt;
 
@@ -17,54 +19,14 @@ const SCHEMA: &str = "
     CREATE TABLE serials (id serial PRIMARY KEY, what text);
     CREATE TABLE rounded (at timestamp(0) PRIMARY KEY, what text);";
 const TABLES: [&str; 5] = ["items", "pairs", "history", "serials", "rounded"];
-const TRUST: &str = "auth: trust\nusers: { app: { password: app-secret } }";
 
 async fn start(more: &str) -> Pair {
-    let mut pair = Pair::start("old", SCHEMA, more).await;
-    pair.proxy.set_phase("dual-write").await;
-    pair.proxy.settle().await;
-    pair
+    Pair::dual_write(SCHEMA, more).await
 }
 
 /// The tables that were tainted so far.
 async fn tainted(pair: &Pair) -> Vec<&'static str> {
-    let mut found = Vec::new();
-    for table in TABLES {
-        if pair.proxy.metrics(&format!("crossfade_taints_total{{table=\"public.{table}\"}}")).await > 0.0 {
-            found.push(table);
-        }
-    }
-    found
-}
-
-/// Images of this table that went to new.
-async fn images(pair: &Pair, table: &str) -> f64 {
-    pair.proxy.metrics(&format!("crossfade_mirror_images_total{{table=\"public.{table}\"}}")).await
-}
-
-/// The rows that new has.
-async fn on_new(pair: &Pair, table: &str) -> u64 {
-    // Nobody waits for COMMIT there.
-    pair.proxy.settle().await;
-    let count = format!("SELECT count(*) FROM {table}");
-    pair.databases.new.psql(DATABASE, &count).await.expect("counts").trim().parse().expect("a number")
-}
-
-async fn copy(client: &tokio_postgres::Client, sql: &str, pieces: &[&[u8]]) -> Result<u64, tokio_postgres::Error> {
-    let done = copy_all(client, sql, pieces);
-    tokio::time::timeout(std::time::Duration::from_secs(20), done).await.unwrap_or_else(|_| panic!("hangs: {sql}"))
-}
-
-async fn copy_all(client: &tokio_postgres::Client, sql: &str, pieces: &[&[u8]]) -> Result<u64, tokio_postgres::Error> {
-    let sink = client.copy_in(sql).await?;
-    let mut sink = std::pin::pin!(sink);
-    for piece in pieces {
-        sink.send(Bytes::copy_from_slice(piece)).await?;
-    }
-    let count = sink.as_mut().finish().await?;
-    // Behind the last Sync: only there the COPY is committed.
-    client.simple_query("SELECT 1").await?;
-    Ok(count)
+    TABLES.iter().zip(pair.taints(&TABLES).await).filter(|(_, count)| *count > 0.0).map(|(table, _)| *table).collect()
 }
 
 #[tokio::test]
@@ -142,10 +104,7 @@ async fn what_is_rolled_back_or_fails_is_not_captured() {
 #[tokio::test]
 async fn copy_by_execute() {
     let pair = start(TRUST).await;
-    let (mut client, _) =
-        RawClient::connect(pair.proxy.port(), None, &raw::startup(raw::V3_0, &[("user", "app"), ("database", "shop")]))
-            .await;
-    let tags = |frames: &[raw::Frame]| frames.iter().map(|frame| char::from(frame.tag)).collect::<String>();
+    let mut client = pair.raw().await;
     // As drivers do it: the Sync behind Execute is passed over, since the server reads data by then.
     let copy = [
         raw::parse("", "COPY items (id) FROM STDIN", &[]),
@@ -189,30 +148,11 @@ async fn copy_by_execute() {
     pair.settle_and_assert_equal().await;
 }
 
-/// What is not read from the stream is seen by the audit.
-#[tokio::test]
-async fn what_is_not_captured_taints() {
-    let pair = start("").await;
-    let client = pair.client().await;
-    copy(&client, "COPY serials (what) FROM STDIN", &[b"a default as key\n"]).await.expect("copies");
-    copy(&client, "COPY rounded FROM STDIN", &[b"2024-01-01 00:00:00.4\tis stored otherwise\n"]).await.expect("copies");
-    copy(&client, "COPY items (id) FROM STDIN WHERE id > 1", &[b"1\n2\n"]).await.expect("copies");
-    assert_eq!(tainted(&pair).await, ["items", "serials", "rounded"]);
-    copy(&client, "COPY pairs (a) FROM STDIN", &[b""]).await.expect("copies nothing");
-    assert!(!tainted(&pair).await.contains(&"pairs"));
-    pair.settle_and_assert_equal().await;
-    copy(&client, "COPY history FROM STDIN", &[b"no key\n"]).await.expect("copies");
-    assert!(tainted(&pair).await.contains(&"history"));
-}
-
 /// The simple protocol: alone, in a block, and among others; a failure ends it where PostgreSQL does.
 #[tokio::test]
 async fn copy_in_queries() {
     let pair = start(TRUST).await;
-    let (mut client, _) =
-        RawClient::connect(pair.proxy.port(), None, &raw::startup(raw::V3_0, &[("user", "app"), ("database", "shop")]))
-            .await;
-    let tags = |frames: &[raw::Frame]| frames.iter().map(|frame| char::from(frame.tag)).collect::<String>();
+    let mut client = pair.raw().await;
     client.send(&raw::query("COPY items (id) FROM STDIN")).await;
     assert_eq!(tags(&client.until(b'G', 1).await), "G");
     client

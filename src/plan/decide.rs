@@ -216,6 +216,10 @@ impl View<'_> {
         self.facts.verb == Verb::Update || self.facts.on_conflict == Some(OnConflict::Update)
     }
 
+    fn only_adds(&self) -> bool {
+        matches!(self.facts.verb, Verb::Insert | Verb::CopyFromStdin) && !self.updates()
+    }
+
     /// Triggers or cascades may write more than the statement itself.
     fn side_effects(&self, table: &Table) -> bool {
         let SideEffects { insert, update, delete, .. } = table.effects.get(self.side);
@@ -241,7 +245,7 @@ impl View<'_> {
                 _ if *table.rules.get(self.side) => Some("rule"),
                 _ if self.role.is_some_and(denied) => Some("privilege"),
                 _ if self.facts.current_of => Some("current-of"),
-                _ if table.key.is_none() && (self.facts.verb != Verb::Insert || self.updates()) => Some("keyless"),
+                _ if table.key.is_none() && !self.only_adds() => Some("keyless"),
                 _ if self.updates() && self.key_may_change(target, table) => Some("key-change"),
                 _ => None,
             }
@@ -320,33 +324,25 @@ impl View<'_> {
         }
     }
 
-    /// COPY FROM STDIN: its rows are those that it sends, if nothing changes them on their way and each has its key.
+    /// COPY FROM STDIN: it only adds rows, and those that it has added can be told from all others when it has ended.
     fn copy(&self) -> Plan {
         let Some(target) = self.facts.targets.first() else { return opaque("unparsed", Vec::new()) };
         let table = match self.written(&target.table) {
             Written::Migrating(tables) if tables.len() == 1 => tables[0].clone(),
             _ => return self.targets_opaque("copy"),
         };
-        let columns = table.columns.iter().enumerate().filter(|(at, column)| {
-            let of_key = table.key.as_ref().is_none_or(|key| key.columns.contains(at));
-            of_key && !column.generated.get(self.side)
-        });
-        let named = |name: &String| self.facts.columns.as_ref().is_none_or(|listed| listed.contains(name));
-        let complete = columns.map(|(_, column)| column.name.get(self.side)).all(named);
-        let generated_key =
-            table.key.iter().flat_map(|key| &key.columns).any(|&at| *table.columns[at].generated.get(self.side));
-        let through_partition = self.catalog.partition_names.get(self.side).contains(&target.table.name);
-        let plain = table.opaque.is_none()
-            && !*table.row_security.get(self.side)
-            && !*table.rules.get(self.side)
-            && !table.effects.get(self.side).insert
-            && !table.effects.get(self.side).before_row;
-        match plain && complete && !generated_key && !through_partition && !self.calls() {
-            true => {
-                Plan::Copy(Arc::new(CopyIn { table, columns: self.facts.columns.clone(), name: target.table.clone() }))
-            }
-            false if table.effects.get(self.side).insert => opaque("copy", Vec::new()),
-            false => self.targets_opaque("copy"),
+        let audited = self.calls() || table.effects.get(self.side).insert;
+        let texts = || texts(&table, self.catalog.encoding.get(self.side), self.encoding_matches);
+        let refusal = self.refusal(target, std::slice::from_ref(&table));
+        match refusal.or_else(|| texts().is_none().then_some("encoding")) {
+            None => Plan::Copy(Arc::new(CopyIn {
+                columns: self.facts.columns.clone(),
+                through_partition: self.catalog.partition_names.get(self.side).contains(&target.table.name),
+                audited,
+                table,
+            })),
+            Some(reason) if audited => opaque(reason, Vec::new()),
+            Some(reason) => opaque(reason, vec![table]),
         }
     }
 }

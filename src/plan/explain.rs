@@ -38,11 +38,17 @@ pub fn explain(text: &str, facts: &Facts, catalog: &Catalog) -> String {
             }
             Plan::Opaque(found) => unseen(&mut out, &found),
             Plan::Truncate(tables) => writeln!(out, "; {} truncated on {mirror} at COMMIT", labels(&tables)),
-            Plan::Copy(copy) => writeln!(out, "; its rows are copied into {} on {mirror}", copy.table.label()),
+            Plan::Copy(copy) => {
+                let label = copy.table.label();
+                let audited = if copy.audited { AUDITED } else { "" };
+                writeln!(out, "; the rows that it has added are mirrored to {label} on {mirror}{audited}")
+            }
         };
     }
     out
 }
+
+const AUDITED: &str = "; triggers, cascades or functions may write more, so the transaction is audited before COMMIT";
 
 fn label(name: &Name) -> String {
     match &name.schema {
@@ -62,7 +68,7 @@ fn captured(out: &mut String, found: &Capture, mirror: Side) -> std::fmt::Result
     };
     write!(out, "; {rows}, of {}, is mirrored to {mirror}", labels(&found.tables))?;
     if found.audited {
-        write!(out, "; triggers, cascades or functions may write more, so the transaction is audited before COMMIT")?;
+        out.push_str(AUDITED);
     }
     Ok(())
 }

@@ -12,7 +12,6 @@ mod splice;
 use std::sync::Arc;
 
 use crate::catalog::Table;
-use crate::sql::facts::Name;
 
 pub use ddl::narrow;
 pub use decide::{ANY_ROLE, plan};
@@ -78,6 +77,8 @@ pub struct CopyIn {
     pub table: Arc<Table>,
     /// Its column list, if written.
     pub columns: Option<Vec<String>>,
-    /// As written in the statement.
-    pub name: Name,
+    /// It names a partition, whose columns may stand in another order than its root's.
+    pub through_partition: bool,
+    /// Triggers, defaults or WHERE may write more than its rows.
+    pub audited: bool,
 }

@@ -104,6 +104,11 @@ impl Audit {
         }
     }
 
+    /// Images of rows of this table that INSERT or COPY has added since the last look.
+    pub(super) fn inserts(&mut self, table: u32) -> &mut i64 {
+        &mut self.tallies.entry(table).or_default().inserts
+    }
+
     /// A look's reply: the tables whose counters the images do not explain.
     fn seen(&mut self, row: &[Option<Bytes>], rebase: bool, catalog: &Catalog, side: Side) -> Vec<u32> {
         let text = |at: usize| row.get(at).and_then(Option::as_ref).and_then(|value| std::str::from_utf8(value).ok());
@@ -145,6 +150,7 @@ impl Session {
             Plan::Opaque(opaque) if opaque.unwrapped && !self.in_block() => return,
             Plan::Opaque(opaque) => (opaque.reason, &opaque.tables),
             Plan::Capture(capture) if capture.audited => ("trigger", &[]),
+            Plan::Copy(copy) if copy.audited => ("trigger", &[]),
             Plan::Copy(copy) => ("copy", std::slice::from_ref(&copy.table)),
             Plan::Truncate(_) if self.audit.is_some() => return self.look(false, told),
             Plan::Pass if self.audit.is_some() && matches!(planned.facts.verb, Verb::Savepoint(_)) => {

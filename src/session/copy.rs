@@ -1,36 +1,42 @@
-//! COPY FROM STDIN in mirrored phases: it runs untouched on the authority, the keys of its rows are read as the stream passes, and when it has
-//! ended their images are fetched by those keys, in the same transaction, a batch at a time.
+//! COPY FROM STDIN in mirrored phases: it runs untouched on the authority. Around it stands a hidden savepoint, so that its rows have a
+//! transaction id that no other row has; `copy_rows` fetches their images by it when the COPY has ended.
 //!
-//! What cannot be read so (unusual options, tables without a key, more keys than `limits.mirror_buffer` holds) is left to the audit, and so is
-//! every row that the images do not show.
+//! Where the key is in the data it is read as the stream passes: few rows of a large table are found sooner by key.
 
-use std::rc::Rc;
 use std::sync::Arc;
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes};
 
-use super::copy_stream::{Form, Stream, form};
-use super::expect::{Cut, Done, Expected, Kind, To, Written};
+use super::copy_stream::{Form, Stream, form, freezes};
+use super::expect::{Done, Expected, Kind, To, Told};
 use super::{End, Session};
 use crate::catalog::Table;
 use crate::phase::Side;
 use crate::plan::cache::Planned;
-use crate::plan::{Capture, CopyIn, Effect, Plan, image};
+use crate::plan::{CopyIn, Plan, image};
 use crate::sql::facts::Verb;
 use crate::wire::conn::pass;
 use crate::wire::frame::{self, HEAD};
 
-/// Rows that are fetched at once.
-const BATCH: usize = 500;
-const IMAGES_NAME: &[u8] = b"crossfade_images";
+pub(super) const APART_NAME: &[u8] = b"crossfade_copy";
 
 /// A COPY whose rows are captured.
 pub(super) struct Copying {
-    table: Arc<Table>,
-    texts: image::Texts,
-    stream: Stream,
-    /// The format in which the keys go back: 1 where the stream is binary.
-    format: i16,
+    pub(super) table: Arc<Table>,
+    pub(super) texts: image::Texts,
+    /// Reads the keys in the stream, where they are there to be read.
+    pub(super) keys: Option<Keys>,
+    /// It runs in a savepoint of its own. Not COPY FREEZE: that wants the subtransaction in which the table was truncated.
+    pub(super) apart: bool,
+    /// Bytes that the client has sent.
+    pub(super) bytes: u64,
+}
+
+/// The keys that a stream shows.
+pub(super) struct Keys {
+    pub(super) stream: Stream,
+    /// The format in which they go back: 1 where the stream is binary.
+    pub(super) format: i16,
 }
 
 /// Client encodings in which no byte of another character looks like ASCII.
@@ -38,11 +44,12 @@ fn encoding_is_plain(encoding: &str) -> bool {
     encoding == "UTF8" || encoding == "SQL_ASCII" || encoding.starts_with("LATIN") || encoding.starts_with("WIN")
 }
 
-/// Of each column in the stream, its place in the key.
+/// Of each column in the stream, its place in the key. None: not all of the key is there.
 fn places(copy: &CopyIn, side: Side) -> Option<Vec<Option<usize>>> {
     let table = &copy.table;
     let key = table.key.as_ref()?;
     let columns: Vec<usize> = match &copy.columns {
+        None if copy.through_partition => return None,
         None => table.order.get(side).iter().copied().filter(|&at| !table.columns[at].generated.get(side)).collect(),
         Some(names) => names
             .iter()
@@ -58,41 +65,48 @@ impl Session {
     /// How the rows of a COPY are captured; None: they are not.
     fn copying(&self, planned: &Planned, text: &[u8]) -> Option<Copying> {
         let Plan::Copy(copy) = &planned.plan else { return None };
+        let matches = self.settings.client_encoding == "UTF8";
+        let texts = image::texts(&copy.table, self.world.catalog.encoding.get(self.side), matches)?;
+        let (table, keys, apart) = (copy.table.clone(), self.keys(copy, text), !freezes(text));
+        Some(Copying { table, texts, keys, apart, bytes: 0 })
+    }
+
+    fn keys(&self, copy: &CopyIn, text: &[u8]) -> Option<Keys> {
         let form = form(text)?;
         if form != Form::Binary && !encoding_is_plain(&self.settings.client_encoding) {
             return None;
         }
-        let matches = self.settings.client_encoding == "UTF8";
-        let texts = image::texts(&copy.table, self.world.catalog.encoding.get(self.side), matches)?;
-        let format = i16::from(form == Form::Binary);
         let limit = self.shared.config.load().limits.mirror_buffer;
         let stream = Stream::new(form, places(copy, self.side)?, limit);
-        Some(Copying { table: copy.table.clone(), texts, stream, format })
+        Some(Keys { stream, format: i16::from(form == Form::Binary) })
     }
 
-    /// Waits for the end of a Query, the last that was sent; where it is a COPY, with the client's data.
-    pub(super) async fn settle_query(&mut self, planned: &Planned, text: &[u8]) -> Result<(), End> {
-        if planned.facts.verb != Verb::CopyFromStdin {
-            return self.settle().await;
-        }
-        self.settle_copy(planned, text).await?;
-        if self.queue.skipping() {
-            // Fetching images has failed: the Query has.
-            frame::sync(&mut self.server.out);
-            self.queue.push(Expected::of(Kind::Sync, To::Us));
-            self.settle().await?;
-        }
-        Ok(())
-    }
-
-    /// The client's data, then the images of its rows.
-    async fn settle_copy(&mut self, planned: &Planned, text: &[u8]) -> Result<(), End> {
+    /// In front of a COPY, in its flight: the savepoint that sets its rows apart.
+    pub(super) fn copy_begins(&mut self, planned: &Planned, text: &[u8], told: Told) {
         self.copying = self.copying(planned, text);
+        let failed = self.status == b'E' && told == Told::Nobody;
+        if failed || !self.copying.as_ref().is_some_and(|copying| copying.apart) {
+            return;
+        }
+        let to = if told == Told::Nobody { To::Around(None) } else { To::Nobody };
+        self.put_ours(APART_NAME, b"SAVEPOINT crossfade_copy", &[], &[], to.clone());
+        if told == Told::Nobody {
+            frame::sync(&mut self.server.out);
+            self.queue.push(Expected::of(Kind::Sync, to));
+        }
+    }
+
+    /// Waits for the end of a Query, the last that was sent; where it is a COPY, with the client's data, then the images of its rows.
+    pub(super) async fn settle_query(&mut self, planned: &Planned) -> Result<(), End> {
+        if planned.facts.verb == Verb::CopyFromStdin { self.settle_copy().await } else { self.settle().await }
+    }
+
+    async fn settle_copy(&mut self) -> Result<(), End> {
         let outcome = self.settle().await;
         let copying = self.copying.take();
         outcome?;
         match copying {
-            Some(copying) if self.held.complete.is_some() && !self.held.failed => self.fetch(copying).await,
+            Some(copying) if self.held.complete.is_some() && !self.held.failed => self.fetch_added(copying).await,
             _ => Ok(()),
         }
     }
@@ -114,7 +128,10 @@ impl Session {
         if self.from_client > 0 {
             let count = self.from_client.min(self.client.inb.len());
             if let Some(copying) = &mut self.copying {
-                copying.stream.feed(&self.client.inb[..count]);
+                copying.bytes += count as u64;
+                if let Some(keys) = &mut copying.keys {
+                    keys.stream.feed(&self.client.inb[..count]);
+                }
             }
             pass(&mut self.client.inb, &mut self.server.out, count);
             self.from_client -= count;
@@ -164,66 +181,9 @@ impl Session {
         Ok(())
     }
 
-    /// The images of the rows whose keys the stream has shown.
-    async fn fetch(&mut self, copying: Copying) -> Result<(), End> {
-        let Copying { table, texts, stream, format } = copying;
-        let Some(keys) = stream.finish() else { return Ok(()) };
-        let width = table.key.as_ref().map_or(1, |key| key.columns.len());
-        let capture = Capture {
-            splice: String::new(),
-            effect: Effect::Row,
-            returning: false,
-            tables: vec![table.clone()],
-            audited: true,
-        };
-        let cut = Rc::new(Cut { capture: Arc::new(capture), binary: true, written: Written::Insert });
-        let mut values = keys.into_iter();
-        loop {
-            let batch: Vec<Bytes> = values.by_ref().take(width * BATCH.min(image::keys_max(&table))).collect();
-            if batch.is_empty() {
-                break;
-            }
-            self.put_fetch(&table, texts, &batch, format, width, &cut);
-            self.settle().await?;
-            if self.queue.skipping() {
-                // The client has had the error; without its COMMIT the images do not matter.
-                self.held.complete = None;
-                self.held.failed = true;
-                break;
-            }
-            // A long COPY would fill the whole buffer again and again: it is held three times over while it is sent.
-            if self.writes.bytes > self.shared.config.load().limits.mirror_buffer / 8 {
-                self.send_ahead().await;
-            }
-        }
-        Ok(())
-    }
-
-    fn put_fetch(
-        &mut self,
-        table: &Table,
-        texts: image::Texts,
-        batch: &[Bytes],
-        format: i16,
-        width: usize,
-        cut: &Rc<Cut>,
-    ) {
-        let select = image::select(table, self.side, batch.len() / width, texts, "");
-        let out = &mut self.server.out;
-        let to = To::Images(cut.clone());
-        frame::parse(out, IMAGES_NAME, select.text.as_bytes(), &select.parameter_types);
-        frame::bind(out, IMAGES_NAME, IMAGES_NAME, &[format], batch.iter().map(|value| Some(&value[..])), 1);
-        frame::execute(out, IMAGES_NAME);
-        frame::close_portal(out, IMAGES_NAME);
-        frame::close_statement(out, IMAGES_NAME);
-        for kind in [Kind::Parse, Kind::Bind, Kind::Execute, Kind::Close, Kind::Close] {
-            self.queue.push(Expected::of(kind, to.clone()));
-        }
-    }
-
     /// A COPY as a Query, inside a block: its end, which was held back.
-    pub(super) async fn copy_simple(&mut self, planned: &Planned, text: &[u8]) -> Result<(), End> {
-        self.settle_query(planned, text).await?;
+    pub(super) async fn copy_simple(&mut self, planned: &Planned) -> Result<(), End> {
+        self.settle_query(planned).await?;
         if let Some(complete) = self.held.complete.take() {
             self.client.out.extend_from_slice(&complete);
         }
@@ -235,24 +195,16 @@ impl Session {
     pub(super) async fn copy_extended(&mut self, frame: Bytes, planned: &Planned, text: &[u8]) -> Result<(), End> {
         self.settle().await?;
         self.held = Default::default();
+        self.copy_begins(planned, text, Told::Client);
         self.server.out.put_slice(&frame);
         self.queue.push(Expected { kind: Kind::Execute, to: To::Client, hold: true, done: Done::Nothing });
         if self.queue.skipping() {
+            self.copying = None;
             return Ok(());
         }
-        self.settle_copy(planned, text).await?;
+        self.settle_copy().await?;
         if let Some(complete) = self.held.complete.take() {
             self.client.out.extend_from_slice(&complete);
-        }
-        Ok(())
-    }
-
-    /// A row that was fetched.
-    pub(super) fn fetched(&mut self, cut: &Cut, payload: &[u8]) -> Result<(), End> {
-        let payload = BytesMut::from(payload);
-        let (_, _, hidden) = frame::cut_row(&payload)?;
-        if let Some(hidden) = hidden {
-            self.capture(cut, hidden);
         }
         Ok(())
     }

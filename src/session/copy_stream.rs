@@ -44,6 +44,11 @@ pub(super) fn form(text: &[u8]) -> Option<Form> {
     options.form()
 }
 
+/// The statement may be COPY FREEZE.
+pub(super) fn freezes(text: &[u8]) -> bool {
+    lex(text).any(|token| token.is_word(text, "freeze"))
+}
+
 #[derive(Default)]
 struct Options {
     format: String,

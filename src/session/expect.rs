@@ -43,8 +43,8 @@ pub enum To {
     Us,
     /// The client's, with the hidden column cut out.
     Cut(Rc<Cut>),
-    /// Ours: images of rows that a COPY has sent.
-    Images(Rc<Cut>),
+    /// Ours, around a COPY: rows are images of those that it has added, or without a cut are kept. An error is kept and not the client's.
+    Around(Option<Rc<Cut>>),
     /// Ours: a look of the audit.
     Audit(Look),
     /// It can only fail; the client is told this instead of the server's error.

@@ -6,11 +6,11 @@ use std::time::Instant;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-use super::audit;
 use super::books::{Portal, Prepared, Terms, There};
 use super::commit::Ending;
 use super::expect::{Cut, Done, Expected, Kind, To, Told, Written};
 use super::{End, Session};
+use super::{audit, copy_rows};
 use crate::plan::cache::{Key, Planned};
 use crate::plan::{ANY_ROLE, Opaque, Plan, narrow, plan};
 use crate::sql;
@@ -296,7 +296,8 @@ impl Session {
         }
         // The client's unnamed portal may be waiting for its Execute. Ours of this name goes with the transaction that it ends, or is closed.
         let apart = [super::commit::OWE_NAME, super::commit::TAINT_NAME, audit::LOOK_NAME, audit::CONSTRAINTS_NAME]
-            .contains(&name);
+            .contains(&name)
+            || copy_rows::AROUND.contains(&name);
         let portal: &[u8] = if apart { name } else { b"" };
         frame::bind(&mut self.server.out, portal, name, &[1], values.iter().copied(), 0);
         self.queue.push(Expected::of(Kind::Bind, to.clone()));

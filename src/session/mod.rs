@@ -10,6 +10,7 @@ mod books;
 mod carry;
 mod commit;
 mod copy;
+mod copy_rows;
 mod copy_stream;
 pub mod expect;
 mod mirrored;
@@ -149,7 +150,7 @@ pub struct Session {
     /// Debts registered for statements that ran outside any block of ours, to be released when the session is at rest.
     registered: Vec<i64>,
     carry: Carry,
-    /// Reads the keys in the client's COPY data as it passes.
+    /// A COPY of the client whose rows are captured.
     copying: Option<copy::Copying>,
     kept: Kept,
     held: Held,

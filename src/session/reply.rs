@@ -92,7 +92,8 @@ impl Session {
             }
             b'A' => return Ok(Verdict::Forward),
             b'N' => {
-                let ours = self.queue.front().is_some_and(|owed| matches!(owed.to, To::Us | To::Nobody));
+                let ours =
+                    self.queue.front().is_some_and(|owed| matches!(owed.to, To::Us | To::Nobody | To::Around(_)));
                 return Ok(if ours { Verdict::Drop } else { Verdict::Forward });
             }
             b'K' => return Ok(self.backend_key(at, total)),
@@ -136,7 +137,7 @@ impl Session {
             }
             To::Client => Verdict::Forward,
             To::Nobody => Verdict::Drop,
-            To::Us => {
+            To::Us | To::Around(None) => {
                 if tag == b'D' {
                     let row = row(&self.server.inb[payload])?;
                     self.kept.rows.push(row);
@@ -151,7 +152,7 @@ impl Session {
                 }
                 Verdict::Drop
             }
-            To::Images(cut) => {
+            To::Around(Some(cut)) => {
                 if tag == b'D' {
                     let row = self.server.inb[payload].to_vec();
                     self.fetched(&cut, &row)?;
@@ -170,7 +171,7 @@ impl Session {
         if self.status == b'I' {
             self.over();
         }
-        if !matches!(to, To::Audit(_))
+        if !matches!(to, To::Audit(_) | To::Around(_))
             && let Some(since) = self.since.take()
         {
             self.observe(since.elapsed());
@@ -213,7 +214,7 @@ impl Session {
             self.held.failed = true;
         }
         match &owed.to {
-            To::Us | To::Audit(Look { told: Told::Us, .. }) => {
+            To::Us | To::Around(_) | To::Audit(Look { told: Told::Us, .. }) => {
                 self.kept.error = Some(Bytes::copy_from_slice(&self.server.inb[at..at + total]));
                 Verdict::Drop
             }

@@ -60,6 +60,7 @@ impl Session {
             return self.put_refused(report, Kind::Query, hold);
         }
         self.look_before(planned, Told::Nobody);
+        self.copy_begins(planned, text, Told::Nobody);
         self.put_query(text, splice(planned).unwrap_or_default(), end);
         let to = match way(planned, false) {
             Way::Plain => To::Client,
@@ -93,7 +94,7 @@ impl Session {
             _ if self.in_block() && planned.facts.verb == Verb::CopyFromStdin => {
                 self.held = Held::default();
                 self.send(text, planned, end, true);
-                self.copy_simple(planned, text).await
+                self.copy_simple(planned).await
             }
             _ if self.in_block() => {
                 self.send(text, planned, end, false);
@@ -103,7 +104,7 @@ impl Session {
                 self.begin_ours();
                 self.held = Held::default();
                 self.send(text, planned, end, true);
-                self.settle_query(planned, text).await?;
+                self.settle_query(planned).await?;
                 self.commit_ours().await
             }
         }
@@ -136,7 +137,7 @@ impl Session {
                         self.begin_ours();
                     }
                     self.send(part, planned, *end, true);
-                    self.settle_query(planned, part).await?;
+                    self.settle_query(planned).await?;
                 }
             }
             if let Some(complete) = self.held.complete.take() {

@@ -170,9 +170,14 @@ pub fn bind<'v>(
 
 /// Execute, without a row limit.
 pub fn execute(out: &mut BytesMut, portal: &[u8]) {
+    execute_rows(out, portal, 0);
+}
+
+/// Execute of at most so many rows; 0: all.
+pub fn execute_rows(out: &mut BytesMut, portal: &[u8], rows: u32) {
     put(out, b'E', |out| {
         put_string(out, portal);
-        out.put_u32(0);
+        out.put_u32(rows);
     });
 }
 

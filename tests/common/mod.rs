@@ -7,6 +7,7 @@
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 
 pub mod compare;
+pub mod copy;
 pub mod link;
 pub mod pair;
 pub mod pgbench;

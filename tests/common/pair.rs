@@ -3,7 +3,9 @@
 use crossfade::cluster::{Builder, Cluster};
 use tokio_postgres::NoTls;
 
+use super::link::Link;
 use super::proxy::{Proxy, ProxyConfig};
+use super::raw::{self, RawClient};
 
 /// The database that migrates.
 pub const DATABASE: &str = "shop";
@@ -11,6 +13,9 @@ pub const DATABASE: &str = "shop";
 pub const APP: (&str, &str) = ("app", "app-secret");
 /// The control role.
 pub const CONTROL: (&str, &str) = ("crossfade", "control-secret");
+
+/// Lines of the file: clients need no password, servers get it. [`Pair::raw`] wants them.
+pub const TRUST: &str = "auth: trust\nusers: { app: { password: app-secret } }";
 
 /// Two clusters that do not know each other, each with the roles and an empty database.
 pub struct Databases {
@@ -95,6 +100,26 @@ impl Pair {
         Pair { proxy, databases }
     }
 
+    /// The same, then moved from `old` to `dual-write`; nothing is owed.
+    pub async fn dual_write(schema: &str, more: &str) -> Pair {
+        let mut pair = Pair::start("old", schema, more).await;
+        pair.proxy.set_phase("dual-write").await;
+        pair.proxy.settle().await;
+        pair
+    }
+
+    /// The same, with a line between the proxy and new.
+    pub async fn dual_write_over_a_link(schema: &str, more: &str) -> (Pair, Link) {
+        let databases = Databases::start(&[]).await;
+        databases.run_on_both(schema).await;
+        let link = Link::to(databases.new.port()).await;
+        let new = format!("postgres://{}:{}@127.0.0.1:{}/{DATABASE}", CONTROL.0, CONTROL.1, link.port());
+        let mut proxy = Proxy::start(ProxyConfig { new, ..databases.proxy_config("old", more) }).await;
+        proxy.set_phase("dual-write").await;
+        proxy.settle().await;
+        (Pair { proxy, databases }, link)
+    }
+
     /// A URL through the proxy for the application's role.
     pub fn url(&self) -> String {
         self.proxy.url_as(APP.0, APP.1, DATABASE)
@@ -105,6 +130,29 @@ impl Pair {
         let (client, connection) = tokio_postgres::connect(&self.url(), NoTls).await.expect("connects to the proxy");
         tokio::spawn(async move { drop(connection.await) });
         client
+    }
+
+    /// A client that speaks the protocol by itself, logged in as the application's role. The file must have [`TRUST`].
+    pub async fn raw(&self) -> RawClient {
+        let startup = raw::startup(raw::V3_0, &[("user", APP.0), ("database", DATABASE)]);
+        RawClient::connect(self.proxy.port(), None, &startup).await.0
+    }
+
+    /// How often each of these tables of schema public was tainted so far.
+    pub async fn taints(&self, tables: &[&str]) -> Vec<f64> {
+        let mut counts = Vec::new();
+        for table in tables {
+            counts.push(self.proxy.metrics(&format!("crossfade_taints_total{{table=\"public.{table}\"}}")).await);
+        }
+        counts
+    }
+
+    /// Runs something, and says which of these tables it tainted.
+    pub async fn tainted_by<'t>(&self, tables: &[&'t str], what: impl AsyncFnOnce()) -> Vec<&'t str> {
+        let before = self.taints(tables).await;
+        what().await;
+        let after = self.taints(tables).await;
+        tables.iter().zip(before.iter().zip(&after)).filter(|(_, (b, a))| a > b).map(|(table, _)| *table).collect()
     }
 
     /// Waits until nothing is owed, then compares every table.

@@ -29,6 +29,11 @@ impl fmt::Debug for Frame {
     }
 }
 
+/// The tags of these messages, one letter each.
+pub fn tags(frames: &[Frame]) -> String {
+    frames.iter().map(|frame| char::from(frame.tag)).collect()
+}
+
 /// A message with a type byte.
 pub fn message(tag: u8, body: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     let mut bytes = vec![tag, 0, 0, 0, 0];

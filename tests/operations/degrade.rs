@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use crate::common::link::{Flow, Link};
-use crate::common::pair::{APP, CONTROL, DATABASE};
-use crate::common::{Databases, Pair, Proxy, ProxyConfig, until};
+use crate::common::pair::{APP, DATABASE};
+use crate::common::{Databases, Pair, Proxy, until};
 use crate::{SCHEMA, dual_write, text, value};
 
 const REFUSE: &str = "ALTER TABLE notes ADD CONSTRAINT odd CHECK (body <> 'odd')";
@@ -38,14 +38,7 @@ async fn a_refused_row_is_a_debt_with_the_servers_words_and_heals() {
 
 /// A proxy whose way to new is a link, in `dual-write`.
 async fn over_a_link(more: &str) -> (Pair, Link) {
-    let databases = Databases::start(&[]).await;
-    databases.run_on_both(SCHEMA).await;
-    let link = Link::to(databases.new.port()).await;
-    let new = format!("postgres://{}:{}@127.0.0.1:{}/{DATABASE}", CONTROL.0, CONTROL.1, link.port());
-    let mut proxy = Proxy::start(ProxyConfig { new, ..databases.proxy_config("old", more) }).await;
-    proxy.set_phase("dual-write").await;
-    proxy.settle().await;
-    (Pair { proxy, databases }, link)
+    Pair::dual_write_over_a_link(SCHEMA, more).await
 }
 
 #[tokio::test]

@@ -8,6 +8,9 @@ use super::Statement;
 use crate::catalog::{Column, Format, Table, quote};
 use crate::phase::Side;
 
+const XID: u32 = 28;
+const TID: u32 = 27;
+
 /// The protocol counts parameters in 16 bits.
 const PARAMETERS_MAX: usize = 65_535;
 
@@ -130,6 +133,44 @@ pub fn select(table: &Table, side: Side, keys: usize, texts: Texts, locking: &st
     by_key(table, side, keys, &mut statement);
     statement.text.push_str(locking);
     statement
+}
+
+/// The rows with these keys that one transaction has added, as images. Parameters: its xid, then as for `delete`.
+pub fn added_by_key(table: &Table, side: Side, keys: usize, texts: Texts) -> Statement {
+    let mut statement = added(&expression(table, side, "t", texts, false), table, side);
+    statement.text.push_str(" AND (");
+    by_key(table, side, keys, &mut statement);
+    statement.text.push(')');
+    statement
+}
+
+/// All rows that one transaction has added at or behind a place, as images. Parameters: its xid, the place (a tid).
+pub fn added_behind(table: &Table, side: Side, texts: Texts) -> Statement {
+    let mut statement = added(&expression(table, side, "t", texts, false), table, side);
+    place(" AND t.ctid OPERATOR(pg_catalog.>=) ", &mut statement);
+    statement
+}
+
+/// How many rows one transaction has added between two places. Parameters: its xid, the first place, the place behind the last.
+pub fn count_added(table: &Table, side: Side) -> Statement {
+    let mut statement = added("pg_catalog.count(*)", table, side);
+    place(" AND t.ctid OPERATOR(pg_catalog.>=) ", &mut statement);
+    place(" AND t.ctid OPERATOR(pg_catalog.<) ", &mut statement);
+    statement
+}
+
+/// Rows of heirs (INHERITS) are none of this table; those of partitions are.
+fn added(what: &str, table: &Table, side: Side) -> Statement {
+    let only = if table.partitions.get(side).is_empty() { "ONLY " } else { "" };
+    let from = table.qualified(side);
+    let mut statement = empty(format!("SELECT {what} FROM {only}{from} AS t WHERE t.xmin OPERATOR(pg_catalog.=) $1"));
+    statement.parameter_types.push(XID);
+    statement
+}
+
+fn place(compared: &str, statement: &mut Statement) {
+    statement.parameter_types.push(TID);
+    let _ = write!(statement.text, "{compared}${}", statement.parameter_types.len());
 }
 
 fn empty(text: String) -> Statement {
