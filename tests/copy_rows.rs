@@ -159,7 +159,7 @@ async fn other_rows_of_the_transaction_are_not_captured_again() {
     pair.settle_and_assert_equal().await;
 }
 
-/// COPY fills free space anywhere in a table: as many rows of the same transaction as it adds stand at the table's end, and its own before them.
+/// COPY fills free space anywhere in a table: its rows may stand hundreds of blocks before the end, where the walk begins.
 #[tokio::test]
 async fn rows_in_free_space_far_from_the_end_are_found() {
     let pair = start().await;
