@@ -91,7 +91,9 @@ async fn the_mirror_is_down() {
     common::until("the mirror is back", async || pair.proxy.metrics("crossfade_mirror_up").await == 1.0).await;
     // So many rows without a key are owed as a whole table, which an operator must have copied.
     let output = pair.proxy.crossfade(&["repair", "--table", "public.history"]).await;
-    assert!(output.status.success(), "{output:?}");
+    // Its status speaks of all debts, and the keys of the other table may not be paid yet.
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains(&format!("public.history: {} rows copied", rows())), "{output:?}");
     assert_eq!(pair.settle_and_assert_equal().await, 2 * rows());
     assert_small(&pair);
 }
