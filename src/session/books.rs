@@ -55,6 +55,8 @@ pub struct Portal {
     pub binary: bool,
     /// The statement's text, of a COPY.
     pub copy: Option<Bytes>,
+    /// It has run to its end, as far as was asked. A write without RETURNING runs once.
+    pub ran: bool,
 }
 
 /// Names of settings that pg_settings does not list, and that must be asked for by name when a session is carried over.

@@ -10,7 +10,7 @@ use super::audit;
 use super::books::{Portal, Prepared, Terms, There};
 use super::commit::Ending;
 use super::expect::{Cut, Done, Expected, Kind, To, Told, Written};
-use super::{End, Session};
+use super::{End, Session, implicit};
 use crate::plan::cache::{Key, Planned};
 use crate::plan::{ANY_ROLE, Opaque, Plan, narrow, plan};
 use crate::sql;
@@ -160,13 +160,15 @@ impl Session {
     }
 
     /// The plan of a prepared statement in this world; the server's copy is made to fit.
-    pub(super) fn current(&mut self, name: &Bytes) -> Option<Arc<Planned>> {
-        let prepared = self.prepared.get(name)?.clone();
-        let Some(text) = prepared.text else {
+    pub(super) fn current(&mut self, name: &Bytes) -> Arc<Planned> {
+        // A name that our books do not have may be one of SQL's PREPARE, and a text too long to be kept was not read: it may write anything.
+        let Some((prepared, text)) =
+            self.prepared.get(name).and_then(|known| Some((known.clone(), known.text.clone()?)))
+        else {
             let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", sql::Limits::default()) };
             let plan =
                 Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
-            return Some(Arc::new(Planned { facts, plan }));
+            return Arc::new(Planned { facts, plan });
         };
         let terms = self.terms();
         let (planned, end) = match prepared.planned {
@@ -193,7 +195,7 @@ impl Session {
             let done = Done::Parse(name.clone(), Some(Box::new(failed)));
             self.put_parse(name, (&text, &splice, end), &prepared.types, there != There::Nothing, To::Nobody, done);
         }
-        Some(planned)
+        planned
     }
 
     pub(super) async fn bind(&mut self, head: Head) -> Result<(), End> {
@@ -211,35 +213,29 @@ impl Session {
             self.settle().await?;
         }
         let planned = self.current(&name);
-        if let Some(planned) = &planned {
-            if let Some(report) = self.refusal(planned) {
-                self.client.inb.advance(head.total);
-                self.unsynced = true;
-                self.portals.remove(&portal);
-                self.put_refused(report, Kind::Bind, false);
-                return Ok(());
-            }
-            self.open_block_for(planned).await?;
+        if let Some(report) = self.refusal(&planned) {
+            self.client.inb.advance(head.total);
+            self.unsynced = true;
+            self.portals.remove(&portal);
+            self.put_refused(report, Kind::Bind, false);
+            return Ok(());
         }
+        self.open_block_for(&planned).await?;
         self.unsynced = true;
         self.queue.push(Expected::client(Kind::Bind));
-        let capture = planned.as_ref().and_then(|planned| match &planned.plan {
-            Plan::Capture(capture) => Some(capture.clone()),
-            _ => None,
-        });
         let mut binary = false;
-        match capture {
-            Some(capture) => {
+        match &planned.plan {
+            Plan::Capture(capture) => {
                 let payload = self.take(head);
                 binary = put_bind(&mut self.server.out, &payload, capture.returning)?;
             }
-            None => self.forward(head),
+            _ => self.forward(head),
         }
-        let copies = |planned: &Arc<Planned>| planned.facts.verb == Verb::CopyFromStdin;
-        let copy = planned.as_ref().filter(|planned| copies(planned));
-        let copy = copy.and_then(|_| self.prepared.get(&name)?.text.clone());
+        let copies = planned.facts.verb == Verb::CopyFromStdin;
+        let copy = self.prepared.get(&name).filter(|_| copies).and_then(|prepared| prepared.text.clone());
         self.portal_count += 1;
-        self.portals.insert(portal, Portal { number: self.portal_count, planned, binary, copy });
+        self.portals
+            .insert(portal, Portal { number: self.portal_count, planned: Some(planned), binary, copy, ran: false });
         Ok(())
     }
 
@@ -314,7 +310,7 @@ impl Session {
             match (fields.byte(), fields.string()) {
                 (Ok(b'S'), Ok(name)) => {
                     let name = Bytes::copy_from_slice(name);
-                    self.current(&name).and_then(|planned| way(&planned, false).cut())
+                    way(&self.current(&name), false).cut()
                 }
                 (Ok(b'P'), Ok(name)) => self
                     .portals
@@ -328,12 +324,33 @@ impl Session {
         self.forward(head);
     }
 
+    /// The portal of an Execute, as it was before; or what PostgreSQL would answer where the server has something else.
+    fn portal_of(&mut self, head: Head) -> Result<Option<Portal>, Report> {
+        let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
+        let Ok(name) = fields.string() else { return Ok(None) };
+        let Some(portal) = self.portals.get_mut(name) else {
+            // Under no name the server may have a portal of ours.
+            return if name.is_empty() && self.status != b'E' { Err(no_portal()) } else { Ok(None) };
+        };
+        let before = portal.clone();
+        portal.ran = true;
+        // In a failed block it is refused for that.
+        match (before.ran && self.status != b'E').then(|| ran_already(portal)).flatten() {
+            Some(report) => Err(report),
+            None => Ok(Some(before)),
+        }
+    }
+
     pub(super) async fn execute(&mut self, head: Head) -> Result<(), End> {
         self.since.get_or_insert_with(Instant::now);
         self.unsynced = true;
-        let portal = {
-            let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
-            fields.string().ok().and_then(|name| self.portals.get(name)).cloned()
+        let portal = match self.portal_of(head) {
+            Ok(portal) => portal,
+            Err(report) => {
+                self.client.inb.advance(head.total);
+                self.put_refused(report, Kind::Execute, false);
+                return Ok(());
+            }
         };
         let Some((planned, binary, number, copy)) =
             portal.and_then(|portal| Some((portal.planned?, portal.binary, portal.number, portal.copy)))
@@ -342,6 +359,19 @@ impl Session {
             self.forward(head);
             return Ok(());
         };
+        if self.ours {
+            if let Some(report) = implicit::refusal(&planned.facts.verb) {
+                self.client.inb.advance(head.total);
+                self.put_refused(report, Kind::Execute, false);
+                return Ok(());
+            }
+            if implicit::ends(&planned.facts.verb) {
+                self.settle().await?;
+                if self.ours && !self.queue.skipping() {
+                    implicit::no_transaction(&mut self.client.out);
+                }
+            }
+        }
         if let Some(ending) = Ending::of(&planned.facts.verb)
             && self.in_block()
         {
@@ -436,7 +466,6 @@ impl Session {
     }
 
     pub(super) async fn sync(&mut self, head: Head) -> Result<(), End> {
-        self.portals.remove(&b""[..]);
         if !self.ours {
             self.queue.push(Expected::client(Kind::Sync));
             self.forward(head);
@@ -477,6 +506,23 @@ pub(super) fn splice(planned: &Planned) -> Option<&str> {
         Plan::Capture(capture) => Some(&capture.splice),
         _ => None,
     }
+}
+
+/// PostgreSQL's answer to Execute of an unnamed portal that is not there.
+fn no_portal() -> Report {
+    Report { severity: "ERROR", code: "34000", message: "portal \"\" does not exist".to_owned(), hint: None }
+}
+
+/// PostgreSQL's answer to a second Execute of what gives no rows. With the hidden column the server would say that no more rows were written, and
+/// a BEGIN that took over a block of ours was never sent.
+fn ran_already(portal: &Portal) -> Option<Report> {
+    let planned = portal.planned.as_ref()?;
+    let once = match &planned.plan {
+        Plan::Capture(capture) => !capture.returning,
+        _ => matches!(planned.facts.verb, Verb::Begin { .. }),
+    };
+    let message = || "portal cannot be run".to_owned();
+    once.then(|| Report { severity: "ERROR", code: "55000", message: message(), hint: None })
 }
 
 /// What a statement changes in our books when it completes.

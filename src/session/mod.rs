@@ -12,6 +12,7 @@ mod commit;
 mod copy;
 mod copy_stream;
 pub mod expect;
+mod implicit;
 mod mirrored;
 mod relay;
 mod reply;
@@ -153,6 +154,8 @@ pub struct Session {
     copying: Option<copy::Copying>,
     kept: Kept,
     held: Held,
+    /// The server has said FATAL: it ends the session, and has said why.
+    dismissed: bool,
     /// Our own statements that the server session has prepared.
     ours_prepared: Vec<&'static [u8]>,
     settings: books::Settings,
@@ -222,6 +225,7 @@ impl Session {
             copying: None,
             kept: Kept::default(),
             held: Held::default(),
+            dismissed: false,
             ours_prepared: Vec::new(),
             settings: books::Settings::default(),
             since: None,
@@ -429,8 +433,10 @@ impl Session {
                 None
             }
             End::ServerBroke(error) => {
+                // A server that leaves messages unread behind its FATAL resets the connection.
+                let _ = self.replies();
                 warn!(%user, %side, %error, "server's connection broke");
-                Some(Report::fatal(
+                (!self.dismissed).then(|| Report::fatal(
                     "08006",
                     format!("the connection to the {side} database broke: {error}"),
                     "Connect again; whether a COMMIT that was under way took place must be looked up, as without a proxy.",

@@ -111,10 +111,9 @@ impl Session {
             return false;
         }
         let Some(name) = self.name_in(head, b'B') else { return false };
-        let Some(prepared) = self.prepared.get(&name) else { return true };
-        if prepared.text.is_none() {
+        let Some(prepared) = self.prepared.get(&name).filter(|prepared| prepared.text.is_some()) else {
             return !self.strict();
-        }
+        };
         prepared.planned.as_ref().is_some_and(|(terms, planned, _)| {
             *terms == self.terms() && !matches!(planned.plan, Plan::Capture(_)) && self.refusal(planned).is_none()
         })

@@ -202,6 +202,7 @@ impl Session {
     }
 
     fn error(&mut self, at: usize, total: usize) -> Verdict {
+        self.dismissed |= frame::server_error(&self.server.inb[at + HEAD..at + total]).fatal;
         let mut failed = self.queue.fail();
         // The last first: each remembers what was before it.
         while failed.len() > 1 {
@@ -237,6 +238,7 @@ impl Session {
             Done::End { chain } => {
                 self.status = if chain { b'T' } else { b'I' };
                 self.begun = false;
+                self.ours = false;
                 self.over();
             }
             Done::Savepoint(name) => self.writes.savepoint(&name),
@@ -247,13 +249,13 @@ impl Session {
                 }
             }
             Done::Truncate(tables) => self.writes.push(Op::Truncate(tables)),
+            // What was sent behind it is not dropped.
             Done::Deallocate(None) => {
-                self.prepared.retain(|name, _| name.is_empty());
-                self.ours_prepared.clear();
+                self.prepared.retain(|name, _| name.is_empty() || self.queue.parses(name));
+                self.ours_prepared.retain(|name| self.queue.parses(name));
             }
-            Done::Deallocate(Some(name)) => {
-                self.prepared.remove(&name[..]);
-            }
+            Done::Deallocate(Some(name)) if self.queue.parses(&name) => {}
+            Done::Deallocate(Some(name)) => drop(self.prepared.remove(&name[..])),
         }
     }
 
