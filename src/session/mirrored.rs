@@ -7,13 +7,13 @@ use std::time::Instant;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::audit;
-use super::books::{Portal, Prepared, Terms, There};
+use super::books::{Portal, Prepared, There};
 use super::commit::Ending;
 use super::expect::{Cut, Done, Expected, Kind, To, Told, Written};
+use super::reading::{changes_reading, unread_plan};
 use super::{End, Session, implicit};
-use crate::plan::cache::{Key, Planned};
-use crate::plan::{ANY_ROLE, Opaque, Plan, narrow, plan};
-use crate::sql;
+use crate::plan::Plan;
+use crate::plan::cache::Planned;
 use crate::sql::facts::{OnConflict, Verb};
 use crate::wire::frame::{self, Fields, HEAD, Head, Report};
 
@@ -27,10 +27,13 @@ pub(super) enum Way {
 
 impl Session {
     pub(super) async fn mirrored(&mut self, head: Head) -> Result<(), End> {
+        if self.client.inb.len() >= head.total {
+            frame::check(head.tag, &self.client.inb[HEAD..head.total])?;
+        }
         match head.tag {
             b'Q' if self.client.inb.len() < head.total => {
                 // Too long to be read: it may write anything.
-                self.opaque_unread().await?;
+                self.unread(Kind::Query).await?;
                 self.queue.push(Expected::client(Kind::Query));
                 self.forward(head);
             }
@@ -53,7 +56,7 @@ impl Session {
                 self.sync(head).await?;
             }
             b'F' => {
-                self.opaque_unread().await?;
+                self.unread(Kind::Call).await?;
                 self.queue.push(Expected::client(Kind::Call));
                 self.forward(head);
             }
@@ -71,66 +74,6 @@ impl Session {
         let mut frame = self.client.inb.split_to(head.total).freeze();
         frame.advance(HEAD);
         frame
-    }
-
-    /// A message that nobody reads follows: every table may be written.
-    pub(super) async fn opaque_unread(&mut self) -> Result<(), End> {
-        self.settle().await?;
-        let opaque = Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: true, ddl: false };
-        if self.strict() {
-            return Err(End::Refused(Report::fatal(
-                "0A000",
-                "crossfade cannot mirror what a FunctionCall or a statement beyond limits.statement may write, and mirror.strict is on",
-                "Call the function in a SELECT, send shorter statements, or set mirror.strict: false.",
-            )));
-        }
-        self.shared.metrics.opaque_writes.with_label_values(&[opaque.reason]).inc();
-        if self.in_block() {
-            self.audit_from_here(opaque.reason, &[], Told::Nobody);
-        } else if let Some(debt) = self.register_unwrapped(&opaque).await? {
-            self.registered.push(debt);
-        }
-        Ok(())
-    }
-
-    /// What the plan of a text depends on.
-    pub(super) fn terms(&self) -> Terms {
-        Terms {
-            generation: self.world.generation,
-            utf8: self.settings.client_encoding == "UTF8",
-            role_changed: self.settings.role_changed,
-        }
-    }
-
-    /// The plan of a text in this world, and where its hidden column goes.
-    pub(super) fn plan_for(&self, text: &[u8]) -> (Arc<Planned>, usize) {
-        let limit = self.shared.config.load().limits.statement;
-        let masked = self.settings.escapes.then(|| sql::mask_escapes(text));
-        let text = masked.as_deref().unwrap_or(text);
-        if text.len() > limit {
-            let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", sql::Limits::default()) };
-            let plan =
-                Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
-            return (Arc::new(Planned { facts, plan }), text.len());
-        }
-        let shape = sql::shape(text);
-        let encoding_matches = self.settings.client_encoding == "UTF8";
-        let role =
-            (!self.world.catalog.no_select.get(self.side).is_empty()).then(|| match self.settings.role_changed {
-                true => Arc::from(ANY_ROLE),
-                false => Arc::from(self.user()),
-            });
-        let key =
-            Key { shape: shape.text.into(), generation: self.world.generation, encoding_matches, role: role.clone() };
-        let planned = self.shared.plans.get(key, || {
-            let facts = sql::read(text, sql::Limits { bytes_max: limit, ..Default::default() });
-            let plan = plan(&facts, &self.world.catalog, self.side, role.as_deref(), encoding_matches);
-            let plan = narrow(plan, text, &self.world.catalog, self.side);
-            Planned { facts, plan }
-        });
-        // The body of DO is a literal, which the shape leaves out.
-        let planned = if planned.facts.verb == Verb::Do { planned.for_body(text) } else { planned };
-        (planned, shape.end)
     }
 
     /// Parse: the text is read, and spliced where it is a write to be captured.
@@ -165,10 +108,7 @@ impl Session {
         let Some((prepared, text)) =
             self.prepared.get(name).and_then(|known| Some((known.clone(), known.text.clone()?)))
         else {
-            let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", sql::Limits::default()) };
-            let plan =
-                Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
-            return Arc::new(Planned { facts, plan });
+            return Arc::new(unread_plan());
         };
         let terms = self.terms();
         let (planned, end) = match prepared.planned {
@@ -430,6 +370,7 @@ impl Session {
 
     /// What a statement that is about to run means for the transaction's books.
     pub(super) fn note_statement(&mut self, planned: &Planned) {
+        self.settings.unsettled |= changes_reading(planned);
         let class = match &planned.plan {
             Plan::Pass => "pass",
             Plan::Capture(_) | Plan::Truncate(_) | Plan::Copy(_) => "write",
@@ -548,15 +489,10 @@ fn put_bind(out: &mut BytesMut, payload: &[u8], returning: bool) -> Result<bool,
     let mut fields = Fields::new(payload);
     fields.string()?;
     fields.string()?;
-    for _ in 0..fields.int16()? {
-        fields.int16()?;
-    }
-    for _ in 0..fields.int16()? {
-        fields.value()?;
-    }
+    fields.skip_values()?;
     let head = payload.len() - fields.rest().len();
-    let count = fields.int16()?;
-    let formats = fields.take(usize::try_from(count).map_err(|_| frame::Malformed::Short)? * 2)?;
+    let count = fields.count()?;
+    let formats = fields.take(count * 2)?;
     let binary = match count {
         0 => !returning,
         1 => !returning || formats == [0, 1],
@@ -566,14 +502,14 @@ fn put_bind(out: &mut BytesMut, payload: &[u8], returning: bool) -> Result<bool,
         out.put_slice(&payload[..head]);
         // Formats for a statement that gives no rows are not looked at.
         if count > 1 && returning {
-            out.put_i16(count + 1);
+            out.put_u16(count.saturating_add(1) as u16);
             out.put_slice(formats);
             out.put_i16(1);
         } else if !returning {
             out.put_i16(1);
             out.put_i16(1);
         } else {
-            out.put_i16(count);
+            out.put_u16(count as u16);
             out.put_slice(formats);
         }
     });

@@ -14,6 +14,7 @@ mod copy_stream;
 pub mod expect;
 mod implicit;
 mod mirrored;
+mod reading;
 mod relay;
 mod reply;
 mod simple;
@@ -265,7 +266,8 @@ impl Session {
                 self.look_up().await?;
             }
             if !self.requests().await? {
-                if self.client.closed {
+                // What it sent before it closed is carried out, as PostgreSQL does.
+                if self.client.closed && !self.crowded() {
                     return Ok(End::Client);
                 }
                 self.wait().await?;

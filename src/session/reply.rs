@@ -40,6 +40,9 @@ impl Session {
         let mut run = 0;
         while let Some(head) = frame::head(&self.server.inb[run..]).map_err(|e| End::Mismatch(e.to_string()))? {
             let there = self.server.inb.len() - run;
+            if !head.fits_server() {
+                return Err(End::Mismatch(format!("{:?} of {} bytes", char::from(head.tag), head.total)));
+            }
             if there < head.total {
                 if head.total > STREAMED && self.forwards(head.tag) {
                     pass(&mut self.server.inb, &mut self.client.out, run + there);
@@ -167,6 +170,7 @@ impl Session {
     fn ready(&mut self, at: usize, to: &To, hold: bool) -> Verdict {
         self.status = self.server.inb[at];
         self.begun = false;
+        self.settings.unsettled &= !self.queue.is_empty();
         if self.status == b'I' {
             self.over();
         }

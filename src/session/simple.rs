@@ -8,6 +8,7 @@ use super::commit::Ending;
 use super::expect::{Done, Expected, Kind, To, Told};
 use super::implicit;
 use super::mirrored::{Way, done, splice, way};
+use super::reading::changes_lexing;
 use super::{End, Held, Session};
 use crate::plan::Plan;
 use crate::plan::cache::Planned;
@@ -51,7 +52,26 @@ impl Session {
             self.queue.push(Expected::client(Kind::Query));
             return Ok(());
         }
-        self.several(&parts, &plans).await
+        self.several_as_read(&text, &parts, &plans).await
+    }
+
+    /// PostgreSQL reads a text of several statements before it runs the first: where that one changes how texts are read, the others cannot be
+    /// sent one by one.
+    async fn several_as_read(
+        &mut self,
+        text: &Bytes,
+        parts: &[Bytes],
+        plans: &[(Arc<Planned>, usize)],
+    ) -> Result<(), End> {
+        let [before @ .., _] = plans else { return Ok(()) };
+        let moves = |(planned, _): &(Arc<Planned>, usize)| changes_lexing(planned);
+        if !before.iter().any(moves) {
+            return self.several(parts, plans).await;
+        }
+        self.unread(Kind::Query).await?;
+        self.put_query(text, "", 0);
+        self.queue.push(Expected::client(Kind::Query));
+        Ok(())
     }
 
     async fn behind_pipeline(&mut self, text: &Bytes, whole: (Arc<Planned>, usize)) -> Result<(), End> {
@@ -60,15 +80,12 @@ impl Session {
             return self.several(std::slice::from_ref(text), &[whole]).await;
         }
         let plans: Vec<_> = parts.iter().map(|part| self.plan_for(part)).collect();
-        self.several(&parts, &plans).await
+        self.several_as_read(text, &parts, &plans).await
     }
 
     /// The statements of a text.
     fn parts(&self, text: &Bytes) -> Vec<Bytes> {
-        let statements = match self.settings.escapes {
-            true => sql::split(&sql::mask_escapes(text)),
-            false => sql::split(text),
-        };
+        let statements = sql::split(&self.legible(text));
         statements.iter().map(|statement| text.slice(statement.range.clone())).collect()
     }
 
