@@ -269,6 +269,11 @@ impl Queue {
         }
     }
 
+    /// A ReadyForQuery will come, whatever the client does: the server reads no COPY data, and has been asked for one.
+    pub fn gets_ready(&self) -> bool {
+        !self.copying && self.owed.iter().any(|owed| matches!(owed.kind, Kind::Sync | Kind::Query | Kind::Call))
+    }
+
     /// The server may keep the last replies in its buffer until it is sent Sync or Flush.
     pub fn needs_flush(&self) -> bool {
         self.owed.back().is_some_and(|owed| !matches!(owed.kind, Kind::Sync | Kind::Query | Kind::Call))

@@ -266,8 +266,8 @@ impl Session {
                 self.look_up().await?;
             }
             if !self.requests().await? {
-                // What it sent before it closed is carried out, as PostgreSQL does.
-                if self.client.closed && !self.crowded() {
+                // What it sent before it closed is carried out and answered, as PostgreSQL does: it may still read.
+                if self.client.closed && !self.crowded() && !self.queue.gets_ready() {
                     return Ok(End::Client);
                 }
                 self.wait().await?;

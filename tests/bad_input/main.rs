@@ -3,9 +3,13 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod garbage;
+mod silent;
+mod slow;
 mod soup;
+mod vanish;
 
-use common::pair::{APP, CONTROL, DATABASE};
+use common::pair::{APP, DATABASE};
 use common::raw::{self, RawClient};
 use common::{Databases, Proxy, ProxyConfig};
 
