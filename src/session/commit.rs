@@ -211,7 +211,7 @@ impl Session {
         Ok(())
     }
 
-    async fn sync_ours(&mut self) -> Result<(), End> {
+    pub(super) async fn sync_ours(&mut self) -> Result<(), End> {
         frame::sync(&mut self.server.out);
         self.queue.push(Expected::of(Kind::Sync, To::Us));
         self.settle().await

@@ -91,6 +91,7 @@ impl Session {
         let name = payload.slice_ref(fields.string()?);
         let text = payload.slice_ref(fields.string()?);
         let types = payload.slice_ref(fields.rest());
+        self.hear_settings(&text).await?;
         let (planned, end) = self.plan_for(&text);
         let splice = splice(&planned).unwrap_or_default().to_owned();
         let terms = self.terms();

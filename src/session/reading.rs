@@ -81,9 +81,26 @@ impl Session {
         }
     }
 
-    /// What is read off a text holds for the server: it has not been told of settings that may say otherwise, and names are the same in its encoding.
+    /// Names are the same in the server's encoding.
     fn believable(&self, text: &[u8]) -> bool {
-        !self.settings.unsettled && (self.settings.client_encoding == "UTF8" || sql::names_are_ascii(text))
+        self.settings.client_encoding == "UTF8" || sql::names_are_ascii(text)
+    }
+
+    /// Before a text is read: a statement in front of it may have changed how it is to be read, of which the server tells with ReadyForQuery only. In
+    /// a block it can be asked for that without ending anything.
+    pub(super) async fn hear_settings(&mut self, text: &[u8]) -> Result<(), End> {
+        let either_way = text.is_ascii() && memchr::memchr(b'\\', text).is_none();
+        if either_way || !self.settings.unsettled {
+            return Ok(());
+        }
+        self.settle().await?;
+        if self.queue.skipping() {
+            return Ok(());
+        }
+        if !self.in_block() {
+            self.begin_ours();
+        }
+        self.sync_ours().await
     }
 
     /// A Query or FunctionCall that nobody reads follows: every table may be written. A text may even end the transaction and begin another, so

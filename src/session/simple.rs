@@ -22,6 +22,7 @@ impl Session {
         if !self.queue.is_empty() {
             self.settle().await?;
         }
+        self.hear_settings(&text).await?;
         if self.queue.skipping() {
             // Behind an error in the extended protocol the server passes over a Query too.
             return Ok(());

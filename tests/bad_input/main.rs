@@ -7,6 +7,7 @@ mod garbage;
 mod silent;
 mod slow;
 mod soup;
+mod texts;
 mod vanish;
 
 use common::pair::{APP, DATABASE};
@@ -26,6 +27,7 @@ const MEMORY_MAX: u64 = 200 << 20;
 struct Stage {
     proxy: Proxy,
     databases: Databases,
+    config: ProxyConfig,
     witness: tokio_postgres::Client,
     seen: i32,
 }
@@ -41,7 +43,7 @@ impl Stage {
 
     /// The same over other ways to the servers, as `config` has them.
     async fn over(databases: Databases, config: ProxyConfig, phase: &str) -> Stage {
-        let mut proxy = Proxy::start(config).await;
+        let mut proxy = Proxy::start(config.clone()).await;
         if phase != "old" {
             proxy.set_phase(phase).await;
             proxy.settle().await;
@@ -49,7 +51,7 @@ impl Stage {
         let url = proxy.url_as(APP.0, APP.1, DATABASE);
         let (witness, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.expect("connects");
         tokio::spawn(async move { drop(connection.await) });
-        Stage { proxy, databases, witness, seen: 0 }
+        Stage { proxy, databases, config, witness, seen: 0 }
     }
 
     /// A bad client, logged in.

@@ -148,7 +148,8 @@ async fn hold(port: u16, bytes: &[u8], doing: &str) -> Vec<String> {
     }
 }
 
-async fn reference() -> Cluster {
+/// PostgreSQL by itself, with the same tables.
+pub async fn reference() -> Cluster {
     let cluster =
         Cluster::builder().hba("local all all trust\nhost all all 127.0.0.1/32 trust\n").start().await.expect("starts");
     let roles = format!("CREATE ROLE {} LOGIN; CREATE DATABASE {DATABASE} OWNER {};", APP.0, APP.0);
