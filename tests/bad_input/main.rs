@@ -27,7 +27,6 @@ const MEMORY_MAX: u64 = 200 << 20;
 struct Stage {
     proxy: Proxy,
     databases: Databases,
-    config: ProxyConfig,
     witness: tokio_postgres::Client,
     seen: i32,
 }
@@ -35,15 +34,20 @@ struct Stage {
 impl Stage {
     /// In this phase, with nothing owed; `more` lines in the proxy's file.
     async fn start(phase: &str, more: &str) -> Stage {
+        Stage::with("", phase, more).await
+    }
+
+    /// The same, with more in the databases.
+    async fn with(schema: &str, phase: &str, more: &str) -> Stage {
         let databases = Databases::start_trusting().await;
-        databases.run_on_both(SCHEMA).await;
+        databases.run_on_both(&format!("{SCHEMA}\n{schema}")).await;
         let config = databases.proxy_config("old", &format!("auth: trust\n{more}"));
         Stage::over(databases, config, phase).await
     }
 
     /// The same over other ways to the servers, as `config` has them.
     async fn over(databases: Databases, config: ProxyConfig, phase: &str) -> Stage {
-        let mut proxy = Proxy::start(config.clone()).await;
+        let mut proxy = Proxy::start(config).await;
         if phase != "old" {
             proxy.set_phase(phase).await;
             proxy.settle().await;
@@ -51,7 +55,7 @@ impl Stage {
         let url = proxy.url_as(APP.0, APP.1, DATABASE);
         let (witness, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.expect("connects");
         tokio::spawn(async move { drop(connection.await) });
-        Stage { proxy, databases, config, witness, seen: 0 }
+        Stage { proxy, databases, witness, seen: 0 }
     }
 
     /// A bad client, logged in.

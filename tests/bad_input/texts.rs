@@ -59,9 +59,8 @@ async fn half_a_character_hides_no_write() {
 /// A table that another encoding spells with other bytes is the same table.
 #[tokio::test]
 async fn a_name_in_another_encoding_hides_no_write() {
-    let stage = Stage::start("old", "").await;
-    stage.databases.run_on_both("CREATE TABLE \"t\u{e4}\" (id int PRIMARY KEY, body text)").await;
-    let mut stage = Stage::over(stage.databases, stage.config, "dual-write").await;
+    let table = "CREATE TABLE \"t\u{e4}\" (id int PRIMARY KEY, body text)";
+    let mut stage = Stage::with(table, "dual-write", "").await;
     let heard = run(&stage, "SET client_encoding = 'LATIN1'", &[b"INSERT INTO t\xe4 VALUES (1, '\xe4')"]).await;
     assert!(!failed(&heard[0]), "{heard:?}");
     stage.others_go_on().await;
@@ -104,10 +103,9 @@ async fn backslashes_in_plain_literals_hide_no_write() {
 /// The setting changes within a pipeline, and the server says so only at its end: what is behind it is not read by the old rules.
 #[tokio::test]
 async fn a_setting_under_way_hides_no_write() {
-    let stage = Stage::start("dual-write", "").await;
-    let writes =
+    let function =
         "CREATE FUNCTION make(n int) RETURNS int LANGUAGE sql AS 'INSERT INTO notes VALUES (n, ''made'') RETURNING id'";
-    stage.databases.run_on_both(writes).await;
+    let stage = Stage::with(function, "dual-write", "").await;
     let mut client = stage.client().await;
     let parts = |sql: &str| [raw::parse("", sql, &[]), raw::bind("", "", &[], &[], &[]), raw::execute("", 0)].concat();
     // By the rules of before, make(n) stands in a literal; by those of after, it does not.
@@ -115,12 +113,13 @@ async fn a_setting_under_way_hides_no_write() {
         .concat();
     let on =
         [parts("SET standard_conforming_strings = on"), parts(r"SELECT '\', make(2), ' --\'"), raw::sync()].concat();
-    for pipeline in [off, on] {
+    let plain = [parts("SELECT make(3)"), raw::sync()].concat();
+    for pipeline in [plain, off, on] {
         client.send(&pipeline).await;
         let frames = client.until_ready(1).await;
         assert!(!failed(&frames), "{frames:?}");
     }
-    assert_eq!(rows(&stage).await, "1=made,2=made");
+    assert_eq!(rows(&stage).await, "1=made,2=made,3=made");
     stage.end().await;
 }
 
