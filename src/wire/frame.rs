@@ -428,8 +428,40 @@ mod tests {
 
     proptest! {
         #[test]
-        fn garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+        fn fuzz_frames_written_are_frames_read(
+            name in prop::collection::vec(1_u8.., 0..20),
+            text in prop::collection::vec(1_u8.., 0..60),
+            types in prop::collection::vec(any::<u32>(), 0..5),
+            values in prop::collection::vec(prop::option::of(prop::collection::vec(any::<u8>(), 0..20)), 0..6),
+            cut in any::<prop::sample::Index>(),
+        ) {
+            let mut out = BytesMut::new();
+            query(&mut out, &text);
+            parse(&mut out, &name, &text, &types);
+            bind(&mut out, &name, &text, &[1], values.iter().map(Option::as_deref), 0);
+            execute(&mut out, &name);
+            close_portal(&mut out, &name);
+            sync(&mut out);
+            let mut tags = Vec::new();
+            while let Some(head) = head(&out).unwrap() {
+                let frame = out.split_to(head.total);
+                tags.push(head.tag);
+                prop_assert!(head.fits_client());
+                prop_assert_eq!(check(head.tag, &frame[HEAD..]), Ok(()));
+                // Cut short anywhere, or longer by one, it is none.
+                let short = &frame[HEAD..HEAD + cut.index(frame.len() - HEAD + 1)];
+                prop_assert_eq!(check(head.tag, short).is_ok(), short.len() == frame.len() - HEAD);
+                prop_assert!(check(head.tag, &[&frame[HEAD..], b"x"].concat()).is_err());
+            }
+            prop_assert_eq!(&tags[..], b"QPBECS");
+        }
+
+        #[test]
+        fn fuzz_garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
             let _ = head(&bytes);
+            for tag in *b"QPBEDCSFHdcfpX" {
+                let _ = check(tag, &bytes);
+            }
             let _ = cut_row(&bytes);
             let _ = cut_description(&bytes);
             let _ = server_error(&bytes);
