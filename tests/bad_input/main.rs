@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod garbage;
+mod server;
 mod silent;
 mod slow;
 mod soup;
