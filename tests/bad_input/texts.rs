@@ -39,7 +39,7 @@ async fn half_a_character_hides_no_write() {
         let hidden = [
             &b"SELECT E'"[..],
             &character[..],
-            format!("'; INSERT INTO notes VALUES ({number}, 'hidden'); --'").as_bytes(),
+            format!("'; INSERT INTO notes VALUES ({number}, $$hidden$$); --'").as_bytes(),
         ]
         .concat();
         let (id, other) = (10 + number, 20 + number);
@@ -113,13 +113,14 @@ async fn a_setting_under_way_hides_no_write() {
         .concat();
     let on =
         [parts("SET standard_conforming_strings = on"), parts(r"SELECT '\', make(2), ' --\'"), raw::sync()].concat();
-    let plain = [parts("SELECT make(3)"), raw::sync()].concat();
-    for pipeline in [plain, off, on] {
+    for pipeline in [off, on] {
+        // What is owed from before would heal what is missed now.
+        stage.proxy.settle().await;
         client.send(&pipeline).await;
         let frames = client.until_ready(1).await;
         assert!(!failed(&frames), "{frames:?}");
     }
-    assert_eq!(rows(&stage).await, "1=made,2=made,3=made");
+    assert_eq!(rows(&stage).await, "1=made,2=made");
     stage.end().await;
 }
 
