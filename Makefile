@@ -50,8 +50,10 @@ bench:
 	$(CARGO) build --locked --release
 	bench/run
 
+# Inputs at random, shrunk where one fails (proptest); coverage-guided fuzzers need a nightly compiler.
 fuzz:
-	PROPTEST_CASES=$(FUZZ_CASES) $(CARGO) test --locked --release --lib -- fuzz
+	PROPTEST_CASES=$(FUZZ_CASES) $(CARGO) test --locked --profile $(PROFILE) --lib -- fuzz
+	PROPTEST_CASES=$(FUZZ_CASES) $(CARGO) test --locked --profile $(PROFILE) --test sql_properties
 
 regress-fixture:
 	@test -n "$(SCRIPTS)" || { echo "usage: make regress-fixture SCRIPTS='.../src/test/regress/sql/*.sql' (PostgreSQL's sources)"; exit 2; }

@@ -87,8 +87,45 @@ fn texts() -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![pieces(), prop::collection::vec(any::<u8>(), 0..80)]
 }
 
+fn encodings() -> impl Strategy<Value = &'static str> {
+    prop::sample::select(vec!["UTF8", "SJIS", "SHIFT_JIS_2004", "BIG5", "GBK", "UHC", "GB18030", "JOHAB", "LATIN1"])
+}
+
+/// `PROPTEST_CASES` where it is set: `make fuzz`.
+fn cases() -> u32 {
+    std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(2_000)
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2_000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn masks_keep_offsets_and_what_is_read_either_way(text in texts(), encoding in encodings()) {
+        let masked = sql::mask_characters(&text, encoding);
+        prop_assert_eq!(masked.len(), text.len());
+        prop_assert_eq!(sql::mask_escapes(&masked).len(), text.len());
+        // A mask makes nothing more to be masked, and ASCII without a backslash needs none.
+        prop_assert_eq!(&sql::mask_characters(&masked, "UTF8")[..], &masked[..]);
+        if text.is_ascii() {
+            prop_assert_eq!(&masked[..], &text[..]);
+        }
+        if !masked.contains(&b'\\') {
+            prop_assert_eq!(&sql::mask_escapes(&masked)[..], &masked[..]);
+        }
+        let _ = sql::split(&sql::mask_escapes(&masked));
+    }
+
+    #[test]
+    fn a_shape_with_its_literals_put_back_has_the_same_shape(text in texts()) {
+        // What stands for a literal is no literal: a shape, with literals put in, is of itself.
+        let shape = sql::shape(&text).text;
+        if lex(&text).any(|token| matches!(token.kind, Kind::Unterminated | Kind::Unknown)) {
+            return Ok(());
+        }
+        let whole = String::from_utf8_lossy(&shape).replace("'$?'", "'x'").replace("$?", "1");
+        let again = sql::shape(whole.as_bytes()).text;
+        prop_assert_eq!(String::from_utf8_lossy(&again), String::from_utf8_lossy(&shape));
+    }
 
     #[test]
     fn tokens_cover_the_text_without_a_gap(text in texts()) {

@@ -306,7 +306,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_initial_response_is_read_without_panic(body in proptest::collection::vec(any::<u8>(), 0..60)) {
+        fn fuzz_any_initial_response_is_read_without_panic(body in proptest::collection::vec(any::<u8>(), 0..60)) {
             let _ = read_initial_response(body.into());
         }
     }

@@ -113,7 +113,7 @@ fn passwords_are_prepared_as_postgresql_does() {
 
 proptest! {
     #[test]
-    fn any_messages_are_read_without_panic(
+    fn fuzz_any_messages_are_read_without_panic(
         first in "(n|y|p=tls-server-end-point|[a-z=]{0,4}),[a-z=]{0,3},?(n=[a-z]{0,4},)?(r=.{0,8})?",
         last in "(c=[a-zA-Z=]{0,6},)?(r=[a-z]{0,6})?(,p=[a-zA-Z0-9+/]{0,43}=?)?",
         bytes in proptest::collection::vec(any::<u8>(), 0..80),

@@ -327,7 +327,7 @@ pub struct Limits {
     /// A client must log in within. Default 60 s.
     #[serde(deserialize_with = "units::duration")]
     pub login: Duration,
-    /// Connections that have not logged in yet. Default 100.
+    /// Connections that have not logged in yet; one more, and the one that has waited longest is closed. Default 100.
     #[serde(deserialize_with = "units::at_least_one")]
     pub logins: usize,
     /// Threads that run sessions; 0: one per core.

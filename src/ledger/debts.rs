@@ -170,7 +170,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn debts_round_trip(debts in prop::collection::vec(debt(), 0..10)) {
+        fn fuzz_debts_round_trip(debts in prop::collection::vec(debt(), 0..10)) {
             let mut bytes = BytesMut::new();
             for debt in &debts {
                 encode(debt, &mut bytes);
@@ -179,7 +179,7 @@ mod tests {
         }
 
         #[test]
-        fn garbage_is_an_error_and_no_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn fuzz_garbage_is_an_error_and_no_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = decode(bytes);
         }
     }

@@ -160,7 +160,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn copy_rows_come_out_as_they_went_in_however_the_stream_is_cut(
+        fn fuzz_copy_rows_come_out_as_they_went_in_however_the_stream_is_cut(
             rows in prop::collection::vec(prop::collection::vec(prop::option::of(prop::collection::vec(any::<u8>(), 0..9)), 1..4), 0..6),
             piece in 1usize..20,
         ) {

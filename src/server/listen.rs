@@ -12,8 +12,9 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
+use super::logins::Logins;
 use super::{RunError, Stop};
-use crate::auth::client::authenticate;
+use crate::auth::client::{Login, authenticate};
 use crate::backend::connect;
 use crate::config::Config;
 use crate::phase::Side;
@@ -51,7 +52,7 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, RunError> {
 #[derive(Default)]
 struct Counts {
     clients: AtomicUsize,
-    logins: AtomicUsize,
+    logins: Logins,
 }
 
 struct Counted<'a>(&'a AtomicUsize);
@@ -188,38 +189,18 @@ fn thread(
 async fn client(worker: Rc<Worker>, tcp: TcpStream, tls: Option<Arc<ServerTls>>, counts: Arc<Counts>) {
     let shared = worker.shared.clone();
     let config = shared.config.load_full();
-    let Some(login_place) = Counted::within(&counts.logins, config.limits.logins) else {
-        debug!("too many connections that have not logged in; one was closed");
-        return;
+    let login = counts.logins.enter(config.limits.logins);
+    let served = async {
+        let startup = greet(&shared, &config, tcp, tls.as_deref()).await?;
+        admit(&shared, &config, &counts, startup).await
     };
-    let greeted = tokio::time::timeout(config.limits.login, accept(tcp, tls.as_deref())).await;
-    let mut startup = match greeted {
-        Ok(Ok(Accepted::Session(startup))) => startup,
-        Ok(Ok(Accepted::Cancel { key, stream })) => {
-            cancel(&shared, &key).await;
-            drop(stream);
-            return;
-        }
-        Ok(Ok(Accepted::Closed)) => return,
-        Ok(Err(error)) => return debug!(%error, "a connection did not become a session"),
-        Err(_) => return debug!("a connection did not say what it wants in time"),
+    let admitted = tokio::select! {
+        biased;
+        admitted = served => admitted,
+        () = login.over() => return debug!("too many connections that have not logged in; the one that has waited longest was closed"),
     };
-    let Some(_place) = Counted::within(&counts.clients, config.limits.clients) else {
-        let hint = "Raise limits.clients in crossfade's file, or close some connections.";
-        return refuse(startup, &Report::fatal("53300", "sorry, too many clients already", hint)).await;
-    };
-    if let Some(report) = unsuited(&shared, &config, &startup) {
-        return refuse(startup, &report).await;
-    }
-    let login =
-        match tokio::time::timeout(config.limits.login, authenticate(&mut startup, config.auth, &shared.verifiers))
-            .await
-        {
-            Ok(Ok(login)) => login,
-            Ok(Err(error)) => return debug!(%error, "a login failed"),
-            Err(_) => return debug!("a login took too long"),
-        };
-    drop(login_place);
+    drop(login);
+    let Some((startup, login, _place)) = admitted else { return };
     let user = login.user.clone();
     shared.metrics.clients.inc();
     match Session::open(worker, startup, login).await {
@@ -230,6 +211,46 @@ async fn client(worker: Rc<Worker>, tcp: TcpStream, tls: Option<Arc<ServerTls>>,
         }
     }
     shared.metrics.clients.dec();
+}
+
+/// What a connection wants; None: nothing, or it was carried out.
+async fn greet(shared: &Shared, config: &Config, tcp: TcpStream, tls: Option<&ServerTls>) -> Option<Startup> {
+    match tokio::time::timeout(config.limits.login, accept(tcp, tls)).await {
+        Ok(Ok(Accepted::Session(startup))) => return Some(startup),
+        Ok(Ok(Accepted::Cancel { key, stream })) => {
+            cancel(shared, &key).await;
+            drop(stream);
+        }
+        Ok(Ok(Accepted::Closed)) => {}
+        Ok(Err(error)) => debug!(%error, "a connection did not become a session"),
+        Err(_) => debug!("a connection did not say what it wants in time"),
+    }
+    None
+}
+
+/// Logs a client in, with its place among the clients. None: it was refused, and told why.
+async fn admit<'a>(
+    shared: &Shared,
+    config: &Config,
+    counts: &'a Counts,
+    mut startup: Startup,
+) -> Option<(Startup, Login, Counted<'a>)> {
+    let Some(place) = Counted::within(&counts.clients, config.limits.clients) else {
+        let hint = "Raise limits.clients in crossfade's file, or close some connections.";
+        refuse(startup, &Report::fatal("53300", "sorry, too many clients already", hint)).await;
+        return None;
+    };
+    if let Some(report) = unsuited(shared, config, &startup) {
+        refuse(startup, &report).await;
+        return None;
+    }
+    let authenticated = authenticate(&mut startup, config.auth, &shared.verifiers);
+    match tokio::time::timeout(config.limits.login, authenticated).await {
+        Ok(Ok(login)) => return Some((startup, login, place)),
+        Ok(Err(error)) => debug!(%error, "a login failed"),
+        Err(_) => debug!("a login took too long"),
+    }
+    None
 }
 
 /// What this phase does not offer.

@@ -3,6 +3,7 @@
 pub mod http;
 mod jobs;
 mod listen;
+mod logins;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

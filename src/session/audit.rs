@@ -296,9 +296,9 @@ impl Session {
 
     fn put_failing(&mut self, kind: Kind, to: To, hold: bool) {
         if kind == Kind::Query {
-            self.put_query(b"refused by crossfade (mirror.strict)", "", 0);
+            self.put_query(b"refused by crossfade", "", 0);
         } else {
-            frame::bind(&mut self.server.out, b"", b"refused by crossfade (mirror.strict)", &[], [].into_iter(), 0);
+            frame::bind(&mut self.server.out, b"", b"refused by crossfade", &[], [].into_iter(), 0);
         }
         self.queue.push(Expected { hold, ..Expected::of(kind, to) });
     }

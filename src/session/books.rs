@@ -55,6 +55,8 @@ pub struct Portal {
     pub binary: bool,
     /// The statement's text, of a COPY.
     pub copy: Option<Bytes>,
+    /// It has run to its end, as far as was asked. A write without RETURNING runs once.
+    pub ran: bool,
 }
 
 /// Names of settings that pg_settings does not list, and that must be asked for by name when a session is carried over.
@@ -66,6 +68,8 @@ pub struct Settings {
     pub client_encoding: String,
     /// standard_conforming_strings is off: backslashes escape, and our lexer does not read such text.
     pub escapes: bool,
+    /// A statement under way may change how texts are read. The server says so only with its next ReadyForQuery.
+    pub unsettled: bool,
     /// SQL PREPARE was used.
     pub sql_prepared: bool,
     /// The session may run as another role than it logged in as.

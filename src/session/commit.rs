@@ -203,15 +203,15 @@ impl Session {
     }
 
     async fn roll_back_ours(&mut self) -> Result<(), End> {
-        self.put_query(b"ROLLBACK", "", 0);
-        self.queue.push(Expected::of(Kind::Query, To::Us));
-        self.settle().await?;
+        // No Query: it would take the client's unnamed statement away.
+        self.put_ours(b"crossfade_rollback", b"ROLLBACK", &[], &[], To::Us);
+        self.sync_ours().await?;
         self.ours = false;
         self.over();
         Ok(())
     }
 
-    async fn sync_ours(&mut self) -> Result<(), End> {
+    pub(super) async fn sync_ours(&mut self) -> Result<(), End> {
         frame::sync(&mut self.server.out);
         self.queue.push(Expected::of(Kind::Sync, To::Us));
         self.settle().await

@@ -143,6 +143,9 @@ impl Session {
             self.from_client = head.total - HEAD;
             return Ok(true);
         }
+        if head.total > frame::SMALL {
+            return Err(frame::Malformed::Length.into());
+        }
         if self.client.inb.len() < head.total {
             self.needed = head.total;
             return Ok(false);

@@ -211,9 +211,18 @@ impl Queue {
             && self.owed.iter().all(|owed| matches!(owed.kind, Kind::Parse | Kind::Bind | Kind::Describe | Kind::Close))
     }
 
-    /// The end of a transaction is under way: what holds behind it is known only when it was answered.
+    /// The end of a transaction, or of prepared statements, is under way: what holds behind it is known only when it was answered.
     pub fn ends(&self) -> bool {
-        self.owed.iter().any(|owed| matches!(owed.done, Done::End { .. }))
+        self.owed.iter().any(|owed| matches!(owed.done, Done::End { .. } | Done::Deallocate(_)))
+    }
+
+    /// A Parse of this name is under way: behind what the server answers now.
+    pub fn parses(&self, name: &[u8]) -> bool {
+        self.owed.iter().any(|owed| match &owed.done {
+            Done::Parse(parsed, _) => &parsed[..] == name,
+            Done::Ours(ours) => *ours == name,
+            _ => false,
+        })
     }
 
     /// An error came. In the extended protocol nothing more is owed up to the next Sync. Gives what failed, and behind it what is passed over.
@@ -258,6 +267,11 @@ impl Queue {
         } else if !self.owed.is_empty() {
             self.owed.push_back(Expected::client(Kind::CopyEnd));
         }
+    }
+
+    /// A ReadyForQuery will come, whatever the client does: the server reads no COPY data, and has been asked for one.
+    pub fn gets_ready(&self) -> bool {
+        !self.copying && self.owed.iter().any(|owed| matches!(owed.kind, Kind::Sync | Kind::Query | Kind::Call))
     }
 
     /// The server may keep the last replies in its buffer until it is sent Sync or Flush.

@@ -6,14 +6,14 @@ use std::time::Instant;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-use super::books::{Portal, Prepared, Terms, There};
+use super::books::{Portal, Prepared, There};
 use super::commit::Ending;
 use super::expect::{Cut, Done, Expected, Kind, To, Told, Written};
-use super::{End, Session};
+use super::reading::{changes_reading, unread_plan};
+use super::{End, Session, implicit};
 use super::{audit, copy_rows};
-use crate::plan::cache::{Key, Planned};
-use crate::plan::{ANY_ROLE, Opaque, Plan, narrow, plan};
-use crate::sql;
+use crate::plan::Plan;
+use crate::plan::cache::Planned;
 use crate::sql::facts::{OnConflict, Verb};
 use crate::wire::frame::{self, Fields, HEAD, Head, Report};
 
@@ -27,10 +27,13 @@ pub(super) enum Way {
 
 impl Session {
     pub(super) async fn mirrored(&mut self, head: Head) -> Result<(), End> {
+        if self.client.inb.len() >= head.total {
+            frame::check(head.tag, &self.client.inb[HEAD..head.total])?;
+        }
         match head.tag {
             b'Q' if self.client.inb.len() < head.total => {
                 // Too long to be read: it may write anything.
-                self.opaque_unread().await?;
+                self.unread(Kind::Query).await?;
                 self.queue.push(Expected::client(Kind::Query));
                 self.forward(head);
             }
@@ -53,7 +56,7 @@ impl Session {
                 self.sync(head).await?;
             }
             b'F' => {
-                self.opaque_unread().await?;
+                self.unread(Kind::Call).await?;
                 self.queue.push(Expected::client(Kind::Call));
                 self.forward(head);
             }
@@ -73,66 +76,6 @@ impl Session {
         frame
     }
 
-    /// A message that nobody reads follows: every table may be written.
-    pub(super) async fn opaque_unread(&mut self) -> Result<(), End> {
-        self.settle().await?;
-        let opaque = Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: true, ddl: false };
-        if self.strict() {
-            return Err(End::Refused(Report::fatal(
-                "0A000",
-                "crossfade cannot mirror what a FunctionCall or a statement beyond limits.statement may write, and mirror.strict is on",
-                "Call the function in a SELECT, send shorter statements, or set mirror.strict: false.",
-            )));
-        }
-        self.shared.metrics.opaque_writes.with_label_values(&[opaque.reason]).inc();
-        if self.in_block() {
-            self.audit_from_here(opaque.reason, &[], Told::Nobody);
-        } else if let Some(debt) = self.register_unwrapped(&opaque).await? {
-            self.registered.push(debt);
-        }
-        Ok(())
-    }
-
-    /// What the plan of a text depends on.
-    pub(super) fn terms(&self) -> Terms {
-        Terms {
-            generation: self.world.generation,
-            utf8: self.settings.client_encoding == "UTF8",
-            role_changed: self.settings.role_changed,
-        }
-    }
-
-    /// The plan of a text in this world, and where its hidden column goes.
-    pub(super) fn plan_for(&self, text: &[u8]) -> (Arc<Planned>, usize) {
-        let limit = self.shared.config.load().limits.statement;
-        let masked = self.settings.escapes.then(|| sql::mask_escapes(text));
-        let text = masked.as_deref().unwrap_or(text);
-        if text.len() > limit {
-            let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", sql::Limits::default()) };
-            let plan =
-                Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
-            return (Arc::new(Planned { facts, plan }), text.len());
-        }
-        let shape = sql::shape(text);
-        let encoding_matches = self.settings.client_encoding == "UTF8";
-        let role =
-            (!self.world.catalog.no_select.get(self.side).is_empty()).then(|| match self.settings.role_changed {
-                true => Arc::from(ANY_ROLE),
-                false => Arc::from(self.user()),
-            });
-        let key =
-            Key { shape: shape.text.into(), generation: self.world.generation, encoding_matches, role: role.clone() };
-        let planned = self.shared.plans.get(key, || {
-            let facts = sql::read(text, sql::Limits { bytes_max: limit, ..Default::default() });
-            let plan = plan(&facts, &self.world.catalog, self.side, role.as_deref(), encoding_matches);
-            let plan = narrow(plan, text, &self.world.catalog, self.side);
-            Planned { facts, plan }
-        });
-        // The body of DO is a literal, which the shape leaves out.
-        let planned = if planned.facts.verb == Verb::Do { planned.for_body(text) } else { planned };
-        (planned, shape.end)
-    }
-
     /// Parse: the text is read, and spliced where it is a write to be captured.
     pub(super) async fn parse(&mut self, head: Head) -> Result<(), End> {
         self.unsynced = true;
@@ -148,6 +91,7 @@ impl Session {
         let name = payload.slice_ref(fields.string()?);
         let text = payload.slice_ref(fields.string()?);
         let types = payload.slice_ref(fields.rest());
+        self.hear_settings(&text).await?;
         let (planned, end) = self.plan_for(&text);
         let splice = splice(&planned).unwrap_or_default().to_owned();
         let terms = self.terms();
@@ -160,13 +104,12 @@ impl Session {
     }
 
     /// The plan of a prepared statement in this world; the server's copy is made to fit.
-    pub(super) fn current(&mut self, name: &Bytes) -> Option<Arc<Planned>> {
-        let prepared = self.prepared.get(name)?.clone();
-        let Some(text) = prepared.text else {
-            let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", sql::Limits::default()) };
-            let plan =
-                Plan::Opaque(Arc::new(Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false }));
-            return Some(Arc::new(Planned { facts, plan }));
+    pub(super) fn current(&mut self, name: &Bytes) -> Arc<Planned> {
+        // A name that our books do not have may be one of SQL's PREPARE, and a text too long to be kept was not read: it may write anything.
+        let Some((prepared, text)) =
+            self.prepared.get(name).and_then(|known| Some((known.clone(), known.text.clone()?)))
+        else {
+            return Arc::new(unread_plan());
         };
         let terms = self.terms();
         let (planned, end) = match prepared.planned {
@@ -193,7 +136,7 @@ impl Session {
             let done = Done::Parse(name.clone(), Some(Box::new(failed)));
             self.put_parse(name, (&text, &splice, end), &prepared.types, there != There::Nothing, To::Nobody, done);
         }
-        Some(planned)
+        planned
     }
 
     pub(super) async fn bind(&mut self, head: Head) -> Result<(), End> {
@@ -211,35 +154,29 @@ impl Session {
             self.settle().await?;
         }
         let planned = self.current(&name);
-        if let Some(planned) = &planned {
-            if let Some(report) = self.refusal(planned) {
-                self.client.inb.advance(head.total);
-                self.unsynced = true;
-                self.portals.remove(&portal);
-                self.put_refused(report, Kind::Bind, false);
-                return Ok(());
-            }
-            self.open_block_for(planned).await?;
+        if let Some(report) = self.refusal(&planned) {
+            self.client.inb.advance(head.total);
+            self.unsynced = true;
+            self.portals.remove(&portal);
+            self.put_refused(report, Kind::Bind, false);
+            return Ok(());
         }
+        self.open_block_for(&planned).await?;
         self.unsynced = true;
         self.queue.push(Expected::client(Kind::Bind));
-        let capture = planned.as_ref().and_then(|planned| match &planned.plan {
-            Plan::Capture(capture) => Some(capture.clone()),
-            _ => None,
-        });
         let mut binary = false;
-        match capture {
-            Some(capture) => {
+        match &planned.plan {
+            Plan::Capture(capture) => {
                 let payload = self.take(head);
                 binary = put_bind(&mut self.server.out, &payload, capture.returning)?;
             }
-            None => self.forward(head),
+            _ => self.forward(head),
         }
-        let copies = |planned: &Arc<Planned>| planned.facts.verb == Verb::CopyFromStdin;
-        let copy = planned.as_ref().filter(|planned| copies(planned));
-        let copy = copy.and_then(|_| self.prepared.get(&name)?.text.clone());
+        let copies = planned.facts.verb == Verb::CopyFromStdin;
+        let copy = self.prepared.get(&name).filter(|_| copies).and_then(|prepared| prepared.text.clone());
         self.portal_count += 1;
-        self.portals.insert(portal, Portal { number: self.portal_count, planned, binary, copy });
+        self.portals
+            .insert(portal, Portal { number: self.portal_count, planned: Some(planned), binary, copy, ran: false });
         Ok(())
     }
 
@@ -315,7 +252,7 @@ impl Session {
             match (fields.byte(), fields.string()) {
                 (Ok(b'S'), Ok(name)) => {
                     let name = Bytes::copy_from_slice(name);
-                    self.current(&name).and_then(|planned| way(&planned, false).cut())
+                    way(&self.current(&name), false).cut()
                 }
                 (Ok(b'P'), Ok(name)) => self
                     .portals
@@ -329,12 +266,33 @@ impl Session {
         self.forward(head);
     }
 
+    /// The portal of an Execute, as it was before; or what PostgreSQL would answer where the server has something else.
+    fn portal_of(&mut self, head: Head) -> Result<Option<Portal>, Report> {
+        let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
+        let Ok(name) = fields.string() else { return Ok(None) };
+        let Some(portal) = self.portals.get_mut(name) else {
+            // Under no name the server may have a portal of ours.
+            return if name.is_empty() && self.status != b'E' { Err(no_portal()) } else { Ok(None) };
+        };
+        let before = portal.clone();
+        portal.ran = true;
+        // In a failed block it is refused for that.
+        match (before.ran && self.status != b'E').then(|| ran_already(portal)).flatten() {
+            Some(report) => Err(report),
+            None => Ok(Some(before)),
+        }
+    }
+
     pub(super) async fn execute(&mut self, head: Head) -> Result<(), End> {
         self.since.get_or_insert_with(Instant::now);
         self.unsynced = true;
-        let portal = {
-            let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
-            fields.string().ok().and_then(|name| self.portals.get(name)).cloned()
+        let portal = match self.portal_of(head) {
+            Ok(portal) => portal,
+            Err(report) => {
+                self.client.inb.advance(head.total);
+                self.put_refused(report, Kind::Execute, false);
+                return Ok(());
+            }
         };
         let Some((planned, binary, number, copy)) =
             portal.and_then(|portal| Some((portal.planned?, portal.binary, portal.number, portal.copy)))
@@ -343,6 +301,19 @@ impl Session {
             self.forward(head);
             return Ok(());
         };
+        if self.ours {
+            if let Some(report) = implicit::refusal(&planned.facts.verb) {
+                self.client.inb.advance(head.total);
+                self.put_refused(report, Kind::Execute, false);
+                return Ok(());
+            }
+            if implicit::ends(&planned.facts.verb) {
+                self.settle().await?;
+                if self.ours && !self.queue.skipping() {
+                    implicit::no_transaction(&mut self.client.out);
+                }
+            }
+        }
         if let Some(ending) = Ending::of(&planned.facts.verb)
             && self.in_block()
         {
@@ -401,6 +372,7 @@ impl Session {
 
     /// What a statement that is about to run means for the transaction's books.
     pub(super) fn note_statement(&mut self, planned: &Planned) {
+        self.settings.unsettled |= changes_reading(planned);
         let class = match &planned.plan {
             Plan::Pass => "pass",
             Plan::Capture(_) | Plan::Truncate(_) | Plan::Copy(_) => "write",
@@ -437,7 +409,6 @@ impl Session {
     }
 
     pub(super) async fn sync(&mut self, head: Head) -> Result<(), End> {
-        self.portals.remove(&b""[..]);
         if !self.ours {
             self.queue.push(Expected::client(Kind::Sync));
             self.forward(head);
@@ -480,6 +451,23 @@ pub(super) fn splice(planned: &Planned) -> Option<&str> {
     }
 }
 
+/// PostgreSQL's answer to Execute of an unnamed portal that is not there.
+fn no_portal() -> Report {
+    Report { severity: "ERROR", code: "34000", message: "portal \"\" does not exist".to_owned(), hint: None }
+}
+
+/// PostgreSQL's answer to a second Execute of what gives no rows. With the hidden column the server would say that no more rows were written, and
+/// a BEGIN that took over a block of ours was never sent.
+fn ran_already(portal: &Portal) -> Option<Report> {
+    let planned = portal.planned.as_ref()?;
+    let once = match &planned.plan {
+        Plan::Capture(capture) => !capture.returning,
+        _ => matches!(planned.facts.verb, Verb::Begin { .. }),
+    };
+    let message = || "portal cannot be run".to_owned();
+    once.then(|| Report { severity: "ERROR", code: "55000", message: message(), hint: None })
+}
+
 /// What a statement changes in our books when it completes.
 pub(super) fn done(planned: &Planned) -> Done {
     if let Plan::Truncate(tables) = &planned.plan {
@@ -503,15 +491,10 @@ fn put_bind(out: &mut BytesMut, payload: &[u8], returning: bool) -> Result<bool,
     let mut fields = Fields::new(payload);
     fields.string()?;
     fields.string()?;
-    for _ in 0..fields.int16()? {
-        fields.int16()?;
-    }
-    for _ in 0..fields.int16()? {
-        fields.value()?;
-    }
+    fields.skip_values()?;
     let head = payload.len() - fields.rest().len();
-    let count = fields.int16()?;
-    let formats = fields.take(usize::try_from(count).map_err(|_| frame::Malformed::Short)? * 2)?;
+    let count = fields.count()?;
+    let formats = fields.take(count * 2)?;
     let binary = match count {
         0 => !returning,
         1 => !returning || formats == [0, 1],
@@ -521,14 +504,14 @@ fn put_bind(out: &mut BytesMut, payload: &[u8], returning: bool) -> Result<bool,
         out.put_slice(&payload[..head]);
         // Formats for a statement that gives no rows are not looked at.
         if count > 1 && returning {
-            out.put_i16(count + 1);
+            out.put_u16(count.saturating_add(1) as u16);
             out.put_slice(formats);
             out.put_i16(1);
         } else if !returning {
             out.put_i16(1);
             out.put_i16(1);
         } else {
-            out.put_i16(count);
+            out.put_u16(count as u16);
             out.put_slice(formats);
         }
     });

@@ -13,7 +13,9 @@ mod copy;
 mod copy_rows;
 mod copy_stream;
 pub mod expect;
+mod implicit;
 mod mirrored;
+mod reading;
 mod relay;
 mod reply;
 mod simple;
@@ -154,6 +156,8 @@ pub struct Session {
     copying: Option<copy::Copying>,
     kept: Kept,
     held: Held,
+    /// The server has said FATAL: it ends the session, and has said why.
+    dismissed: bool,
     /// Our own statements that the server session has prepared.
     ours_prepared: Vec<&'static [u8]>,
     settings: books::Settings,
@@ -223,6 +227,7 @@ impl Session {
             copying: None,
             kept: Kept::default(),
             held: Held::default(),
+            dismissed: false,
             ours_prepared: Vec::new(),
             settings: books::Settings::default(),
             since: None,
@@ -262,7 +267,8 @@ impl Session {
                 self.look_up().await?;
             }
             if !self.requests().await? {
-                if self.client.closed {
+                // What it sent before it closed is carried out and answered, as PostgreSQL does: it may still read.
+                if self.client.closed && !self.crowded() && !self.queue.gets_ready() {
                     return Ok(End::Client);
                 }
                 self.wait().await?;
@@ -430,8 +436,10 @@ impl Session {
                 None
             }
             End::ServerBroke(error) => {
+                // A server that leaves messages unread behind its FATAL resets the connection.
+                let _ = self.replies();
                 warn!(%user, %side, %error, "server's connection broke");
-                Some(Report::fatal(
+                (!self.dismissed).then(|| Report::fatal(
                     "08006",
                     format!("the connection to the {side} database broke: {error}"),
                     "Connect again; whether a COMMIT that was under way took place must be looked up, as without a proxy.",

@@ -19,6 +19,9 @@ use crate::wire::frame::{self, Fields, HEAD, Head};
 /// Larger frames are passed on as they come, where nothing needs to look inside.
 const STREAMED: usize = 64 * 1024;
 
+/// While so many replies are owed, no more is asked: five bytes from a client that does not read cost a hundred here.
+const OWED_MAX: usize = 64 * 1024;
+
 impl Session {
     /// Works through the frames that the client has sent. False: more bytes are needed.
     pub(super) async fn requests(&mut self) -> Result<bool, End> {
@@ -32,11 +35,17 @@ impl Session {
                     return Ok(false);
                 }
             }
-            if self.server.out.len() >= self.limit || self.client.out.len() >= self.limit {
+            if self.crowded() {
+                if self.queue.needs_flush() && self.queue.len() >= OWED_MAX {
+                    frame::flush(&mut self.server.out);
+                }
                 return Ok(any);
             }
             let Some(head) = frame::head(&self.client.inb)? else { return Ok(any) };
             if self.client.inb.len() < head.total && !self.streams(head) {
+                if !head.fits_client() {
+                    return Err(frame::Malformed::Length.into());
+                }
                 self.needed = head.total;
                 return Ok(any);
             }
@@ -60,6 +69,11 @@ impl Session {
                 self.unmirrored(head);
             }
         }
+    }
+
+    /// The client has to wait before its next message is looked at: a buffer is full, or too many replies are owed.
+    pub(super) fn crowded(&self) -> bool {
+        self.server.out.len() >= self.limit || self.client.out.len() >= self.limit || self.queue.len() >= OWED_MAX
     }
 
     /// The first message of a transaction: wait while the phase moves, then see the world as it is now.
@@ -111,10 +125,9 @@ impl Session {
             return false;
         }
         let Some(name) = self.name_in(head, b'B') else { return false };
-        let Some(prepared) = self.prepared.get(&name) else { return true };
-        if prepared.text.is_none() {
+        let Some(prepared) = self.prepared.get(&name).filter(|prepared| prepared.text.is_some()) else {
             return !self.strict();
-        }
+        };
         prepared.planned.as_ref().is_some_and(|(terms, planned, _)| {
             *terms == self.terms() && !matches!(planned.plan, Plan::Capture(_)) && self.refusal(planned).is_none()
         })

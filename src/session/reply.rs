@@ -40,6 +40,9 @@ impl Session {
         let mut run = 0;
         while let Some(head) = frame::head(&self.server.inb[run..]).map_err(|e| End::Mismatch(e.to_string()))? {
             let there = self.server.inb.len() - run;
+            if !head.fits_server() {
+                return Err(End::Mismatch(format!("{:?} of {} bytes", char::from(head.tag), head.total)));
+            }
             if there < head.total {
                 if head.total > STREAMED && self.forwards(head.tag) {
                     pass(&mut self.server.inb, &mut self.client.out, run + there);
@@ -168,6 +171,7 @@ impl Session {
     fn ready(&mut self, at: usize, to: &To, hold: bool) -> Verdict {
         self.status = self.server.inb[at];
         self.begun = false;
+        self.settings.unsettled &= !self.queue.is_empty();
         if self.status == b'I' {
             self.over();
         }
@@ -203,6 +207,7 @@ impl Session {
     }
 
     fn error(&mut self, at: usize, total: usize) -> Verdict {
+        self.dismissed |= frame::server_error(&self.server.inb[at + HEAD..at + total]).fatal;
         let mut failed = self.queue.fail();
         // The last first: each remembers what was before it.
         while failed.len() > 1 {
@@ -238,6 +243,7 @@ impl Session {
             Done::End { chain } => {
                 self.status = if chain { b'T' } else { b'I' };
                 self.begun = false;
+                self.ours = false;
                 self.over();
             }
             Done::Savepoint(name) => self.writes.savepoint(&name),
@@ -248,13 +254,13 @@ impl Session {
                 }
             }
             Done::Truncate(tables) => self.writes.push(Op::Truncate(tables)),
+            // What was sent behind it is not dropped.
             Done::Deallocate(None) => {
-                self.prepared.retain(|name, _| name.is_empty());
-                self.ours_prepared.clear();
+                self.prepared.retain(|name, _| name.is_empty() || self.queue.parses(name));
+                self.ours_prepared.retain(|name| self.queue.parses(name));
             }
-            Done::Deallocate(Some(name)) => {
-                self.prepared.remove(&name[..]);
-            }
+            Done::Deallocate(Some(name)) if self.queue.parses(&name) => {}
+            Done::Deallocate(Some(name)) => drop(self.prepared.remove(&name[..])),
         }
     }
 

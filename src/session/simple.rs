@@ -6,7 +6,9 @@ use bytes::{BufMut, Bytes, BytesMut};
 
 use super::commit::Ending;
 use super::expect::{Done, Expected, Kind, To, Told};
+use super::implicit;
 use super::mirrored::{Way, done, splice, way};
+use super::reading::changes_lexing;
 use super::{End, Held, Session};
 use crate::plan::Plan;
 use crate::plan::cache::Planned;
@@ -17,24 +19,32 @@ use crate::wire::frame;
 impl Session {
     /// One Query message.
     pub(super) async fn simple(&mut self, text: Bytes) -> Result<(), End> {
-        self.since = Some(std::time::Instant::now());
-        self.unsynced = false;
-        self.settings.glance(&text);
         if !self.queue.is_empty() {
             self.settle().await?;
         }
+        self.hear_settings(&text).await?;
+        if self.queue.skipping() {
+            // Behind an error in the extended protocol the server passes over a Query too.
+            return Ok(());
+        }
+        self.since = Some(std::time::Instant::now());
+        self.unsynced = false;
+        // A Query takes the place of the unnamed portal and statement.
+        self.portals.remove(&b""[..]);
+        self.prepared.remove(&b""[..]);
+        self.settings.glance(&text);
         let (planned, end) = self.plan_for(&text);
+        if self.ours {
+            // Behind a write of the extended protocol without Sync: one implicit transaction, which the end of the Query ends.
+            return self.behind_pipeline(&text, (planned, end)).await;
+        }
         if planned.facts.verb != Verb::Other {
             return self.one(&text, &planned, end).await;
         }
-        let statements = match self.settings.escapes {
-            true => sql::split(&sql::mask_escapes(&text)),
-            false => sql::split(&text),
-        };
-        if statements.len() < 2 {
+        let parts = self.parts(&text);
+        if parts.len() < 2 {
             return self.one(&text, &planned, end).await;
         }
-        let parts: Vec<Bytes> = statements.iter().map(|statement| text.slice(statement.range.clone())).collect();
         let plans: Vec<_> = parts.iter().map(|part| self.plan_for(part)).collect();
         let quiet =
             plans.iter().all(|(planned, _)| planned.plan == Plan::Pass && matches!(done(planned), Done::Nothing));
@@ -43,7 +53,41 @@ impl Session {
             self.queue.push(Expected::client(Kind::Query));
             return Ok(());
         }
-        self.several(&parts, &plans).await
+        self.several_as_read(&text, &parts, &plans).await
+    }
+
+    /// PostgreSQL reads a text of several statements before it runs the first: where that one changes how texts are read, the others cannot be
+    /// sent one by one.
+    async fn several_as_read(
+        &mut self,
+        text: &Bytes,
+        parts: &[Bytes],
+        plans: &[(Arc<Planned>, usize)],
+    ) -> Result<(), End> {
+        let [before @ .., _] = plans else { return Ok(()) };
+        let moves = |(planned, _): &(Arc<Planned>, usize)| changes_lexing(planned);
+        if !before.iter().any(moves) {
+            return self.several(parts, plans).await;
+        }
+        self.unread(Kind::Query).await?;
+        self.put_query(text, "", 0);
+        self.queue.push(Expected::client(Kind::Query));
+        Ok(())
+    }
+
+    async fn behind_pipeline(&mut self, text: &Bytes, whole: (Arc<Planned>, usize)) -> Result<(), End> {
+        let parts = self.parts(text);
+        if parts.len() < 2 {
+            return self.several(std::slice::from_ref(text), &[whole]).await;
+        }
+        let plans: Vec<_> = parts.iter().map(|part| self.plan_for(part)).collect();
+        self.several_as_read(text, &parts, &plans).await
+    }
+
+    /// The statements of a text.
+    fn parts(&self, text: &Bytes) -> Vec<Bytes> {
+        let statements = sql::split(&self.legible(text));
+        statements.iter().map(|statement| text.slice(statement.range.clone())).collect()
     }
 
     pub(super) fn put_query(&mut self, text: &[u8], splice: &str, end: usize) {
@@ -126,17 +170,24 @@ impl Session {
                 Verb::Begin { .. } if self.ours => {
                     // The implicit transaction becomes the client's block.
                     self.ours = false;
+                    self.status = b'T';
+                    // The server hears of no Query.
+                    frame::close_statement(&mut self.server.out, b"");
+                    self.queue.push(Expected::of(Kind::Close, To::Nobody));
                     frame::complete(&mut self.client.out, b"BEGIN");
                     continue;
                 }
-                Verb::Commit { .. } | Verb::PrepareTransaction | Verb::Rollback { .. } if self.in_block() => {
+                _ if self.in_block() && ends(verb) && !(self.ours && implicit::refusal(verb).is_some()) => {
                     self.end_among_several(part, planned, *end).await?;
                 }
                 _ => {
                     if !self.in_block() && !matches!(verb, Verb::Begin { .. }) {
                         self.begin_ours();
                     }
-                    self.send(part, planned, *end, true);
+                    match implicit::refusal(verb).filter(|_| self.ours) {
+                        Some(report) => self.put_refused(report, Kind::Query, true),
+                        None => self.send(part, planned, *end, true),
+                    }
                     self.settle_query(planned).await?;
                 }
             }
@@ -158,7 +209,7 @@ impl Session {
     async fn end_among_several(&mut self, part: &Bytes, planned: &Planned, end: usize) -> Result<(), End> {
         if std::mem::take(&mut self.ours) {
             // As PostgreSQL does: the implicit transaction is no block, and yet it ends here.
-            no_transaction(&mut self.client.out);
+            implicit::no_transaction(&mut self.client.out);
         }
         match Ending::of(&planned.facts.verb) {
             Some(ending) => self.commit_held(part, ending).await?,
@@ -171,6 +222,10 @@ impl Session {
     }
 }
 
+fn ends(verb: &Verb) -> bool {
+    matches!(verb, Verb::Commit { .. } | Verb::PrepareTransaction | Verb::Rollback { .. })
+}
+
 pub(super) fn put_spliced(out: &mut BytesMut, text: &[u8], splice: &str, end: usize) {
     if splice.is_empty() {
         out.put_slice(text);
@@ -179,11 +234,4 @@ pub(super) fn put_spliced(out: &mut BytesMut, text: &[u8], splice: &str, end: us
         out.put_slice(splice.as_bytes());
         out.put_slice(&text[end..]);
     }
-}
-
-/// PostgreSQL's warning at a COMMIT or ROLLBACK without BEGIN.
-fn no_transaction(out: &mut BytesMut) {
-    frame::put(out, b'N', |out| {
-        out.put_slice(b"SWARNING\0VWARNING\0C25P01\0Mthere is no transaction in progress\0\0");
-    });
 }

@@ -8,6 +8,9 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 /// Tag and length of a frame's head.
 pub const HEAD: usize = 5;
 
+/// The longest message of a client that carries no data (PQ_SMALL_MESSAGE_LIMIT).
+pub const SMALL: usize = 10_000;
+
 /// PostgreSQL refuses longer messages (PQ_LARGE_MESSAGE_LIMIT).
 pub const LONGEST: usize = 0x3fff_ffff;
 
@@ -32,6 +35,9 @@ pub enum Malformed {
     /// A string without its NUL.
     #[error("invalid string in message")]
     Unterminated,
+    /// A payload that is longer than its fields.
+    #[error("invalid message format")]
+    Long,
 }
 
 /// The head of the frame that begins the buffer; None while fewer than five bytes are there.
@@ -42,6 +48,51 @@ pub fn head(buf: &[u8]) -> Result<Option<Head>, Malformed> {
         return Err(Malformed::Length);
     }
     Ok(Some(Head { tag: start[0], total: length + 1 }))
+}
+
+impl Head {
+    /// Whether a client's message may be so long, as PostgreSQL has it: what carries no statement and no data is short.
+    pub fn fits_client(self) -> bool {
+        self.total <= SMALL || matches!(self.tag, b'Q' | b'P' | b'B' | b'F' | b'd' | b'p')
+    }
+
+    /// Whether a server's message may be so long, as libpq has it (VALID_LONG_MESSAGE_TYPE), and ParameterDescription.
+    pub fn fits_server(self) -> bool {
+        self.total <= 30_000 || matches!(self.tag, b'T' | b'D' | b'd' | b'V' | b'E' | b'N' | b'A' | b't')
+    }
+}
+
+/// Whether a whole message of a client is laid out as PostgreSQL reads it (pq_getmsg*, pq_getmsgend). What is not is refused there, and must not be
+/// read here in any other way.
+pub fn check(tag: u8, payload: &[u8]) -> Result<(), Malformed> {
+    let mut fields = Fields::new(payload);
+    match tag {
+        b'Q' => drop(fields.string()?),
+        b'P' => {
+            fields.string()?;
+            fields.string()?;
+            let types = fields.count()?;
+            fields.take(types * 4)?;
+        }
+        b'B' => {
+            fields.string()?;
+            fields.string()?;
+            fields.skip_values()?;
+            let formats = fields.count()?;
+            fields.take(formats * 2)?;
+        }
+        b'E' => {
+            fields.string()?;
+            fields.int32()?;
+        }
+        b'D' | b'C' => {
+            fields.byte()?;
+            fields.string()?;
+        }
+        b'S' => {}
+        _ => return Ok(()),
+    }
+    if fields.rest().is_empty() { Ok(()) } else { Err(Malformed::Long) }
 }
 
 /// Reads the fields of one payload, never beyond its end.
@@ -79,6 +130,21 @@ impl<'a> Fields<'a> {
     /// A 16-bit number.
     pub fn int16(&mut self) -> Result<i16, Malformed> {
         Ok(self.take(2)?.get_i16())
+    }
+
+    /// A number of fields: 16 bits without a sign.
+    pub fn count(&mut self) -> Result<usize, Malformed> {
+        Ok(usize::from(self.take(2)?.get_u16()))
+    }
+
+    /// Parameters of a Bind: their formats and their values.
+    pub fn skip_values(&mut self) -> Result<(), Malformed> {
+        let formats = self.count()?;
+        self.take(formats * 2)?;
+        for _ in 0..self.count()? {
+            self.value()?;
+        }
+        Ok(())
     }
 
     /// A 32-bit number.
@@ -367,8 +433,40 @@ mod tests {
 
     proptest! {
         #[test]
-        fn garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+        fn fuzz_frames_written_are_frames_read(
+            name in prop::collection::vec(1_u8.., 0..20),
+            text in prop::collection::vec(1_u8.., 0..60),
+            types in prop::collection::vec(any::<u32>(), 0..5),
+            values in prop::collection::vec(prop::option::of(prop::collection::vec(any::<u8>(), 0..20)), 0..6),
+            cut in any::<prop::sample::Index>(),
+        ) {
+            let mut out = BytesMut::new();
+            query(&mut out, &text);
+            parse(&mut out, &name, &text, &types);
+            bind(&mut out, &name, &text, &[1], values.iter().map(Option::as_deref), 0);
+            execute(&mut out, &name);
+            close_portal(&mut out, &name);
+            sync(&mut out);
+            let mut tags = Vec::new();
+            while let Some(head) = head(&out).unwrap() {
+                let frame = out.split_to(head.total);
+                tags.push(head.tag);
+                prop_assert!(head.fits_client());
+                prop_assert_eq!(check(head.tag, &frame[HEAD..]), Ok(()));
+                // Cut short anywhere, or longer by one, it is none.
+                let short = &frame[HEAD..HEAD + cut.index(frame.len() - HEAD + 1)];
+                prop_assert_eq!(check(head.tag, short).is_ok(), short.len() == frame.len() - HEAD);
+                prop_assert!(check(head.tag, &[&frame[HEAD..], b"x"].concat()).is_err());
+            }
+            prop_assert_eq!(&tags[..], b"QPBECS");
+        }
+
+        #[test]
+        fn fuzz_garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
             let _ = head(&bytes);
+            for tag in *b"QPBEDCSFHdcfpX" {
+                let _ = check(tag, &bytes);
+            }
             let _ = cut_row(&bytes);
             let _ = cut_description(&bytes);
             let _ = server_error(&bytes);

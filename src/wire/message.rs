@@ -130,7 +130,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_read_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
+        fn fuzz_any_bytes_are_read_without_panic(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
             let mut buf = BytesMut::from(&bytes[..]);
             while let Ok(Some(message)) = take_message(&mut buf, 50) {
                 prop_assert!(message.body.len() <= 50);

@@ -423,7 +423,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_read_without_panic(
+        fn fuzz_any_bytes_are_read_without_panic(
             code in prop_oneof![Just(3 << 16), Just(SSL), Just(GSSENC), Just(CANCEL), any::<u32>()],
             rest in proptest::collection::vec(prop_oneof![Just(0_u8), any::<u8>()], 0..300),
         ) {
@@ -431,7 +431,7 @@ mod tests {
         }
 
         #[test]
-        fn any_parameters_come_out_as_they_went_in(
+        fn fuzz_any_parameters_come_out_as_they_went_in(
             parameters in proptest::collection::vec(
                 (proptest::collection::vec(1_u8.., 1..20), proptest::collection::vec(1_u8.., 0..20)), 0..8),
         ) {

@@ -185,7 +185,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn all_three_forms_of_a_record_decode_to_its_fields(
+        fn fuzz_all_three_forms_of_a_record_decode_to_its_fields(
             oid in any::<u32>(),
             values in prop::collection::vec((any::<u32>(), prop::option::of(prop::collection::vec(any::<u8>(), 0..40))), 0..8)
         ) {
@@ -204,19 +204,19 @@ mod tests {
         }
 
         #[test]
-        fn a_record_that_is_cut_is_an_error(cut in 0usize..30) {
+        fn fuzz_a_record_that_is_cut_is_an_error(cut in 0usize..30) {
             let bytes = record(&[(OID, Some(vec![0, 0, 0, 9])), (25, Some(b"abcdefg".to_vec())), (25, None)]);
             prop_assert!(cut < bytes.len());
             prop_assert!(hidden(&bytes[..cut], true).is_err());
         }
 
         #[test]
-        fn garbage_is_an_error_and_no_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), binary in any::<bool>()) {
+        fn fuzz_garbage_is_an_error_and_no_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), binary in any::<bool>()) {
             let _ = hidden(&bytes, binary);
         }
 
         #[test]
-        fn garbage_behind_a_plausible_head_neither(count in any::<i32>(), bytes in prop::collection::vec(0u8..30, 0..200)) {
+        fn fuzz_garbage_behind_a_plausible_head_neither(count in any::<i32>(), bytes in prop::collection::vec(0u8..30, 0..200)) {
             let mut all = count.to_be_bytes().to_vec();
             all.extend(bytes);
             let _ = hidden(&all, true);

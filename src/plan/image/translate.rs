@@ -172,7 +172,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn garbage_is_no_panic(bytes in prop::collection::vec(0u8..30, 0..120)) {
+        fn fuzz_garbage_is_no_panic(bytes in prop::collection::vec(0u8..30, 0..120)) {
             let range = kind(1, 2, Layout::Range(Box::new(nested())));
             let kinds = [nested(), kind(3, 4, Layout::Multirange(Box::new(range.clone()))), range];
             for kind in kinds {
