@@ -6,6 +6,7 @@ use crossfade::migrate::rules::{Place, Removal, State as Payable, place, removal
 use crate::breaks::Break;
 use crate::rows::{KEYS, Set, Value, members};
 use crate::state::{Action, Clearing, Debt, GHOSTS, Ghost, Out, REPAIRS, State, WRITERS, World, of_ghost, of_repair};
+use crate::symmetry::Renumbering;
 
 const ALL_KEYS: Set = (1 << KEYS) - 1;
 
@@ -88,6 +89,13 @@ impl Repair {
     /// Ledger rows whose fate it holds in its hands.
     pub fn ids(&self) -> Set {
         self.read | self.pay | self.clear
+    }
+
+    /// Writers have other numbers.
+    pub fn renumber(&mut self, new: &Renumbering) {
+        [self.read, self.pay, self.clear] = [self.read, self.pay, self.clear].map(|debts| new.debts(debts));
+        self.awaited = new.txns(self.awaited);
+        self.values = new.values(self.values);
     }
 
     /// Rows with these keys are gone.

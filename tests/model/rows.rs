@@ -1,5 +1,7 @@
 //! Rows as PostgreSQL keeps them: one state that all see, and one inside the transaction that holds the row. READ COMMITTED, one unique key.
 
+use crate::symmetry::Renumbering;
+
 /// Keys of the one table.
 pub const KEYS: usize = 2;
 /// A set of keys, writers or ledger rows: one bit each.
@@ -141,6 +143,12 @@ impl Log {
     /// All of it is on disk.
     pub fn flush(&mut self) {
         *self = Log::of(self.states().last().unwrap_or(self.durable));
+    }
+
+    /// Writers have other numbers.
+    pub fn renumber(&mut self, new: &Renumbering) {
+        self.durable = new.values(self.durable);
+        self.after.iter_mut().for_each(|values| *values = new.values(*values));
     }
 
     /// Rows that a crash may leave.

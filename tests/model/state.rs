@@ -32,7 +32,7 @@ pub fn of_ghost(g: usize) -> Txn {
 }
 
 /// A ledger row. There is at most one for each writer: its number in sets of debts.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub enum Debt {
     /// Not entered, or not committed.
     #[default]
@@ -139,6 +139,8 @@ pub struct World {
     pub repairs: usize,
     /// Faults at most.
     pub faults: u8,
+    /// Writers may change their numbers: fewer states, traces that are hard to read.
+    pub symmetric: bool,
     /// What is left out.
     pub broken: Option<Break>,
 }
@@ -147,7 +149,7 @@ impl World {
     /// These transactions, with one repairer, without faults.
     pub fn new(scripts: Vec<Script>, starts: Vec<Start>) -> World {
         let programs = Programs::of(&scripts, WRITERS);
-        World { scripts, programs, starts, repairs: 1, faults: 0, broken: None }
+        World { scripts, programs, starts, repairs: 1, faults: 0, symmetric: false, broken: None }
     }
 
     /// This rule is left out.
@@ -257,7 +259,8 @@ impl Model for World {
     type Action = Action;
 
     fn initial(&self) -> Vec<State> {
-        self.starts.iter().map(|start| self.first(start)).collect()
+        let first = |start| if self.symmetric { self.first(start).in_order() } else { self.first(start) };
+        self.starts.iter().map(first).collect()
     }
 
     fn next(&self, state: &State, out: &mut Out) {
@@ -275,7 +278,12 @@ impl Model for World {
         if state.faults > 0 {
             self.fail(state, out);
         }
-        out.iter_mut().for_each(|(_, state)| state.forget());
+        for (_, state) in out.iter_mut() {
+            state.forget();
+            if self.symmetric {
+                *state = state.clone().in_order();
+            }
+        }
     }
 
     fn is_fault(&self, action: &Action) -> bool {

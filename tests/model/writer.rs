@@ -8,7 +8,7 @@ use crate::script::{FIRST, GONE, Move, Sql, own};
 use crate::state::{Action, Debt, Out, State, World, of_writer};
 
 /// Where a transaction is, as its proxy sees it.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub enum Stage {
     /// So many of its statements have run on the authority.
     Run(u8),
@@ -26,7 +26,7 @@ pub enum Stage {
 }
 
 /// The mirror's session.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub enum Session {
     /// None was taken.
     #[default]
@@ -44,7 +44,7 @@ pub enum Session {
 }
 
 /// Which statement of a flight is being executed.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub enum Part {
     /// Its own.
     #[default]
@@ -56,7 +56,7 @@ pub enum Part {
 }
 
 /// The mirror's session and how far it is.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct Images {
     /// The session.
     pub session: Session,
@@ -92,7 +92,7 @@ impl Images {
 }
 
 /// Whom the ledger row names.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub enum Carrier {
     /// Nobody.
     #[default]
@@ -104,7 +104,7 @@ pub enum Carrier {
 }
 
 /// A client's transaction and what carries it.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct Writer {
     /// What it does.
     pub script: u8,
