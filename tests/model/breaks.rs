@@ -52,11 +52,21 @@ pub enum Break {
     WalkAtOnce,
     /// D4: repair does not hold the table's lock on the mirror.
     NoJobsLock,
+    /// D5: a backfill does not read its chunk a second time.
+    NoSecondReading,
+    /// D5: in its second reading a backfill does not look at `xmax`.
+    XmaxUnread,
+    /// D5: a row that a backfill could not insert, since one was there, is taken for equal.
+    ConflictTrusted,
+    /// D6: a chunk in work is reconciled while the backend that copied it may still commit.
+    ChunkNotAwaited,
+    /// D6: a chunk in work is reconciled over the authority's keys only.
+    NoUnion,
 }
 
 impl Break {
     /// All of them.
-    pub const ALL: [Break; 24] = [
+    pub const ALL: [Break; 29] = [
         Break::DeleteOnce,
         Break::ImagesAfterCommit,
         Break::DebtsAfterCommit,
@@ -81,5 +91,10 @@ impl Break {
         Break::NoSecondLook,
         Break::WalkAtOnce,
         Break::NoJobsLock,
+        Break::NoSecondReading,
+        Break::XmaxUnread,
+        Break::ConflictTrusted,
+        Break::ChunkNotAwaited,
+        Break::NoUnion,
     ];
 }

@@ -36,6 +36,7 @@ impl World {
                 Stage::Sent => writer.stage = Stage::Orphan,
                 Stage::Orphan => {}
                 Stage::Decided(_) => writer.stage = Stage::Over,
+                Stage::Fill(_) => writer.end_fill(),
             }
             let images = &mut next.writers[w].images;
             if images.session == Session::Open {
@@ -64,6 +65,7 @@ impl World {
                     next.authority.end(of_writer(w), false);
                     next.writers[w].stage = Stage::Over;
                 }
+                Stage::Fill(_) => next.writers[w].end_fill(),
             }
             // What was deleted without a flush is there again.
             if next.writers[w].debt == Debt::Clearing {
@@ -98,8 +100,10 @@ impl World {
                 match images.session {
                     Session::Open | Session::Late | Session::Committing => {
                         next.writers[w].images = aborted;
-                        if state.writers[w].stage == Stage::Images {
-                            self.send_commit(&mut next, w, Carrier::Backend);
+                        match state.writers[w].stage {
+                            Stage::Images => self.send_commit(&mut next, w, Carrier::Backend),
+                            Stage::Fill(_) => next.writers[w].stage = Stage::Over,
+                            _ => {}
                         }
                     }
                     Session::None | Session::Committed | Session::Aborted => {}
@@ -122,7 +126,6 @@ impl World {
     fn writer_fails(&self, state: &State, w: usize, out: &mut Out) {
         let mut push = |what, next| out.push((Action { who: ('T', w), what, fault: true }, next));
         let writer = state.writers[w];
-        let opaque = self.scripts[usize::from(writer.script)].opaque;
         let with = |session, stage| {
             let mut next = state.clone();
             next.writers[w].images.session = session;
@@ -150,15 +153,17 @@ impl World {
                 push("its session on the authority dies", next);
             }
             Stage::Sent => {
-                let refused = self.decide(state, w, false);
-                if !opaque {
-                    push("the authority refuses COMMIT", refused);
-                }
+                push("the authority refuses COMMIT", self.decide(state, w, false));
                 let mut next = self.answer(state, w, None);
                 next.writers[w].stage = Stage::Orphan;
                 push("its connection to the authority breaks", next);
             }
             Stage::Decided(_) => push("its connection to the authority breaks", self.answer(state, w, None)),
+            Stage::Fill(_) => {
+                let mut next = state.clone();
+                next.writers[w].end_fill();
+                push("dies", next);
+            }
             Stage::Run(_) | Stage::Images | Stage::Orphan | Stage::Over => {}
         }
         if writer.images.session == Session::Committing && writer.images.listening {

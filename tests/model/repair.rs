@@ -248,7 +248,8 @@ impl World {
             _ if whole => Step::Page,
             _ => Step::Lock,
         };
-        next.repairs[r] = Repair { step, read: 0, pay, clear, keys, whole, ..repair };
+        let walked = self.lacks(Break::NoUnion) && members(pay).any(|w| self.is_backfill(&next.writers[w]));
+        next.repairs[r] = Repair { step, read: 0, pay, clear, keys, whole, walked, ..repair };
     }
 
     fn look(&self, next: &mut State, r: usize) {

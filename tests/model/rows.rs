@@ -101,6 +101,12 @@ impl Rows {
         self.0.iter_mut().filter(|cell| cell.owner == from).for_each(|cell| cell.owner = to);
     }
 
+    /// Keys that `me` has written.
+    pub fn written(&self, me: Txn) -> Set {
+        let mine = |key: &usize| self.0[*key].owner == me && self.0[*key].written;
+        (0..KEYS).filter(mine).fold(0, |keys, key| keys | 1 << key)
+    }
+
     /// `me` holds something.
     pub fn holds(&self, me: Txn) -> bool {
         self.0.iter().any(|cell| cell.owner == me)

@@ -35,9 +35,23 @@ pub enum Sql {
 pub struct Script {
     /// Its statements.
     pub statements: &'static [Sql],
-    /// Written out of sight: no images, a taint.
-    pub opaque: bool,
+    /// How it reaches the mirror.
+    pub way: Way,
 }
+
+/// How what is written reaches the mirror.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Way {
+    /// By images.
+    Images,
+    /// Out of sight: a taint.
+    Opaque,
+    /// No client's transaction at all, but a worker that copies what was there before.
+    Backfill,
+}
+
+/// In the place of `did`, of a backfill: its chunk is in work. Without this bit: the keys that its second reading suspects.
+pub const IN_WORK: u8 = 1 << KEYS;
 
 /// Values: 1 is what rows have at first, then one for each writer.
 pub const FIRST: Value = 1;
@@ -82,7 +96,8 @@ impl Programs {
         let table = Arc::new(table());
         let mut known = HashMap::new();
         for &script in scripts {
-            for (did, w) in (0..1u8 << script.statements.len()).flat_map(|did| (0..writers).map(move |w| (did, w))) {
+            let bits = if script.way == Way::Backfill { KEYS + 1 } else { script.statements.len() };
+            for (did, w) in (0..1u8 << bits).flat_map(|did| (0..writers).map(move |w| (did, w))) {
                 known.insert((script, did, w), program(&table, script, did, w));
             }
         }
@@ -96,9 +111,13 @@ impl Programs {
 }
 
 fn program(table: &Arc<Table>, script: Script, did: u8, w: usize) -> Program {
+    if script.way == Way::Backfill {
+        let whole = did & IN_WORK != 0;
+        return Program { moves: vec![], keys: if whole { IN_WORK - 1 } else { did }, whole };
+    }
     let mut writes = Writes::default();
     for (_, &sql) in script.statements.iter().enumerate().filter(|(at, _)| did & (1 << at) != 0) {
-        if script.opaque {
+        if script.way == Way::Opaque {
             writes.taint(table.number, "opaque");
         } else {
             images(table, sql, w).into_iter().for_each(|op| writes.push(op));
@@ -178,7 +197,7 @@ mod tests {
 
     #[test]
     fn the_product_makes_steps_and_debts_of_writes() {
-        let script = Script { statements: &[Sql::Rekey(0, 1), Sql::Delete(1)], opaque: false };
+        let script = Script { statements: &[Sql::Rekey(0, 1), Sql::Delete(1)], way: Way::Images };
         let programs = Programs::of(&[script], 1);
         let rekeyed = programs.get(script, 0b01, 0);
         assert_eq!(rekeyed.moves, [Move::Delete(0b01), Move::Upsert(vec![(1, own(0))]), Move::Settle]);

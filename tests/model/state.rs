@@ -6,7 +6,7 @@ use crate::breaks::Break;
 use crate::checker::Model;
 use crate::repair::Repair;
 use crate::rows::{KEYS, Log, Rows, Set, Txn, Value, members};
-use crate::script::{Program, Programs, Script};
+use crate::script::{Program, Programs, Script, Way};
 use crate::writer::{Carrier, Session, Stage, Writer};
 
 /// Clients' transactions at most.
@@ -118,11 +118,13 @@ impl std::fmt::Debug for Action {
 /// Successors of a state.
 pub type Out = Vec<(Action, State)>;
 
-/// Rows at first (the same on both sides), and what clients do.
+/// Rows at first, and what clients do.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Start {
-    /// By key.
+    /// On the authority, by key.
     pub rows: [Value; KEYS],
+    /// On the mirror: the same, unless there is a backfill.
+    pub mirror: [Value; KEYS],
     /// The transactions, by position in [`World::scripts`].
     pub scripts: Vec<usize>,
 }
@@ -176,23 +178,32 @@ impl World {
             _ => Told::Nothing,
         };
         let alive = matches!(session, Session::Open | Session::Late | Session::Committing);
-        let named = writer.carrier != Carrier::Nobody;
+        let awaited = !self.is_backfill(writer) || !self.lacks(Break::ChunkNotAwaited);
+        let named = writer.carrier != Carrier::Nobody && awaited;
         match state(told, named && alive, whole) {
             Payable::InFlight if self.lacks(Break::PayInFlight) => Payable::Payable,
             found => found,
         }
     }
 
+    /// It copies what was there before.
+    pub fn is_backfill(&self, writer: &Writer) -> bool {
+        self.scripts[usize::from(writer.script)].way == Way::Backfill
+    }
+
     fn first(&self, start: &Start) -> State {
         let mut writers = [Writer::default(); WRITERS];
         for (writer, &script) in writers.iter_mut().zip(&start.scripts) {
             *writer = Writer { script: script as u8, stage: Stage::Run(0), ..Writer::default() };
+            if self.is_backfill(writer) {
+                *writer = Writer::backfill(script as u8);
+            }
         }
         State {
             authority: Rows::of(start.rows),
             kept: None,
-            mirror: Rows::of(start.rows),
-            log: Log::of(start.rows),
+            mirror: Rows::of(start.mirror),
+            log: Log::of(start.mirror),
             incarnation: 0,
             writers,
             clearing: Clearing::default(),

@@ -2,9 +2,10 @@
 
 use crossfade::mirror::flight::{committed, is_short};
 
+use crate::backfill::Fill;
 use crate::breaks::Break;
-use crate::rows::{Rows, Set, Value, members};
-use crate::script::{FIRST, GONE, Move, Sql, own};
+use crate::rows::{KEYS, Rows, Set, Value, members};
+use crate::script::{FIRST, GONE, Move, Sql, Way, own};
 use crate::state::{Action, Debt, Out, State, World, of_writer};
 
 /// Where a transaction is, as its proxy sees it.
@@ -20,6 +21,8 @@ pub enum Stage {
     Orphan,
     /// The authority has decided; the answer is under way.
     Decided(bool),
+    /// It is no client's transaction.
+    Fill(Fill),
     /// Nothing is left to do.
     #[default]
     Over,
@@ -65,12 +68,13 @@ pub struct Images {
     /// The move that it is at.
     pub at: u8,
     part: Part,
-    begun: bool,
+    pub begun: bool,
     /// Keys whose rows the statement saw when it began (DELETE).
     pub seen: Set,
-    done: Set,
+    /// Keys that it is done with; that it did not find; that a delete of this flight did not find, or a copy could not insert.
+    pub done: Set,
     missed: Set,
-    short: Set,
+    pub short: Set,
     /// COMMIT's answer is waited for.
     pub listening: bool,
 }
@@ -118,12 +122,23 @@ pub struct Writer {
     pub carrier: Carrier,
     /// Its ledger row.
     pub debt: Debt,
+    /// A backfill's first reading, and the keys that were written since.
+    pub copied: [Value; KEYS],
+    /// ...
+    pub touched: Set,
 }
 
 impl Writer {
     /// Its debt is gone for good, too.
     pub fn is_over(&self) -> bool {
         self.is_done() && matches!(self.debt, Debt::None | Debt::Cleared)
+    }
+
+    /// These keys have been written on the authority: the second reading of a backfill finds them changed.
+    fn touch(&mut self, keys: Set) {
+        if matches!(self.stage, Stage::Fill(Fill::Copy | Fill::Commit | Fill::Look)) {
+            self.touched |= keys;
+        }
     }
 
     /// It and what carries it have ended.
@@ -162,6 +177,7 @@ impl World {
             Stage::Decided(false) => {
                 out.push((step("COMMIT is answered: ROLLBACK"), self.answer(state, w, Some(b"ROLLBACK\0"))))
             }
+            Stage::Fill(fill) => self.fill(state, w, fill, out),
             Stage::Over => {}
         }
     }
@@ -193,7 +209,7 @@ impl World {
             writer.stage = Stage::Over;
             next.authority.end(of_writer(w), false);
             "statement; nothing was written"
-        } else if script.opaque {
+        } else if script.way == Way::Opaque {
             writer.stage = Stage::Sent;
             "statement, out of sight; debt and COMMIT are sent"
         } else {
@@ -244,8 +260,10 @@ impl World {
         if commit && self.lacks(Break::CommitNotDurable) {
             next.kept.get_or_insert(state.authority.committed());
         }
+        let written = state.authority.written(of_writer(w));
         next.authority.end(of_writer(w), commit);
         if commit {
+            next.writers.iter_mut().for_each(|writer| writer.touch(written));
             next.authority_flushes();
             if !self.lacks(Break::DebtsAfterCommit) {
                 next.writers[w].debt = Debt::Owed;
