@@ -49,6 +49,9 @@ const UPDATE: usize = 1;
 const DELETE: usize = 2;
 const RESET: usize = 3;
 const REKEY: usize = 6;
+const BOTH: usize = 8;
+const CROSSED: usize = 9;
+const GONE_BOTH: usize = 10;
 const OPAQUE: usize = 12;
 const BACKFILL: usize = 13;
 
@@ -138,7 +141,7 @@ fn backfills(scripts: &[usize], repairs: usize, faults: u8) -> World {
 
 #[test]
 fn a_backfill_beside_a_writer() {
-    let scripts = [INSERT, UPDATE, DELETE, REKEY, 9, 10, OPAQUE];
+    let scripts = [INSERT, UPDATE, DELETE, REKEY, CROSSED, GONE_BOTH, OPAQUE];
     holds("backfill, a writer, one fault", &backfills(&scripts, 1, 1), EVERYTHING);
 }
 
@@ -170,7 +173,7 @@ fn stage(rule: Break) -> Option<(&'static [usize], usize, usize, u8)> {
         Break::DebtsAfterCommit | Break::FlushBeforeAnswer | Break::FlushOfNothing => (&[INSERT, UPDATE], 0, 1, 0),
         Break::ImagesAfterCommit | Break::ClearByRange | Break::ClearByKey => (&[INSERT, DELETE], 0, 1, 0),
         Break::DeleteOnce | Break::NoSecondTry | Break::NoWait => (&[INSERT, DELETE], 1, 1, 0),
-        Break::WalkAtOnce => (&[8, OPAQUE], 1, 1, 0),
+        Break::WalkAtOnce => (&[BOTH, OPAQUE], 1, 1, 0),
         Break::CompareUnlocked => (&[UPDATE, RESET], 0, 1, 0),
         Break::AnyIncarnation | Break::AskAcrossIncarnations | Break::CommitNotDurable => (&[INSERT, UPDATE], 0, 1, 1),
         Break::CommitWithImages | Break::UnknownIsCommitted | Break::TagUnread => (&[INSERT, UPDATE], 0, 1, 1),
@@ -217,6 +220,7 @@ fn paying_what_is_in_flight_is_harmless() {
 /// sides, which the second reading sees by `xmin`. One that commits without its images has a debt of its own.
 #[test]
 fn the_second_reading_could_do_without_xmax() {
-    let world = backfills(&[INSERT, UPDATE, DELETE, REKEY, 9, 10, OPAQUE], 1, if at_length() { 2 } else { 1 });
+    let world =
+        backfills(&[INSERT, UPDATE, DELETE, REKEY, CROSSED, GONE_BOTH, OPAQUE], 1, if at_length() { 2 } else { 1 });
     holds("xmax is not looked at", &World { broken: Some(Break::XmaxUnread), ..world }, STATES);
 }

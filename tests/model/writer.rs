@@ -382,7 +382,8 @@ fn upsert(mirror: &mut Rows, w: usize, images: &mut Images, rows: &[(usize, Valu
     images.begun = true;
     for &(key, value) in rows.iter().filter(|(key, _)| images.done & (1 << key) == 0).collect::<Vec<_>>() {
         let missing = images.part == Part::InsertMissing;
-        if if missing { mirror.is_under_way(me, key) } else { !mirror.is_free(me, key) } {
+        let waits = if missing { mirror.is_under_way(me, key) } else { !mirror.is_free(me, key) };
+        if waits {
             return false;
         }
         images.done |= 1 << key;
