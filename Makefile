@@ -14,7 +14,7 @@ help:
 	@echo "make demo             the whole migration on two throw-away clusters, with a load running"
 	@echo "make test             set-up, check and all tests"
 	@echo "make check            fmt, clippy, rustdoc, cargo-deny"
-	@echo "make proof            the tests at full length: more kills, larger values (an hour or so)"
+	@echo "make proof            the tests at full length: more kills, larger values, the model's states (an hour or so)"
 	@echo "make bench            throughput and memory beside PgBouncer and Pgpool-II"
 	@echo "make fuzz             the property tests with FUZZ_CASES=$(FUZZ_CASES) cases each"
 	@echo "make regress-fixture  makes the parsers' yardstick again with PostgreSQL's own parser (needs libclang)"

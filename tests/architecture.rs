@@ -33,6 +33,7 @@ const PURE: &[&str] = &[
     "src/ledger/debts.rs",
     "src/mirror/flight.rs",
     "src/mirror/writes.rs",
+    "src/migrate/rules.rs",
     "src/session/expect.rs",
     "src/session/books.rs",
 ];

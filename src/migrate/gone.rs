@@ -11,6 +11,7 @@ use super::across::key_across;
 use super::error::{Error, Meaning};
 use super::link::{Link, Pair};
 use super::reconcile::{Outcome, ask, begin_on_mirror, delete};
+use super::rules::{Removal, removal};
 use super::sql::TableSql;
 use crate::catalog::Table;
 use crate::ledger::debts::Values;
@@ -84,12 +85,13 @@ async fn delete_then_look(pair: &mut Pair, table: &Table, key: &Values) -> Resul
     let found = delete(&mut pair.mirror, &there, &[&there_key]).await?;
     // No transaction is open on the authority: this is a new snapshot, taken after the delete was answered.
     let appeared = !ask(&mut pair.authority, "looking again", &here, &here.exist(), &[key]).await?.is_empty();
-    if appeared || found == 0 {
-        pair.mirror.rollback().await?;
-        return Ok(if appeared { Tried::Again } else { Tried::Nothing });
-    }
-    pair.mirror.batch("committing", "COMMIT").await?;
-    Ok(Tried::Removed)
+    let (end, tried) = match removal(found, appeared) {
+        Removal::Commit => ("COMMIT", Tried::Removed),
+        Removal::Nothing => ("ROLLBACK", Tried::Nothing),
+        Removal::Again => ("ROLLBACK", Tried::Again),
+    };
+    pair.mirror.batch("ending", end).await?;
+    Ok(tried)
 }
 
 /// Locks that a transaction which wrote the table holds.

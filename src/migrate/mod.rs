@@ -3,7 +3,7 @@
 //! The way of a debt: `payable` reads the ledger and asks the mirror which carriers have ended; `repair` sorts what is owed by
 //! table; `reconcile` makes keys equal under lock (`gone` those that the authority lacks, `walk` whole tables, `copy` tables without
 //! a key); `ledger::clear` flushes the mirror and then clears exactly the rows that were read. docs/protocols.md says why each
-//! step stands where it does. Nothing here knows of client sessions, and data is changed nowhere else.
+//! step stands where it does; `rules` are its decisions. Nothing here knows of client sessions, and data is changed nowhere else.
 
 mod across;
 mod binary;
@@ -17,6 +17,7 @@ pub mod link;
 mod payable;
 pub mod reconcile;
 pub mod repair;
+pub mod rules;
 pub mod sequences;
 mod sql;
 pub mod tokens;

@@ -4,18 +4,9 @@ use std::collections::{HashMap, HashSet};
 
 use super::error::Error;
 use super::link::At;
+pub(crate) use super::rules::State;
+use super::rules::{Told, state};
 use crate::ledger::debts::{self, Debt};
-
-/// What may be done about a ledger row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum State {
-    /// Its carrier has committed in this incarnation: it is cleared after a flush.
-    Carried,
-    /// Its carrier, or a backend that may still add to it, is at work.
-    InFlight,
-    /// Owed: anyone may pay it.
-    Payable,
-}
 
 /// A ledger row.
 #[derive(Clone, Debug)]
@@ -76,32 +67,27 @@ pub(crate) async fn read(
     Ok(found
         .into_iter()
         .map(|row| {
-            let told = row
+            let answer = row
                 .carrier_xid
                 .filter(|_| row.incarnation.as_deref() == Some(incarnation))
                 .and_then(|xid| status.get(&xid));
+            let whole = row.debts.iter().any(|debt| matches!(debt, Debt::Table { .. } | Debt::Taint { .. }));
             let alive = row.carrier.is_some_and(|carrier| carriers.is(carrier));
             let held = row.holder.is_some_and(|holder| holders.is(holder));
-            let state = if held { State::InFlight } else { state(told.map(String::as_str), alive, &row.debts) };
+            let state = if held { State::InFlight } else { state(told(answer.map(String::as_str)), alive, whole) };
             let late = state == State::InFlight && !held && row.carrier_xid.is_none() && row.age_us > GRACE_US;
             Entry { id: row.id, state, age_us: row.age_us, late: row.carrier.filter(|_| late), debts: row.debts }
         })
         .collect())
 }
 
-/// `told`: what pg_xact_status says of the carrier, asked in its own incarnation. `alive`: its backend is still there.
-fn state(told: Option<&str>, alive: bool, debts: &[Debt]) -> State {
-    match told {
-        Some("in progress") => State::InFlight,
-        // A carrier brings rows. What it did not bring is not paid by its commit.
-        Some("committed") if debts.iter().any(|debt| matches!(debt, Debt::Table { .. } | Debt::Taint { .. })) => {
-            State::Payable
-        }
-        Some("committed") => State::Carried,
-        Some("aborted") => State::Payable,
-        // Given up, too old to ask, or of another incarnation: nothing of it can come any more once its backend is gone.
-        _ if alive => State::InFlight,
-        _ => State::Payable,
+/// `answer`: what pg_xact_status says of the carrier, asked in its own incarnation.
+fn told(answer: Option<&str>) -> Told {
+    match answer {
+        Some("in progress") => Told::InProgress,
+        Some("committed") => Told::Committed,
+        Some("aborted") => Told::Aborted,
+        _ => Told::Nothing,
     }
 }
 
@@ -186,21 +172,4 @@ async fn alive(at: At<'_>, backends: Vec<Backend>) -> Result<Alive, Error> {
         "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint FROM pg_stat_activity WHERE pid = ANY($1)";
     let rows = at.rows("looking for backends", text, &[&pids]).await?;
     Ok(Alive(rows.iter().map(|row| (row.get(0), row.get(1))).collect()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_carrier_did_not_bring_is_not_paid_by_its_commit() {
-        let key = Debt::Key { table: 1, key: vec![] };
-        let taint = Debt::Taint { table: 1 };
-        assert_eq!(state(Some("committed"), true, std::slice::from_ref(&key)), State::Carried);
-        assert_eq!(state(Some("committed"), true, &[key.clone(), taint.clone()]), State::Payable);
-        assert_eq!(state(Some("in progress"), true, &[taint]), State::InFlight);
-        assert_eq!(state(Some("aborted"), true, std::slice::from_ref(&key)), State::Payable);
-        assert_eq!(state(None, true, std::slice::from_ref(&key)), State::InFlight);
-        assert_eq!(state(None, false, &[key]), State::Payable);
-    }
 }

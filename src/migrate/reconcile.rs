@@ -17,6 +17,7 @@ use super::conflict;
 use super::error::{Error, Meaning};
 use super::gone;
 use super::link::{Link, Pair};
+use super::rules::{Place, place};
 use super::sql::{TableSql, references};
 pub use super::walk::table;
 use crate::catalog::Table;
@@ -230,14 +231,15 @@ async fn hold(pair: &mut Pair, table: &Table, keys: &[Values]) -> Result<(Vec<He
     let mut held = Vec::new();
     let mut settled = Settled::default();
     for (at, key) in keys.iter().enumerate() {
-        match (found.remove(&at), ours.contains(&at)) {
-            (Some(row), true) => held.push(Held {
+        let row = found.remove(&at);
+        let place = place(ours.contains(&at), row.is_some());
+        match (row, place) {
+            (Some(row), Place::Held) => held.push(Held {
                 key: key_across(table, here.side, key.clone()),
                 row: row_across(table, here.side, &columns, row),
             }),
-            // It is there, and not ours: someone has it locked, or it has just appeared.
-            (Some(_), false) | (None, true) => settled.locked.push(key.clone()),
-            (None, false) => settled.absent.push(key.clone()),
+            (_, Place::Absent) => settled.absent.push(key.clone()),
+            (_, Place::Again | Place::Held) => settled.locked.push(key.clone()),
         }
     }
     Ok((held, settled))

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use super::flight::{Step, flights};
+use super::flight::{Step, flights, is_short};
 use super::prepared::{Statements, Verb, chunks, per_statement};
 use crate::auth::Credentials;
 use crate::backend::connect::{self, ConnectError};
@@ -346,7 +346,7 @@ impl MirrorConn {
                 match (tag, one) {
                     (b'D', Await::Xid) => found.xid = xid8(&payload),
                     (b'C', &Await::Deleted { step, rows }) => {
-                        if affected(&payload) < rows && found.again.last() != Some(&step) {
+                        if is_short(affected(&payload), rows) && found.again.last() != Some(&step) {
                             found.again.push(step);
                         }
                         break;

@@ -139,6 +139,18 @@ fn may_bring_back(later: &Step, table: &Table) -> bool {
     }
 }
 
+/// Whether a delete of so many rows, which found so many, is done again (W7): a row that it did not see may be under way.
+pub fn is_short(found: usize, rows: usize) -> bool {
+    found < rows
+}
+
+/// Whether the mirror's transaction commits, by the authority's answer to COMMIT: its command tag as it came (empty after an error), None where the
+/// connection broke. COMMIT may answer ROLLBACK; an error says that nothing was committed; a lost connection says nothing: then the mirror is rolled
+/// back, and if the authority did commit, the ledger has it (C6, C8).
+pub fn committed(answer: Option<&[u8]>) -> bool {
+    answer == Some(b"COMMIT\0")
+}
+
 /// The debts of a transaction, bounded: past `limit` bytes those of a table collapse into the whole table.
 #[derive(Debug)]
 pub struct Debts {

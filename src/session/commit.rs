@@ -13,7 +13,7 @@ use crate::clock::{Clock, Late};
 use crate::config::Commit;
 use crate::ledger::owe::{OWE, OWE_TYPES, TAINT, TAINT_TYPES};
 use crate::mirror::conn::{Backend, Carrier, Failure, Patience, Tail};
-use crate::mirror::flight::steps;
+use crate::mirror::flight::{self, steps};
 use crate::mirror::pool::Lease;
 use crate::mirror::writes::Op;
 use crate::phase::Side;
@@ -334,16 +334,9 @@ impl Session {
     async fn answered(&mut self, settled: Option<Settled>) -> Result<(), End> {
         let outcome = self.settle().await;
         let Some(Settled { executed, id, unwritten }) = settled else { return outcome };
-        // COMMIT may answer ROLLBACK; an error says that nothing was committed; a lost connection says nothing: then the mirror is rolled back,
-        // and if the authority did commit, the ledger has it.
-        let committed = outcome.is_ok() && self.says_committed();
+        let committed = flight::committed(outcome.is_ok().then_some(&self.kept.tag[..]));
         self.settled(executed, (id, unwritten), committed);
         outcome
-    }
-
-    /// The last command tag is COMMIT's.
-    fn says_committed(&self) -> bool {
-        &self.kept.tag[..] == b"COMMIT\0"
     }
 
     fn settled(&mut self, executed: Executed, (id, unwritten): (i64, Option<Bytes>), committed: bool) {
