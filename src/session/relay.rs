@@ -280,6 +280,9 @@ impl Session {
         self.portals.clear();
         self.suspended.clear();
         self.audit = None;
+        if self.writes.redefined {
+            self.shared.stale.notify_one();
+        }
         if !self.writes.is_empty() || !matches!(self.carry, Carry::Nothing) || self.debts.is_some() {
             self.writes = Default::default();
             self.debts = None;
