@@ -270,6 +270,7 @@ async fn ddl_through_the_proxy_runs_on_both_sides() {
     let owner = pair.databases.old.psql(DATABASE, why).await.expect("answers");
     assert_eq!(owner.trim(), "1");
     renewed(&pair, 1).await;
+    copy(&pair, "public.history").await;
     pair.settle_and_assert_equal().await;
     run("DROP TABLE made").await;
     run("DROP SCHEMA apart CASCADE").await;
@@ -297,6 +298,7 @@ async fn ddl_is_refused_or_left_to_the_authority() {
         .expect("runs");
     around(&pair.databases.new, "ALTER TABLE others ADD COLUMN c int; ALTER TABLE words ADD COLUMN c int").await;
     renewed(&pair, 1).await;
+    copy(&pair, "public.history").await;
     pair.settle_and_assert_equal().await;
 }
 

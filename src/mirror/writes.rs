@@ -106,9 +106,14 @@ impl Writes {
         self.reason.get_or_insert(reason);
     }
 
-    /// Drops what is held.
-    pub fn forsake(&mut self) {
-        drop(self.spill());
+    /// Drops the images that are held. What was sent ahead cannot be dropped: true, there is such.
+    pub fn forsake(&mut self) -> bool {
+        self.ops.retain(|op| matches!(op, Op::Define(_)));
+        self.bytes = self.ops.iter().map(Op::size).sum();
+        for savepoint in &mut self.savepoints {
+            savepoint.ops = savepoint.ops.min(self.ops.len());
+        }
+        self.spilled > 0
     }
 
     /// Takes what is held, to be sent to the mirror now.

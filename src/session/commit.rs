@@ -638,7 +638,9 @@ async fn execute(
         && !lease.conn.redefined
     {
         let behind = ops.split_off(at);
-        lease.conn.execute(&steps(ops), Tail { token: None, xid: true, version }, patience).await?;
+        if !ops.is_empty() {
+            lease.conn.execute(&steps(ops), Tail { token: None, xid: true, version }, patience).await?;
+        }
         return lease.conn.execute(&steps(behind), tail, patience).await;
     }
     let version = version.filter(|_| tail.xid && !lease.conn.redefined);

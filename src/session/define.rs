@@ -38,6 +38,9 @@ const SETTINGS: [&str; 7] = [
     "TimeZone",
 ];
 
+/// How long the client's next transaction waits for the definitions that it has changed.
+const RENEWAL: Duration = Duration::from_secs(1);
+
 /// What was before the DDL.
 pub(super) struct Defined {
     version: Option<i64>,
@@ -72,6 +75,7 @@ impl Session {
             info!(user = %self.user(), "DDL that runs on the authority only: what it changes is to be changed on the mirror, too");
         }
         if !self.in_block() {
+            self.outdated = Some(self.world.generation);
             self.writes.redefined = true;
             return Ok(None);
         }
@@ -79,9 +83,10 @@ impl Session {
         if self.status == b'E' || self.queue.skipping() {
             return Ok(None);
         }
+        self.outdated = Some(self.world.generation);
         let Some((version, settings)) = self.ask_definition().await? else { return Ok(None) };
         let planned_for = self.world.catalog.definitions.get(self.side).version;
-        if planned_for.is_some() && version != planned_for && !self.writes.redefined {
+        if planned_for.is_some() && version != planned_for && !self.writes.redefined && !self.writes.is_empty() {
             // What was written so far was planned for definitions that did not hold: what it means nobody knows.
             self.forsake();
         }
@@ -140,9 +145,27 @@ impl Session {
     fn forsake(&mut self) {
         info!("definitions have changed under a transaction, and what it wrote cannot be told: all tables are owed");
         let tables: Vec<u32> = self.world.catalog.tables.keys().copied().collect();
-        self.writes.forsake();
-        self.give_up("definition");
+        if self.writes.forsake() {
+            self.give_up("definition");
+        }
         tables.into_iter().for_each(|table| self.taint(table, "definition"));
+    }
+
+    /// The first message behind a transaction that has changed definitions: they are to be read again first, or what this client writes next is planned
+    /// for those of before. That takes a moment, and is waited for no longer than that.
+    pub(super) async fn renewed(&mut self) {
+        let Some(generation) = self.outdated.take() else { return };
+        let deadline = tokio::time::Instant::now() + RENEWAL;
+        loop {
+            let renewed = self.shared.renewed.notified();
+            if self.shared.world.load().generation > generation || self.world.phase.mirror().is_none() {
+                return;
+            }
+            self.shared.stale.notify_one();
+            if tokio::time::timeout_at(deadline, renewed).await.is_err() {
+                return;
+            }
+        }
     }
 
     /// A whole-transaction wait that is as long as the authority's own needs to be for DDL on the mirror.

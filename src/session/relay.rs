@@ -78,6 +78,9 @@ impl Session {
 
     /// The first message of a transaction: wait while the phase moves, then see the world as it is now.
     pub(super) async fn begin(&mut self) -> Result<(), End> {
+        if self.outdated.is_some() {
+            self.renewed().await;
+        }
         let gate = match self.aside {
             None => &self.shared.gate,
             Some(Aside::OtherDatabase) => &self.shared.aside,
