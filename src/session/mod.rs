@@ -14,6 +14,7 @@ mod copy_rows;
 mod copy_stream;
 mod define;
 pub mod expect;
+mod follow;
 mod implicit;
 mod mirrored;
 mod prove;

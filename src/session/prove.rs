@@ -15,7 +15,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::commit::commit_mirror;
+use super::follow::commit_mirror;
 use crate::clock::Clock;
 use crate::ledger::debts::{Debt, decode, encode};
 use crate::mirror::conn::Carrier;
