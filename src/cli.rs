@@ -105,7 +105,10 @@ pub async fn repair(path: &Path, wait: bool, timeout: Duration, tables: &[String
         println!("{}: {copied} rows copied", table.label());
     }
     let mut worker = Repair::new(pair, Arc::new(catalog));
-    let summary = if wait { repair::wait(&mut worker, timeout).await? } else { worker.pass().await? };
+    let summary = match wait {
+        true => repair_all(&config, authority, &mut worker, timeout).await?,
+        false => worker.pass().await?,
+    };
     println!(
         "cleared {}, rows repaired {}, owed {}, in flight {}",
         summary.cleared, summary.repaired_rows, summary.owed, summary.in_flight
@@ -114,6 +117,30 @@ pub async fn repair(path: &Path, wait: bool, timeout: Duration, tables: &[String
         println!("{table}: the {mirror} database refuses rows: {error}");
     }
     Ok(summary.owed == 0)
+}
+
+/// How long definitions that have changed may go unnoticed while `repair --wait` waits.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
+/// Until nothing is owed; under definitions that are read again where they change.
+async fn repair_all(
+    config: &Config,
+    authority: Side,
+    worker: &mut Repair,
+    timeout: Duration,
+) -> Result<repair::Summary, Trouble> {
+    let deadline = std::time::Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(std::time::Instant::now());
+        match repair::wait(worker, left.min(LOOK_AGAIN)).await {
+            Err(migrate::Error::Deadline(_)) if left > LOOK_AGAIN => {}
+            done => return Ok(done?),
+        }
+        if worker.is_outdated().await? {
+            let (catalog, _) = mover::load_catalog(config, authority).await?;
+            worker.renew(Arc::new(catalog));
+        }
+    }
 }
 
 /// `crossfade status`.

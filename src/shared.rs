@@ -134,10 +134,14 @@ pub struct Shared {
     pub next_debt: AtomicI64,
     /// A table's definition is no longer what the catalog says.
     pub stale: Notify,
+    /// The definitions were read again.
+    pub renewed: Notify,
     /// There is something to repair.
     pub owed: Notify,
     /// The file may want another phase.
     pub wanted: Notify,
+    /// A control connection to the ledger of a side, for debts that say more than is owed.
+    pub ledger: tokio::sync::Mutex<Option<(Side, tokio_postgres::Client)>>,
     /// Held by whoever changes the world.
     pub switching: tokio::sync::Mutex<()>,
     /// Clients are served.
@@ -152,6 +156,25 @@ impl Shared {
     /// The number of a new debt.
     pub fn debt_id(&self) -> i64 {
         self.next_debt.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Replaces what a ledger row on that side says by debts that are all that is owed. Err: the row stays as it is.
+    pub async fn narrow(&self, side: Side, id: i64, debts: &[u8], reason: Option<&str>) -> Result<(), String> {
+        let mut ledger = self.ledger.lock().await;
+        if ledger.as_ref().is_none_or(|(known, client)| *known != side || client.is_closed()) {
+            let config = self.config.load_full();
+            let client = Shared::database(&config, side).connect("crossfade debts").await.map_err(|e| e.to_string())?;
+            // A crash that loses it leaves the row as it was, which says more.
+            client.batch_execute("SET synchronous_commit = off").await.map_err(|error| error.to_string())?;
+            *ledger = Some((side, client));
+        }
+        let Some((_, client)) = ledger.as_ref() else { return Ok(()) };
+        let text = "UPDATE crossfade.ledger SET debts = $2, reason = $3 WHERE id = $1";
+        match client.execute(text, &[&id, &debts, &reason]).await {
+            Ok(1) => Ok(()),
+            Ok(_) => Err("it is not there any more".to_owned()),
+            Err(error) => Err(error.to_string()),
+        }
     }
 
     /// Calls every session: the world is another, or the gate is shut.

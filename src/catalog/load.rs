@@ -1,12 +1,13 @@
 //! Reading both servers at once, and what can go wrong with it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use tokio_postgres::Client;
 
-use super::number::{Place, number};
+use super::definitions::Definitions;
+use super::number::{Numbers, Place, known, number};
 use super::read::{self, Relation, Server};
-use super::{Catalog, Sides, pair};
+use super::{Catalog, Sides, definitions, pair};
 use crate::config::TableRule;
 use crate::phase::Side;
 
@@ -51,24 +52,31 @@ pub async fn load(
     rules: Option<&[TableRule]>,
     except: &[String],
 ) -> Result<Catalog, CatalogError> {
-    let (old_server, new_server) = futures_util::try_join!(side(old, Side::Old), side(new, Side::New))?;
+    let ((old_definitions, old_server), (new_definitions, new_server)) =
+        futures_util::try_join!(side(old, Side::Old), side(new, Side::New))?;
     let servers = Sides { old: old_server, new: new_server };
     let (places, one_sided) = places(&servers, rules, except);
+    let mut gone = HashSet::new();
     let numbers = if installed(old, Side::Old).await? && installed(new, Side::New).await? {
-        number(old, new, &places).await?
+        let numbers = number(old, new, &places).await?;
+        gone = self::gone(&servers, known(old, Side::Old).await?);
+        numbers
     } else {
         places.iter().zip(1..).map(|(place, number)| ((place.0.clone(), place.1.clone()), number)).collect()
     };
-    Ok(pair::catalog(&servers, &places, &numbers, one_sided))
+    let definitions = Sides { old: old_definitions, new: new_definitions };
+    Ok(Catalog { definitions, gone, ..pair::catalog(&servers, &places, &numbers, one_sided) })
 }
 
-async fn side(client: &Client, side: Side) -> Result<Server, CatalogError> {
+async fn side(client: &Client, side: Side) -> Result<(Definitions, Server), CatalogError> {
     let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL search_path = pg_catalog";
     let read = async {
+        // Before the snapshot: what has changed since is seen with an older version, and taken for changed.
+        let definitions = definitions::read(client).await?;
         client.batch_execute(begin).await?;
         let server = read::server(client).await;
         client.batch_execute("ROLLBACK").await?;
-        server
+        Ok((definitions, server?))
     };
     read.await.map_err(|error| CatalogError::server(side, error))
 }
@@ -76,6 +84,17 @@ async fn side(client: &Client, side: Side) -> Result<Server, CatalogError> {
 async fn installed(client: &Client, side: Side) -> Result<bool, CatalogError> {
     let query = "SELECT pg_catalog.to_regclass('crossfade.tables') IS NOT NULL";
     client.query_one(query, &[]).await.map(|row| row.get(0)).map_err(|error| CatalogError::server(side, error))
+}
+
+/// Numbered tables that are on neither side any more.
+fn gone(servers: &Sides<Server>, known: Numbers) -> HashSet<u32> {
+    let there = |side: Side, schema: &str, name: &str| {
+        servers.get(side).relations.values().any(|found| found.schema == schema && found.name == name)
+    };
+    let gone = known.into_iter().filter(|((old_schema, old_name), (_, new_schema, new_name))| {
+        !there(Side::Old, old_schema, old_name) && !there(Side::New, new_schema, new_name)
+    });
+    gone.map(|(_, (number, ..))| number as u32).collect()
 }
 
 /// A table that may migrate: no partition (its root does), and not an extension's own.

@@ -5,6 +5,7 @@
 //! `load` reads both sides (`read`), pairs their tables and types (`pair`, `types`) under the numbers of `crossfade.tables` (`number`);
 //! `fingerprint` says cheaply whether any of it has changed since. Nothing here decides what a statement does: that is `plan`.
 
+mod definitions;
 mod fingerprint;
 mod load;
 mod number;
@@ -19,6 +20,7 @@ use std::sync::Arc;
 use crate::phase::Side;
 use crate::sql::facts::Name;
 
+pub use definitions::{Definitions, Unsettled, read as definitions, version};
 pub use fingerprint::fingerprint;
 pub use load::{CatalogError, load};
 pub use number::number;
@@ -91,6 +93,22 @@ pub struct TypeInfo {
     pub name: Sides<String>,
     /// What lies inside its binary form.
     pub layout: Layout,
+}
+
+impl TypeInfo {
+    /// On that side it is what `other` is, down to what lies inside.
+    fn same_on(&self, side: Side, other: &TypeInfo) -> bool {
+        let inside = match (&self.layout, &other.layout) {
+            (Layout::Array(one), Layout::Array(other))
+            | (Layout::Range(one), Layout::Range(other))
+            | (Layout::Multirange(one), Layout::Multirange(other)) => one.same_on(side, other),
+            (Layout::Composite(one), Layout::Composite(other)) => {
+                one.len() == other.len() && one.iter().zip(other).all(|(one, other)| one.same_on(side, other))
+            }
+            (one, other) => one == other,
+        };
+        self.oid.get(side) == other.oid.get(side) && inside
+    }
 }
 
 /// One column of a migrating table.
@@ -175,6 +193,45 @@ impl Table {
         format!("{}.{}", quote(self.schema.get(side)), quote(self.name.get(side)))
     }
 
+    /// Its pg_class OID and those of its partitions on that side.
+    pub fn oids(&self, side: Side) -> Vec<u32> {
+        self.partitions.get(side).iter().chain([self.oid.get(side)]).copied().collect()
+    }
+
+    /// On that side it is what `other` is: a statement that was planned under the one means the same under the other, and so does its image.
+    pub fn same_on(&self, side: Side, other: &Table) -> bool {
+        let place = |table: &Table| {
+            let Table { schema, name, oid, partitions, order, row_security, rules, .. } = table;
+            let place = (schema.get(side).clone(), name.get(side).clone(), *oid.get(side));
+            (place, partitions.get(side).clone(), order.get(side).clone(), *row_security.get(side), *rules.get(side))
+        };
+        let key = |table: &Table| table.key.as_ref().map(|key| key.columns.clone());
+        let columns = |one: &Column, other: &Column| {
+            let of = |column: &Column| {
+                let Column { name, type_oid, generated, .. } = column;
+                (name.get(side).clone(), *type_oid.get(side), column.format, *generated.get(side))
+            };
+            of(one) == of(other) && one.kind.same_on(side, &other.kind)
+        };
+        self.number == other.number
+            && place(self) == place(other)
+            && key(self) == key(other)
+            && self.effects.get(side) == other.effects.get(side)
+            && self.columns.len() == other.columns.len()
+            && self.columns.iter().zip(&other.columns).all(|(one, other)| columns(one, other))
+    }
+
+    /// The same rows are kept in the same way as in `other`, on both sides: what was known of their equality is still known.
+    pub fn keeps(&self, other: &Table) -> bool {
+        self.oid == other.oid
+            && self.partitions == other.partitions
+            && self.columns == other.columns
+            // A column may have taken the name of another.
+            && self.order == other.order
+            && self.key == other.key
+            && self.opaque.is_some() == other.opaque.is_some()
+    }
+
     /// `schema.name` as people read it (old's name).
     pub fn label(&self) -> String {
         format!("{}.{}", self.schema.old, self.name.old)
@@ -212,6 +269,12 @@ pub struct Catalog {
     pub one_sided: Sides<Vec<String>>,
     /// (role, table number) that may write the table or a partition and lacks SELECT there, on each side.
     pub no_select: Sides<HashSet<(String, u32)>>,
+    /// Numbers of tables that are on neither side any more: nothing can be owed there.
+    pub gone: HashSet<u32>,
+    /// This side could not be read: the other's definitions stand for it.
+    pub stands_in: Option<Side>,
+    /// Which version of the definitions this is, on each side.
+    pub definitions: Sides<Definitions>,
     /// server_encoding of each side.
     pub encoding: Sides<String>,
     /// server_version_num of each side.
@@ -236,6 +299,17 @@ pub enum Resolution {
 }
 
 impl Catalog {
+    /// Nothing was being changed on either side, when it was read.
+    pub fn is_settled(&self) -> bool {
+        Side::BOTH.iter().all(|side| self.definitions.get(*side).unsettled == Unsettled::Nothing)
+    }
+
+    /// Nothing was being changed on that side, when it was read, that this table depends on.
+    pub fn settled(&self, side: Side, table: &Table) -> bool {
+        let definitions = self.definitions.get(side);
+        definitions.unsettled == Unsettled::Nothing || definitions.settled(&table.oids(side))
+    }
+
     /// What a name in a statement may mean on that side, whatever the search_path.
     pub fn resolve(&self, side: Side, name: &Name) -> Resolution {
         let tables: Vec<Arc<Table>> = match &name.schema {

@@ -10,7 +10,8 @@ use crate::phase::Side;
 /// A migrating table's schema and name, on old and on new.
 pub(super) type Place = (String, String, String, String);
 
-type Numbers = BTreeMap<(String, String), (i32, String, String)>;
+/// By schema and name on old: number, schema and name on new.
+pub(super) type Numbers = BTreeMap<(String, String), (i32, String, String)>;
 
 /// The number of each table, given by (schema and name on old, schema and name on new). Known tables keep theirs, others get the next one,
 /// written on both sides. What one side lacks (a crash between the two, a side made anew) is copied from the other.
@@ -31,7 +32,7 @@ fn key(place: &Place) -> (String, String) {
     (place.0.clone(), place.1.clone())
 }
 
-async fn known(client: &Client, side: Side) -> Result<Numbers, CatalogError> {
+pub(super) async fn known(client: &Client, side: Side) -> Result<Numbers, CatalogError> {
     let query = "SELECT old_schema, old_name, number, new_schema, new_name FROM crossfade.tables";
     let rows = client.query(query, &[]).await.map_err(|error| CatalogError::server(side, error))?;
     Ok(rows.iter().map(|row| ((row.get(0), row.get(1)), (row.get(2), row.get(3), row.get(4)))).collect())

@@ -61,6 +61,65 @@ GRANT INSERT (id, carrier_xid, carrier_pid, carrier_start, carrier_incarnation, 
 -- On the mirror: tokens of transactions that inserted into tables without a key, so that such a debt is never paid twice.
 CREATE TABLE IF NOT EXISTS crossfade.applied (token uuid PRIMARY KEY, at timestamptz NOT NULL DEFAULT clock_timestamp());
 
+-- The version of the definitions: another number after each DDL, given by `note_ddl`, so that a plan can be proven to be current. Numbers are random:
+-- setval is no transaction's, two DDLs may come at once, and neither may bring back a number that was. Read by pg_sequence_last_value, whatever
+-- the reader's snapshot. (nextval would change the lastval() of the session that runs the DDL.)
+CREATE SEQUENCE IF NOT EXISTS crossfade.version;
+GRANT SELECT ON SEQUENCE crossfade.version TO PUBLIC;
+SELECT setval('crossfade.version', 1) WHERE pg_sequence_last_value('crossfade.version') IS NULL;
+
+-- Whoever has changed definitions and not committed yet holds a lock on it: ROW EXCLUSIVE where each change stands behind a lock on its table,
+-- ROW SHARE where one does not (types, functions, privileges).
+CREATE TABLE IF NOT EXISTS crossfade.ddl ();
+
+CREATE OR REPLACE FUNCTION crossfade.note_ddl() RETURNS event_trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    of_tables CONSTANT text[] := '{table,table column,table constraint,index,trigger,policy,rule,sequence,view,default value}';
+    found_kinds text[];
+BEGIN
+    IF TG_EVENT = 'sql_drop' THEN
+        SELECT array_agg(DISTINCT object_type) INTO found_kinds FROM pg_event_trigger_dropped_objects()
+        WHERE NOT is_temporary AND schema_name IS DISTINCT FROM 'crossfade' AND (original OR normal);
+    ELSE
+        SELECT array_agg(DISTINCT object_type) INTO found_kinds FROM pg_event_trigger_ddl_commands()
+        WHERE schema_name IS DISTINCT FROM 'pg_temp' AND schema_name IS DISTINCT FROM 'crossfade'
+        AND command_tag NOT IN ('COMMENT', 'SECURITY LABEL', 'REFRESH MATERIALIZED VIEW', 'REINDEX', 'ALTER DEFAULT PRIVILEGES');
+    END IF;
+    IF found_kinds IS NULL THEN
+        RETURN;
+    ELSIF found_kinds <@ of_tables THEN
+        LOCK TABLE crossfade.ddl IN ROW EXCLUSIVE MODE;
+    ELSE
+        LOCK TABLE crossfade.ddl IN ROW SHARE MODE;
+    END IF;
+    PERFORM setval('crossfade.version', ('x' || substr(replace(gen_random_uuid()::text, '-', ''), 1, 15))::bit(60)::bigint | 2);
+END $$;
+
+-- Only a superuser may make event triggers. Without them changes of definitions are noticed late: `run` says so.
+DO $$
+DECLARE
+    wanted record;
+BEGIN
+    FOR wanted IN SELECT * FROM (VALUES ('crossfade_ddl', 'ddl_command_end'), ('crossfade_drop', 'sql_drop')) AS v(name, event) LOOP
+        IF NOT EXISTS (SELECT FROM pg_event_trigger WHERE evtname = wanted.name) THEN
+            EXECUTE format('CREATE EVENT TRIGGER %I ON %s EXECUTE FUNCTION crossfade.note_ddl()', wanted.name, wanted.event);
+            -- Replicas' sessions (session_replication_role) change definitions, too.
+            EXECUTE format('ALTER EVENT TRIGGER %I ENABLE ALWAYS', wanted.name);
+        END IF;
+    END LOOP;
+EXCEPTION WHEN insufficient_privilege THEN
+    RAISE NOTICE 'event triggers need a superuser';
+END $$;
+
+-- Which version holds, for a transaction whose plans were made for another; -1: it has changed definitions itself.
+CREATE OR REPLACE FUNCTION crossfade.version_now() RETURNS bigint LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'relation' AND relation = 'crossfade.ddl'::regclass) THEN
+        RETURN -1;
+    END IF;
+    RETURN pg_sequence_last_value('crossfade.version');
+END $$;
+
 -- The incarnation of this side, made anew where a crash or promotion has emptied it.
 CREATE OR REPLACE FUNCTION crossfade.incarnate() RETURNS uuid LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE

@@ -8,6 +8,7 @@ use tokio_postgres::types::ToSql;
 use tokio_postgres::{Client, Row, Statement};
 
 use super::error::Error;
+use crate::catalog::Sides;
 use crate::phase::Side;
 
 /// How jobs work. Sizes in bytes.
@@ -139,6 +140,12 @@ impl Link {
         self.batch("rolling back", "ROLLBACK").await
     }
 
+    /// The version of the definitions now, where one is kept.
+    pub(crate) async fn version(&mut self) -> Result<Option<i64>, Error> {
+        let text = "SELECT pg_sequence_last_value('crossfade.version')";
+        Ok(self.rows("reading the definitions' version", text, &[]).await?[0].get(0))
+    }
+
     pub(crate) fn forget_statements(&mut self) {
         self.statements.clear();
     }
@@ -190,6 +197,8 @@ pub struct Pair {
     /// never an application's session that PostgreSQL ends for a deadlock with ours.
     pub(crate) wait: Duration,
     pub(crate) broken: bool,
+    /// The version of each side's definitions that the tables were read at, where one is kept: under another one nothing is written.
+    pub(crate) versions: Sides<Option<i64>>,
 }
 
 impl Pair {
@@ -208,12 +217,29 @@ impl Pair {
         for link in [&authority, &mirror] {
             link.batch("setting lock_timeout", &format!("SET lock_timeout = {}", wait.as_millis().max(1))).await?;
         }
-        Ok(Pair { authority, mirror, settings, wait, broken: false })
+        Ok(Pair { authority, mirror, settings, wait, broken: false, versions: Sides::default() })
     }
 
     /// A connection was lost or given up: this pair is of no more use.
     pub fn is_broken(&self) -> bool {
         self.broken || self.authority.client.is_closed() || self.mirror.client.is_closed()
+    }
+
+    /// While rows are locked on both sides, their tables' definitions stay what they are: are they those that the statements were made for?
+    pub(crate) async fn prove(&mut self) -> Result<(), Error> {
+        for link in [&mut self.authority, &mut self.mirror] {
+            let known = *self.versions.get(link.side);
+            if known.is_some() && link.version().await? != known {
+                return Err(Error::Server {
+                    side: link.side,
+                    doing: "writing rows",
+                    code: tokio_postgres::error::SqlState::LOCK_NOT_AVAILABLE,
+                    message: "definitions have changed; they are read again".to_owned(),
+                    constraint: None,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// The mirror's incarnation now.

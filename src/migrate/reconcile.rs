@@ -279,6 +279,9 @@ async fn equalise(
     }
     // While this answers, the row locks on the authority stand.
     pair.authority.batch("holding rows", "SELECT 1").await?;
+    if written > 0 {
+        pair.prove().await?;
+    }
     pair.mirror.batch("committing", if written > 0 { "COMMIT" } else { "ROLLBACK" }).await?;
     pair.authority.rollback().await?;
     Ok(written)

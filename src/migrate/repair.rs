@@ -9,7 +9,7 @@ use super::link::Pair;
 use super::payable::{self, Entry, State};
 use super::reconcile::{self, Outcome};
 use super::tokens;
-use crate::catalog::{Catalog, Table};
+use crate::catalog::{Catalog, Sides, Table};
 use crate::ledger::clear::{ClearError, Clearing, flush_and_clear};
 use crate::ledger::debts::{Debt, Values};
 use crate::phase::Side;
@@ -92,7 +92,31 @@ pub struct Repair {
 impl Repair {
     /// A worker over these connections, which nothing else may use.
     pub fn new(pair: Pair, catalog: Arc<Catalog>) -> Repair {
-        Repair { pair, catalog, refused: HashMap::new() }
+        let mut repair = Repair { pair, catalog: Arc::default(), refused: HashMap::new() };
+        repair.renew(catalog);
+        repair
+    }
+
+    /// Goes on under these definitions.
+    pub fn renew(&mut self, catalog: Arc<Catalog>) {
+        let version = |side: Side| catalog.definitions.get(side).version;
+        self.pair.versions = Sides { old: version(Side::Old), new: version(Side::New) };
+        self.catalog = catalog;
+    }
+
+    /// Definitions have changed, or were being changed, when they were read: `renew` is needed.
+    pub async fn is_outdated(&mut self) -> Result<bool, Error> {
+        Ok(!self.catalog.is_settled() || !self.versions_hold().await?)
+    }
+
+    async fn versions_hold(&mut self) -> Result<bool, Error> {
+        for link in [&mut self.pair.authority, &mut self.pair.mirror] {
+            let known = self.catalog.definitions.get(link.side).version;
+            if known.is_some() && known != link.version().await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Tries refused debts at once, in the next pass.
@@ -216,12 +240,18 @@ impl Repair {
         keys: HashSet<Values>,
         ledger: &mut Ledger,
     ) -> Result<(), Error> {
+        if self.catalog.gone.contains(&number) {
+            // Dropped on both sides, and its rows with it.
+            return Ok(());
+        }
         let Some(table) = self.catalog.tables.get(&number).cloned() else {
-            let why = format!("table number {number} is not among the migrating tables any more");
+            let why = format!(
+                "table number {number} is not among the migrating tables any more: make it the same on both sides again, or drop it on both"
+            );
             ledger.none_of(number, keys, Unpaid::Refused(why));
             return Ok(());
         };
-        if !lock_tables(&mut self.pair, &[number]).await? {
+        if !self.is_current(&table).await? || !lock_tables(&mut self.pair, &[number]).await? {
             ledger.none_of(number, keys, Unpaid::Busy);
             return Ok(());
         }
@@ -250,6 +280,12 @@ impl Repair {
         unpaid.extend(outcome.locked.into_iter().map(|key| (key, Unpaid::Busy)));
         unpaid.extend(outcome.refused.into_iter().map(|(key, message)| (key, Unpaid::Refused(message))));
         Ok(())
+    }
+
+    /// What a change of definitions has left is not paid by the definitions of before: a new column would not be looked at.
+    async fn is_current(&mut self, table: &Table) -> Result<bool, Error> {
+        let settled = Side::BOTH.iter().all(|side| self.catalog.settled(*side, table));
+        Ok(settled && self.versions_hold().await?)
     }
 
     /// A whole-table debt covers the keys that were read with it: the walk begins after they were read, and passes each of them.

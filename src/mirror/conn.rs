@@ -24,7 +24,8 @@ use crate::wire::stream::Stream;
 
 /// The statement that asks for the open transaction's number.
 const XID: &[u8] = b"xid";
-const XID_TEXT: &[u8] = b"SELECT pg_catalog.pg_current_xact_id()";
+const XID_TEXT: &[u8] = b"SELECT pg_catalog.pg_current_xact_id(), \
+    pg_catalog.pg_sequence_last_value('crossfade.version'::pg_catalog.regclass)";
 
 /// How long the next answer may take, and the clock that tells.
 #[derive(Clone, Copy)]
@@ -51,6 +52,9 @@ pub struct Tail {
     pub token: Option<[u8; 16]>,
     /// Ask for the transaction's xid8.
     pub xid: bool,
+    /// Of the definitions that the steps were made for, where one is kept: what was written to is locked, so that the version that the xid brings
+    /// holds to the transaction's end.
+    pub version: Option<i64>,
 }
 
 /// Who carries images: the transaction on the mirror and its backend.
@@ -94,6 +98,9 @@ pub enum Failure {
     /// The circuit breaker is open.
     #[error("known to be down")]
     Down,
+    /// Its definitions are not those that the images were made for.
+    #[error("its definitions have changed, and are read again")]
+    Definition,
 }
 
 impl Failure {
@@ -106,6 +113,7 @@ impl Failure {
             Failure::Timeout(_) => "timeout",
             Failure::Busy(_) => "busy",
             Failure::Down => "down",
+            Failure::Definition => "definition",
         }
     }
 
@@ -123,6 +131,8 @@ pub struct MirrorConn {
     statements: Statements,
     /// Statements executed since the last Sync: a transaction is open.
     open: bool,
+    /// The open transaction has changed definitions here: their version is its own.
+    pub redefined: bool,
     /// The catalog's generation that its statements were made for.
     pub generation: u64,
 }
@@ -143,6 +153,7 @@ struct Answers {
     /// Steps whose deletes found too few rows.
     again: Vec<usize>,
     xid: Option<i64>,
+    version: Option<i64>,
 }
 
 impl MirrorConn {
@@ -164,6 +175,7 @@ impl MirrorConn {
             backend: Backend { pid: 0, start: 0, incarnation: [0; 16] },
             statements: Statements::new(side),
             open: false,
+            redefined: false,
             generation,
         };
         conn.until_ready().await?;
@@ -208,7 +220,7 @@ impl MirrorConn {
                 _ => {}
             }
         }
-        self.open = false;
+        (self.open, self.redefined) = (false, false);
         match error {
             Some(error) => Err(Failure::Refused(error)),
             None => Ok(row),
@@ -270,7 +282,11 @@ impl MirrorConn {
                 awaited.push(Await::Xid);
             }
         }
-        let Answers { again, xid } = self.answers(&awaited, patience).await?;
+        let Answers { again, xid, version } = self.answers(&awaited, patience).await?;
+        if tail.version.is_some() && tail.version != version {
+            patience.wait(self.roll_back()).await?;
+            return Err(Failure::Definition);
+        }
         for step in again {
             self.delete_again(&steps[step], patience).await?;
         }
@@ -308,7 +324,31 @@ impl MirrorConn {
                 self.bind_execute(b"", &[], &[]);
                 awaited.push(Await::Any);
             }
+            Step::Define(definition) => {
+                self.redefined = true;
+                let patience = definition.took * 4 + Duration::from_secs(1);
+                let limit = ("lock_timeout", patience.as_millis().to_string());
+                let settings: Vec<_> = definition.settings.iter().cloned().chain([limit]).collect();
+                self.put_settings(&settings);
+                frame::parse(&mut self.conn.out, b"", &definition.text, &[]);
+                self.bind_execute(b"", &[], &[]);
+                // What follows in this transaction runs as before.
+                let ours = [("role", "none"), ("search_path", "pg_catalog"), ("lock_timeout", "0")];
+                self.put_settings(&ours.map(|(name, value)| (name, value.to_owned())));
+                awaited.extend([Await::Any, Await::Any, Await::Any]);
+            }
         }
+    }
+
+    /// Settings for the rest of the transaction. SET LOCAL would warn that there is no block.
+    fn put_settings(&mut self, settings: &[(&str, String)]) {
+        let calls: Vec<String> =
+            (0..settings.len()).map(|at| format!("set_config(${}, ${}, true)", 2 * at + 1, 2 * at + 2)).collect();
+        let types = vec![25; settings.len() * 2];
+        frame::parse(&mut self.conn.out, b"", format!("SELECT {}", calls.join(", ")).as_bytes(), &types);
+        let values: Vec<_> =
+            settings.iter().flat_map(|(name, value)| [Some(name.as_bytes()), Some(value.as_bytes())]).collect();
+        self.bind_execute(b"", &[0], &values);
     }
 
     fn put_rows(&mut self, table: &Table, verb: Verb, rows: &[Row], sent: &mut dyn FnMut(usize)) {
@@ -344,7 +384,7 @@ impl MirrorConn {
             loop {
                 let (tag, payload) = self.next(patience).await?;
                 match (tag, one) {
-                    (b'D', Await::Xid) => found.xid = xid8(&payload),
+                    (b'D', Await::Xid) => (found.xid, found.version) = (number(&payload, 0), number(&payload, 1)),
                     (b'C', &Await::Deleted { step, rows }) => {
                         if is_short(affected(&payload), rows) && found.again.last() != Some(&step) {
                             found.again.push(step);
@@ -414,10 +454,10 @@ fn affected(payload: &[u8]) -> usize {
     std::str::from_utf8(digits).ok().and_then(|digits| digits.parse().ok()).unwrap_or(0)
 }
 
-/// The xid8 of a row with that one column, in binary.
-fn xid8(payload: &Bytes) -> Option<i64> {
+/// A number of eight bytes in a row, in binary.
+fn number(payload: &Bytes, at: usize) -> Option<i64> {
     let row = values(payload).ok()?;
-    Some(i64::from_be_bytes(row.first()?.as_ref().try_into().ok()?))
+    Some(i64::from_be_bytes(row.get(at)?.as_ref().try_into().ok()?))
 }
 
 fn values(payload: &Bytes) -> Result<Vec<Bytes>, Failure> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 
-use super::writes::Op;
+use super::writes::{Definition, Op};
 use crate::catalog::Table;
 use crate::ledger::debts::{Debt, Values, encode};
 use crate::plan::image::{Row, key_of};
@@ -21,6 +21,8 @@ pub enum Step {
     Insert(Arc<Table>, Vec<Row>),
     /// These tables are empty.
     Truncate(Arc<Vec<Arc<Table>>>),
+    /// Definitions change.
+    Define(Arc<Definition>),
 }
 
 /// The steps for these writes. Where a key was written several times only its last state travels; vanished keys come before rows
@@ -29,9 +31,9 @@ pub fn steps(ops: Vec<Op>) -> Vec<Step> {
     let mut steps = Vec::new();
     let mut segment = Vec::new();
     for op in ops {
-        if let Op::Truncate(tables) = op {
+        if matches!(op, Op::Truncate(_) | Op::Define(_)) {
             settle(std::mem::take(&mut segment), &mut steps);
-            steps.push(Step::Truncate(tables));
+            steps.push(single(op));
         } else {
             segment.push(op);
         }
@@ -47,10 +49,12 @@ fn settle(ops: Vec<Op>, steps: &mut Vec<Step>) {
     }
     let mut tables: BTreeMap<u32, Vec<Op>> = BTreeMap::new();
     for op in ops {
-        tables.entry(table_of(&op).number).or_default().push(op);
+        if let Some(table) = table_of(&op) {
+            tables.entry(table.number).or_default().push(op);
+        }
     }
     for ops in tables.into_values() {
-        let table = table_of(&ops[0]).clone();
+        let Some(table) = table_of(&ops[0]).cloned() else { continue };
         match &table.key {
             Some(key) if key.bytewise => last_states(&table, ops, steps),
             _ => in_order(ops, steps),
@@ -58,10 +62,11 @@ fn settle(ops: Vec<Op>, steps: &mut Vec<Step>) {
     }
 }
 
-fn table_of(op: &Op) -> &Arc<Table> {
+fn table_of(op: &Op) -> Option<&Arc<Table>> {
     match op {
-        Op::Upsert(table, _) | Op::Delete(table, _) | Op::Insert(table, _) => table,
-        Op::Truncate(tables) => &tables[0],
+        Op::Upsert(table, _) | Op::Delete(table, _) | Op::Insert(table, _) => Some(table),
+        Op::Truncate(tables) => tables.first(),
+        Op::Define(_) => None,
     }
 }
 
@@ -71,6 +76,7 @@ fn single(op: Op) -> Step {
         Op::Delete(table, row) => Step::Delete(table, vec![row]),
         Op::Insert(table, row) => Step::Insert(table, vec![row]),
         Op::Truncate(tables) => Step::Truncate(tables),
+        Op::Define(definition) => Step::Define(definition),
     }
 }
 
@@ -81,7 +87,7 @@ fn last_states(table: &Arc<Table>, ops: Vec<Op>, steps: &mut Vec<Step>) {
         let (present, row) = match op {
             Op::Upsert(_, row) | Op::Insert(_, row) => (true, row),
             Op::Delete(_, row) => (false, row),
-            Op::Truncate(_) => continue,
+            Op::Truncate(_) | Op::Define(_) => continue,
         };
         if let Some(before) = at.insert(key_of(table, &row), states.len()) {
             states[before] = None;
@@ -136,6 +142,8 @@ fn may_bring_back(later: &Step, table: &Table) -> bool {
             written.number == table.number && !table.key.as_ref().is_some_and(|key| key.bytewise)
         }
         Step::Delete(..) => false,
+        // What is done again was deleted under the definitions before.
+        Step::Define(_) => true,
     }
 }
 
@@ -198,6 +206,8 @@ impl Debts {
                 self.bound(table.number);
             }
             Op::Truncate(tables) => tables.iter().for_each(|table| self.whole(table.number, false)),
+            // The tables that it names are tainted beside it.
+            Op::Define(_) => {}
         }
     }
 

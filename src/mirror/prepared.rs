@@ -85,7 +85,7 @@ impl Statements {
     }
 
     /// One statement for a whole transaction, where its kind was seen before: rows are added and rewritten only, in different tables. It returns
-    /// the transaction's xid8. Its parameters are those of the steps, one after another, then the token.
+    /// the transaction's xid8 and the version of the definitions. Its parameters are those of the steps, one after another, then the token.
     ///
     /// The parts of such a statement do not see each other, and run in any order: deletes stay apart, since rows wait for them.
     pub(super) fn together(&mut self, steps: &[Step], token: bool, out: &mut BytesMut) -> Option<Known> {
@@ -96,7 +96,7 @@ impl Statements {
                 Step::Upsert(table, _) if image::needs_replace(table, self.side) => return None,
                 Step::Upsert(table, rows) => (table, Verb::Upsert, rows.len()),
                 Step::Insert(table, rows) => (table, Verb::Insert, rows.len()),
-                Step::Delete(..) | Step::Truncate(_) => return None,
+                Step::Delete(..) | Step::Truncate(_) | Step::Define(_) => return None,
             };
             if rows > ROWS_TOGETHER.min(per_statement(table, verb)) || sort.iter().any(|(n, ..)| *n == table.number) {
                 return None;
@@ -129,7 +129,9 @@ impl Statements {
                     let taken = format!(", t AS (INSERT INTO crossfade.applied (token) VALUES (${number}))");
                     statement.text.push_str(&taken);
                 }
-                statement.text.push_str(" SELECT pg_catalog.pg_current_xact_id()");
+                statement.text.push_str(
+                    " SELECT pg_catalog.pg_current_xact_id(), pg_catalog.pg_sequence_last_value('crossfade.version'::pg_catalog.regclass)",
+                );
                 let known = parse(format!("together{}", self.named), statement, out);
                 self.named += 1;
                 Some(unprepared.insert(known).clone())

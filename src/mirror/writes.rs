@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -19,6 +20,19 @@ pub enum Op {
     Insert(Arc<Table>, Row),
     /// All rows of these tables are gone.
     Truncate(Arc<Vec<Arc<Table>>>),
+    /// Definitions were changed.
+    Define(Arc<Definition>),
+}
+
+/// DDL that the authority has run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Definition {
+    /// The client's text.
+    pub text: Bytes,
+    /// Settings of the client's session under which it means the same, by name: its role, its search_path.
+    pub settings: Vec<(&'static str, String)>,
+    /// How long the authority took.
+    pub took: Duration,
 }
 
 impl Op {
@@ -29,6 +43,7 @@ impl Op {
                 64 + row.values.iter().flatten().map(Bytes::len).sum::<usize>() + 32 * row.values.len()
             }
             Op::Truncate(tables) => 64 + 8 * tables.len(),
+            Op::Define(definition) => 64 + definition.text.len(),
         }
     }
 }
@@ -55,6 +70,10 @@ pub struct Writes {
     pub tainted: BTreeSet<u32>,
     /// Tables that the audit found to be written out of sight; gone with the savepoint behind which they were found.
     pub suspects: Vec<u32>,
+    /// The transaction has changed definitions: plans do not fit any more, and images from here on are not used.
+    pub redefined: bool,
+    /// What the mirror said to that.
+    pub refusal: Option<String>,
     /// Why, for logs and metrics: the first reason.
     pub reason: Option<&'static str>,
     savepoints: Vec<Savepoint>,
@@ -85,6 +104,16 @@ impl Writes {
     pub fn taint(&mut self, table: u32, reason: &'static str) {
         self.tainted.insert(table);
         self.reason.get_or_insert(reason);
+    }
+
+    /// Drops the images that are held. What was sent ahead cannot be dropped: true, there is such.
+    pub fn forsake(&mut self) -> bool {
+        self.ops.retain(|op| matches!(op, Op::Define(_)));
+        self.bytes = self.ops.iter().map(Op::size).sum();
+        for savepoint in &mut self.savepoints {
+            savepoint.ops = savepoint.ops.min(self.ops.len());
+        }
+        self.spilled > 0
     }
 
     /// Takes what is held, to be sent to the mirror now.

@@ -61,7 +61,7 @@ pub fn plan(facts: &Facts, catalog: &Catalog, authority: Side, role: Option<&str
 }
 
 fn opaque(reason: &'static str, tables: Vec<Arc<Table>>) -> Plan {
-    Plan::Opaque(Arc::new(Opaque { reason, tables, unwrapped: false, ddl: false }))
+    Plan::Opaque(Arc::new(Opaque { reason, tables, unwrapped: false, ddl: false, replays: false }))
 }
 
 fn with(plan: Plan, change: impl FnOnce(&mut Opaque)) -> Plan {

@@ -68,6 +68,8 @@ pub struct Opaque {
     pub unwrapped: bool,
     /// It may change definitions: the catalog is loaded again behind it.
     pub ddl: bool,
+    /// Its text may run on the mirror, too, in the transaction that carries the images (`mirror.ddl: mirror`).
+    pub replays: bool,
 }
 
 /// COPY FROM STDIN into one migrating table.

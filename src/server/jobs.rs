@@ -11,12 +11,14 @@ use tokio_postgres::Client;
 use tracing::{debug, error, info, warn};
 
 use super::Stop;
+use crate::catalog::{definitions, fingerprint};
 use crate::ledger::clear::{ClearError, Clearing, flush_and_clear};
 use crate::migrate::repair::Repair;
 use crate::migrate::{self, Pair};
 use crate::phase::Side;
 use crate::shared::{Paid, Shared, World, lock};
 use crate::switch::mover::{self, Stays};
+use crate::switch::renew::renew;
 
 /// How often debts that were paid are cleared.
 const CLEAR: Duration = Duration::from_millis(200);
@@ -226,7 +228,7 @@ async fn probe(shared: Arc<Shared>, side: Side) {
             pause = (pause * 2).min(Duration::from_secs(2));
         }
         // Definitions that were taken from the authority while the mirror was down are read before anything is sent to it.
-        if let Err(error) = read_again(&shared).await {
+        if let Err(error) = renew(&shared).await {
             debug!(%error, "definitions cannot be read yet");
             tokio::time::sleep(Duration::from_secs(1)).await;
             continue;
@@ -237,53 +239,49 @@ async fn probe(shared: Arc<Shared>, side: Side) {
     }
 }
 
+/// How often it is asked whether definitions have changed, and how often where a change is under way; and how often all of them are compared, where no
+/// event trigger tells (roles are told of by none).
+const VERSION: Duration = Duration::from_secs(1);
+const UNSETTLED: Duration = Duration::from_millis(100);
+const FINGERPRINT: Duration = Duration::from_secs(5);
+
 /// Reads the definitions again where they have changed.
 async fn refresh(shared: Arc<Shared>) {
-    let mut known: Option<(String, String)> = None;
+    let mut prints: Option<(String, String)> = None;
+    let mut compared = Instant::now();
     let mut hands = Hands::default();
     loop {
+        let pause = match shared.world.load().catalog.is_settled() {
+            true => VERSION,
+            false => UNSETTLED,
+        };
         let told = tokio::select! {
             () = shared.stale.notified() => true,
-            () = tokio::time::sleep(Duration::from_secs(5)) => false,
+            () = tokio::time::sleep(pause) => false,
         };
         let Some(mirror) = shared.world.load().phase.mirror() else { continue };
         if !shared.health.get(mirror).up() {
             continue;
         }
         let Ok(Some((authority, other))) = hands.get(&shared, "crossfade catalog").await else { continue };
-        let prints = async {
-            Some((crate::catalog::fingerprint(authority).await.ok()?, crate::catalog::fingerprint(other).await.ok()?))
-        };
-        let Some(prints) = prints.await else { continue };
-        let changed = known.as_ref().is_some_and(|known| *known != prints);
-        if told || changed {
-            match read_again(&shared).await {
-                Ok(()) => known = Some(prints),
-                Err(error) => warn!(%error, "definitions cannot be read again"),
-            }
-        } else {
-            known = Some(prints);
+        let found = async { Some((definitions(authority).await.ok()?, definitions(other).await.ok()?)) };
+        let Some(found) = found.await else { continue };
+        let known = shared.world.load().catalog.definitions.clone();
+        let told = told && (found.0.version.is_none() || found.1.version.is_none());
+        let mut changed = (known.get(mirror.other()), known.get(mirror)) != (&found.0, &found.1);
+        if !changed && (told || prints.is_none() || compared.elapsed() > FINGERPRINT) {
+            let now = async { Some((fingerprint(authority).await.ok()?, fingerprint(other).await.ok()?)) };
+            let Some(now) = now.await else { continue };
+            changed = prints.as_ref().is_some_and(|known| *known != now);
+            (prints, compared) = (Some(now), Instant::now());
+        }
+        if (changed || told)
+            && let Err(error) = renew(&shared).await
+        {
+            prints = None;
+            warn!(%error, "definitions cannot be read again");
         }
     }
-}
-
-async fn read_again(shared: &Shared) -> Result<(), mover::MoveError> {
-    let _switching = shared.switching.lock().await;
-    let world = shared.world.load_full();
-    if world.phase.mirror().is_none() {
-        return Ok(());
-    }
-    let config = shared.config.load_full();
-    let (catalog, whole) = mover::load_catalog(&config, world.phase.authority()).await?;
-    if !whole {
-        return Err(mover::MoveError::Closed("the mirror's definitions cannot be read".into()));
-    }
-    shared.world.store(Arc::new(World {
-        generation: world.generation + 1,
-        catalog: Arc::new(catalog),
-        ..(*world).clone()
-    }));
-    Ok(())
 }
 
 /// Keeps the metrics that are read from the databases.

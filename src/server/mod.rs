@@ -106,8 +106,10 @@ fn share(config: Config) -> Result<Shared, RunError> {
         // Never 0: whoever reads the ledger begins behind it.
         next_debt: AtomicI64::new(1),
         stale: Notify::new(),
+        renewed: Notify::new(),
         owed: Notify::new(),
         wanted: Notify::new(),
+        ledger: Default::default(),
         switching: tokio::sync::Mutex::new(()),
         ready: std::sync::atomic::AtomicBool::new(false),
         config_error: Default::default(),
@@ -166,6 +168,9 @@ async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
     let client = Shared::database(&config, authority).connect("crossfade").await?;
     if holds.phase.mirror().is_some() {
         migrate::install(&client, authority).await?;
+        if let Ok(mirror) = Shared::database(&config, authority.other()).connect("crossfade").await {
+            migrate::install(&mirror, authority.other()).await?;
+        }
         let (catalog, whole) = mover::load_catalog(&config, authority).await?;
         if !whole {
             shared.health.get(authority.other()).trip();

@@ -148,6 +148,8 @@ impl Session {
     pub(super) fn look_before(&mut self, planned: &Planned, told: Told) {
         let (reason, tables): (&'static str, &[Arc<Table>]) = match &planned.plan {
             Plan::Opaque(opaque) if opaque.unwrapped && !self.in_block() => return,
+            // What it names is tainted, and it runs nothing else.
+            Plan::Opaque(opaque) if self.replays(opaque) => return,
             Plan::Opaque(opaque) => (opaque.reason, &opaque.tables),
             Plan::Capture(capture) if capture.audited => ("trigger", &[]),
             Plan::Copy(copy) if copy.audited => ("trigger", &[]),
@@ -260,6 +262,8 @@ impl Session {
     /// `mirror.strict` refuses this statement.
     pub(super) fn refusal(&self, planned: &Planned) -> Option<Report> {
         match &planned.plan {
+            Plan::Opaque(opaque) if self.refuses_ddl(opaque).is_some() => self.refuses_ddl(opaque),
+            Plan::Opaque(opaque) if self.replays(opaque) => None,
             Plan::Opaque(opaque) if self.strict() && !(opaque.ddl && opaque.tables.is_empty()) => Some(refused(opaque)),
             _ => None,
         }

@@ -53,8 +53,8 @@ pub struct Portal {
     pub planned: Option<Arc<Planned>>,
     /// The hidden column comes in binary.
     pub binary: bool,
-    /// The statement's text, of a COPY.
-    pub copy: Option<Bytes>,
+    /// The statement's text, of a COPY or of DDL.
+    pub text: Option<Bytes>,
     /// It has run to its end, as far as was asked. A write without RETURNING runs once.
     pub ran: bool,
 }

@@ -5,24 +5,26 @@ use bytes::{Buf, Bytes};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tracing::{debug, error, warn};
+use tracing::{debug, warn};
 
 use super::expect::{Done, Expected, Kind, To};
+use super::follow::commit_mirror;
+use super::prove::{Doubt, taints};
 use super::{Carry, End, Held, Kept, Session};
-use crate::clock::{Clock, Late};
+use crate::clock::Late;
 use crate::config::Commit;
-use crate::ledger::owe::{OWE, OWE_TYPES, TAINT, TAINT_TYPES};
+use crate::ledger::owe::{OWE, OWE_TYPES, PROVE, PROVE_TYPES, TAINT, TAINT_TYPES};
 use crate::mirror::conn::{Backend, Carrier, Failure, Patience, Tail};
 use crate::mirror::flight::{self, steps};
 use crate::mirror::pool::Lease;
 use crate::mirror::writes::Op;
-use crate::phase::Side;
 use crate::plan::Opaque;
-use crate::shared::{Paid, Shared};
+use crate::shared::Shared;
 use crate::sql::facts::Verb;
 use crate::wire::frame::{self, Report};
 
 pub(super) const OWE_NAME: &[u8] = b"crossfade_owe";
+pub(super) const PROVE_NAME: &[u8] = b"crossfade_prove";
 pub(super) const TAINT_NAME: &[u8] = b"crossfade_taint";
 
 /// While the proxy holds a transaction for longer than this, the server is kept from taking it for idle.
@@ -40,8 +42,10 @@ enum Executed {
 struct Settled {
     executed: Executed,
     id: i64,
-    /// `best-effort`: the debts that were not written, for when the mirror's COMMIT fails.
-    unwritten: Option<Bytes>,
+    /// What it owes beside taints.
+    debts: Bytes,
+    /// `best-effort`: the debts were not written; they are when the mirror's COMMIT fails.
+    unwritten: bool,
 }
 
 /// How the client ends its transaction, where that may make its writes last.
@@ -267,8 +271,8 @@ impl Session {
                 "Nothing was committed. Look at `crossfade status`; connect again once the mirror is up, or set mirror.strict: false.",
             )));
         }
-        let (id, unwritten) = self.put_debts(&executed);
-        Ok(Before::Ready(Some(Settled { executed, id, unwritten })))
+        let settled = self.put_debts(executed);
+        Ok(Before::Ready(Some(settled)))
     }
 
     /// `mirror.strict` wants every transaction on the mirror when it commits; one that is prepared cannot be there.
@@ -283,41 +287,66 @@ impl Session {
     }
 
     /// The ledger rows of this transaction, into the flight of COMMIT.
-    fn put_debts(&mut self, executed: &Executed) -> (i64, Option<Bytes>) {
+    fn put_debts(&mut self, executed: Executed) -> Settled {
         let id = self.shared.debt_id();
-        let (debts, taints) = (self.debts().encode(false), self.debts().encode(true));
+        let (debts, taints) = (self.debts().encode(false).freeze(), self.debts().encode(true));
         let carried = matches!(executed, Executed::On(..));
-        let later = carried && self.shared.config.load().mirror.commit == Commit::BestEffort;
-        if !later && !debts.is_empty() {
-            let (xid, backend, reason) = match executed {
+        let unwritten = carried && self.shared.config.load().mirror.commit == Commit::BestEffort;
+        // A transaction that has changed definitions itself has proven what it wrote before that.
+        let version = self.world.catalog.definitions.get(self.side).version.filter(|_| !self.writes.redefined);
+        if let (true, false, Some(version)) = (unwritten, debts.is_empty(), version) {
+            self.put_proof(id, version);
+        } else if !unwritten && !debts.is_empty() {
+            let (xid, backend, reason) = match &executed {
                 Executed::On(_, carrier) => (carrier.xid, Some(carrier.backend), None),
                 Executed::Owed(backend, reason) => (None, *backend, Some(*reason)),
             };
-            self.put_owe(id, xid, backend, &debts, reason);
+            self.put_owe(id, (xid, backend), &debts, reason, version);
         }
-        let unwritten = (later && !debts.is_empty()).then(|| debts.freeze());
         if !taints.is_empty() {
             let reason = self.writes.reason.unwrap_or("opaque");
+            let refusal = self.writes.refusal.take().map(|said| format!("{reason}; the mirror: {said}"));
             let id = self.shared.debt_id();
-            self.put_taint(id, &taints, reason);
+            self.put_taint(id, &taints, refusal.as_deref().unwrap_or(reason));
         }
-        (id, unwritten)
+        // Definitions that the mirror is about to have, too, are read again when it has.
+        self.writes.redefined &= !carried;
+        Settled { executed, id, unwritten: unwritten && !debts.is_empty(), debts }
     }
 
     /// Taints, unless the transaction has written nothing at all: a volatile function may have only looked, and a read-only transaction
     /// could not take the debt.
-    fn put_taint(&mut self, id: i64, taints: &[u8], reason: &'static str) {
+    fn put_taint(&mut self, id: i64, taints: &[u8], reason: &str) {
         let id = id.to_be_bytes();
         let values = [Some(&id[..]), Some(taints), Some(reason.as_bytes())];
         self.put_ours(TAINT_NAME, TAINT.as_bytes(), &TAINT_TYPES, &values, To::Us);
     }
 
-    fn put_owe(&mut self, id: i64, xid: Option<i64>, backend: Option<Backend>, debts: &[u8], reason: Option<&str>) {
+    /// `best-effort`: only the question whether the plans were those of the definitions that hold.
+    fn put_proof(&mut self, id: i64, version: i64) {
+        let unproven = taints(self.world.catalog.tables.keys().copied());
+        let (id, version) = (id.to_be_bytes(), version.to_be_bytes());
+        let values = [Some(&id[..]), Some(&version[..]), Some(&unproven[..])];
+        self.put_ours(PROVE_NAME, PROVE.as_bytes(), &PROVE_TYPES, &values, To::Us);
+    }
+
+    /// The debts; and the question whether the plans were those of the definitions that hold: what was written is locked, so that they hold from the
+    /// first write on. If not, what the images say is not known, and a trigger made since may have written anywhere: all tables are owed.
+    fn put_owe(
+        &mut self,
+        id: i64,
+        (xid, backend): (Option<i64>, Option<Backend>),
+        debts: &[u8],
+        reason: Option<&str>,
+        version: Option<i64>,
+    ) {
         let id = id.to_be_bytes();
         let xid = xid.map(i64::to_be_bytes);
         let pid = backend.map(|backend| backend.pid.to_be_bytes());
         let start = backend.map(|backend| backend.start.to_be_bytes());
         let incarnation = backend.map(|backend| backend.incarnation);
+        let unproven = version.map(|_| taints(self.world.catalog.tables.keys().copied()));
+        let version = version.map(i64::to_be_bytes);
         let values = [
             Some(&id[..]),
             xid.as_ref().map(|v| &v[..]),
@@ -326,6 +355,8 @@ impl Session {
             incarnation.as_ref().map(|v| &v[..]),
             Some(debts),
             reason.map(str::as_bytes),
+            version.as_ref().map(|v| &v[..]),
+            unproven.as_deref(),
         ];
         self.put_ours(OWE_NAME, OWE.as_bytes(), &OWE_TYPES, &values, To::Us);
     }
@@ -333,30 +364,50 @@ impl Session {
     /// Waits for the authority's answer to COMMIT and settles the mirror by it.
     async fn answered(&mut self, settled: Option<Settled>) -> Result<(), End> {
         let outcome = self.settle().await;
-        let Some(Settled { executed, id, unwritten }) = settled else { return outcome };
+        let Some(settled) = settled else { return outcome };
         let committed = flight::committed(outcome.is_ok().then_some(&self.kept.tag[..]));
-        self.settled(executed, (id, unwritten), committed);
+        self.settled(settled, committed);
         outcome
     }
 
-    fn settled(&mut self, executed: Executed, (id, unwritten): (i64, Option<Bytes>), committed: bool) {
+    /// What `owe` said of the definitions: None, they are those of our plans; else their version.
+    fn other_version(&self) -> Option<i64> {
+        let said = self.kept.rows.first()?.first()?.as_ref()?;
+        std::str::from_utf8(said).ok()?.parse().ok()
+    }
+
+    fn settled(&mut self, settled: Settled, committed: bool) {
         let shared = self.shared.clone();
-        match executed {
-            Executed::On(lease, carrier) if committed => {
+        let clock = self.worker.clock.clone();
+        let Settled { executed, id, debts, unwritten } = settled;
+        let doubt = self.other_version().filter(|_| committed).map(|version| Doubt {
+            world: self.world.clone(),
+            side: self.side,
+            id,
+            debts: debts.clone(),
+            version,
+        });
+        match (executed, doubt) {
+            (Executed::On(lease, carrier), Some(doubt)) => {
+                tokio::task::spawn_local(doubt.decide(shared, clock, Some((lease, carrier))));
+            }
+            (Executed::Owed(..), Some(doubt)) => {
+                tokio::task::spawn_local(doubt.decide(shared, clock, None));
+            }
+            (Executed::On(lease, carrier), None) if committed => {
                 shared.paid.carrying.fetch_add(1, Ordering::SeqCst);
-                let owed = unwritten.map(|debts| (self.side, debts));
-                let clock = self.worker.clock.clone();
+                let owed = unwritten.then_some((self.side, debts));
                 tokio::task::spawn_local(commit_mirror(shared, clock, lease, (carrier, id), owed));
             }
-            Executed::On(mut lease, _) => {
+            (Executed::On(mut lease, _), None) => {
                 tokio::task::spawn_local(async move {
                     if lease.conn.roll_back().await.is_ok() {
                         lease.release();
                     }
                 });
             }
-            Executed::Owed(..) if committed => shared.owed.notify_one(),
-            Executed::Owed(..) => {}
+            (Executed::Owed(..), None) if committed => shared.owed.notify_one(),
+            (Executed::Owed(..), None) => {}
         }
     }
 
@@ -413,6 +464,9 @@ impl Session {
         };
         outcome.map_err(|(backend, failure)| {
             self.degrade(&failure);
+            if self.writes.redefined {
+                self.writes.refusal = Some(failure.to_string());
+            }
             (backend, failure.reason())
         })
     }
@@ -421,6 +475,7 @@ impl Session {
         let table = match op {
             Op::Upsert(table, _) | Op::Delete(table, _) | Op::Insert(table, _) => table,
             Op::Truncate(tables) => &tables[0],
+            Op::Define(_) => return,
         };
         self.shared.metrics.mirror_images.with_label_values(&[&table.label()]).inc();
     }
@@ -530,7 +585,7 @@ async fn carry_out(
 ) -> Result<(Box<Lease>, Option<i64>), (Option<Backend>, Failure)> {
     let Some(mirror) = world.phase.mirror() else { return Err((None, Failure::Down)) };
     let config = worker.shared.config.load_full();
-    let timeout = config.mirror.timeout;
+    let timeout = Session::patience(&ops, config.mirror.timeout);
     let mut lease = match lease {
         Some(lease) => lease,
         None => {
@@ -539,20 +594,24 @@ async fn carry_out(
             }
             let pool = worker.pools.get(mirror);
             let db = Shared::database(&config, mirror);
-            Box::new(pool.lease(db, world.generation, timeout).await.map_err(|failure| (None, failure))?)
+            Box::new(pool.lease(db, world.generation, config.mirror.timeout).await.map_err(|failure| (None, failure))?)
         }
     };
     let backend = lease.conn.backend();
     // A session that answered with an error has undone its transaction; one that did not answer may still be at work.
     let failed = |failure: Failure| match failure {
-        Failure::Refused(_) => (None, failure),
+        Failure::Refused(_) | Failure::Definition => (None, failure),
         _ => (Some(backend), failure),
     };
     let patience = Patience { clock: &worker.clock, limit: timeout };
-    match lease.conn.execute(&steps(ops), Tail { token, xid: last }, patience).await {
+    let version = world.catalog.definitions.get(mirror).version;
+    match execute(&mut lease, version, ops, Tail { token, xid: last, version: None }, patience).await {
         Ok(xid) => Ok((lease, xid)),
         Err(failure) => {
-            if matches!(failure, Failure::Refused(_)) {
+            if matches!(failure, Failure::Definition) {
+                worker.shared.stale.notify_one();
+            }
+            if matches!(failure, Failure::Refused(_) | Failure::Definition) {
                 lease.release();
             }
             Err(failed(failure))
@@ -560,67 +619,23 @@ async fn carry_out(
     }
 }
 
-/// The authority has committed: so does the mirror. Nobody waits; the debt is cleared after the next flush there.
-/// `owed`: debts that the authority on that side has not been told of.
-async fn commit_mirror(
-    shared: std::sync::Arc<Shared>,
-    clock: Clock,
-    mut lease: Box<Lease>,
-    (carrier, id): (Carrier, i64),
-    owed: Option<(Side, Bytes)>,
-) {
-    let timeout = shared.config.load().mirror.timeout.max(Duration::from_secs(10));
-    let commit = async {
-        lease.conn.send_commit().await?;
-        lease.conn.committed().await
-    };
-    let committed = clock.limit(timeout, commit).await;
-    if !matches!(committed, Ok(Ok(())))
-        && let Some((side, debts)) = owed
+/// What was written before the transaction has changed definitions is proven to be for those that the mirror has; behind that the version is its own.
+async fn execute(
+    lease: &mut Lease,
+    version: Option<i64>,
+    mut ops: Vec<Op>,
+    tail: Tail,
+    patience: Patience<'_>,
+) -> Result<Option<i64>, Failure> {
+    if let Some(at) = ops.iter().position(|op| matches!(op, Op::Define(_)))
+        && !lease.conn.redefined
     {
-        owe_afterwards(&shared, side, (carrier, id), &debts).await;
-    }
-    match committed {
-        Ok(Ok(())) => {
-            shared.paid.push(Paid { id, incarnation: carrier.backend.incarnation });
-            lease.release();
+        let behind = ops.split_off(at);
+        if !ops.is_empty() {
+            lease.conn.execute(&steps(ops), Tail { token: None, xid: true, version }, patience).await?;
         }
-        Ok(Err(failure)) => {
-            debug!(error = %failure, "COMMIT on the mirror failed; its debt stays");
-            shared.owed.notify_one();
-        }
-        Err(Late) => {
-            debug!("COMMIT on the mirror was not answered; its debt stays");
-            shared.owed.notify_one();
-        }
+        return lease.conn.execute(&steps(behind), tail, patience).await;
     }
-    // Last: whoever sees that nothing is carried finds the debt in the queue.
-    shared.paid.carrying.fetch_sub(1, Ordering::SeqCst);
-}
-
-/// `best-effort`: the authority has committed, and the mirror has not. The debts come late; a proxy that dies before them leaves rows that differ.
-async fn owe_afterwards(shared: &Shared, side: Side, (carrier, id): (Carrier, i64), debts: &[u8]) {
-    let config = shared.config.load_full();
-    let backend = carrier.backend;
-    let written = async {
-        let ledger =
-            Shared::database(&config, side).connect("crossfade owes").await.map_err(|error| error.to_string())?;
-        let owe = OWE.replace("$5", "pg_catalog.encode($5::bytea, 'hex')::uuid");
-        let incarnation = &backend.incarnation[..];
-        ledger
-            .execute(&owe, &[&id, &carrier.xid, &backend.pid, &backend.start, &incarnation, &debts, &None::<&str>])
-            .await
-            .map_err(|error| error.to_string())
-    };
-    match written.await {
-        Ok(_) => warn!(
-            debt = id,
-            "COMMIT on the mirror failed after the authority had committed (best-effort); its rows are owed now"
-        ),
-        Err(error) => error!(
-            debt = id,
-            %error,
-            "COMMIT on the mirror failed and its debts could not be written: rows may differ. Moving back to `old` and to `dual-write` again compares every row; a table without a key is copied by `crossfade repair --table NAME`"
-        ),
-    }
+    let version = version.filter(|_| tail.xid && !lease.conn.redefined);
+    lease.conn.execute(&steps(ops), Tail { version, ..tail }, patience).await
 }

@@ -172,11 +172,11 @@ impl Session {
             }
             _ => self.forward(head),
         }
-        let copies = planned.facts.verb == Verb::CopyFromStdin;
-        let copy = self.prepared.get(&name).filter(|_| copies).and_then(|prepared| prepared.text.clone());
+        let kept = matches!(planned.facts.verb, Verb::CopyFromStdin | Verb::Ddl { .. });
+        let text = self.prepared.get(&name).filter(|_| kept).and_then(|prepared| prepared.text.clone());
         self.portal_count += 1;
         self.portals
-            .insert(portal, Portal { number: self.portal_count, planned: Some(planned), binary, copy, ran: false });
+            .insert(portal, Portal { number: self.portal_count, planned: Some(planned), binary, text, ran: false });
         Ok(())
     }
 
@@ -193,7 +193,7 @@ impl Session {
             return Ok(());
         }
         match &planned.plan {
-            Plan::Opaque(opaque) if opaque.unwrapped => {
+            Plan::Opaque(opaque) if opaque.unwrapped && !self.replays(opaque) => {
                 self.settle().await?;
                 if !self.queue.skipping()
                     && let Some(debt) = self.register_unwrapped(opaque).await?
@@ -232,8 +232,15 @@ impl Session {
             self.expect(Expected { done: Done::Ours(name), ..Expected::of(Kind::Parse, to.clone()) });
         }
         // The client's unnamed portal may be waiting for its Execute. Ours of this name goes with the transaction that it ends, or is closed.
-        let apart = [super::commit::OWE_NAME, super::commit::TAINT_NAME, audit::LOOK_NAME, audit::CONSTRAINTS_NAME]
-            .contains(&name)
+        let apart = [
+            super::commit::OWE_NAME,
+            super::commit::PROVE_NAME,
+            super::commit::TAINT_NAME,
+            audit::LOOK_NAME,
+            audit::CONSTRAINTS_NAME,
+            super::define::NAME,
+        ]
+        .contains(&name)
             || copy_rows::AROUND.contains(&name);
         let portal: &[u8] = if apart { name } else { b"" };
         frame::bind(&mut self.server.out, portal, name, &[1], values.iter().copied(), 0);
@@ -294,8 +301,8 @@ impl Session {
                 return Ok(());
             }
         };
-        let Some((planned, binary, number, copy)) =
-            portal.and_then(|portal| Some((portal.planned?, portal.binary, portal.number, portal.copy)))
+        let Some((planned, binary, number, text)) =
+            portal.and_then(|portal| Some((portal.planned?, portal.binary, portal.number, portal.text)))
         else {
             self.queue.push(Expected::client(Kind::Execute));
             self.forward(head);
@@ -325,9 +332,10 @@ impl Session {
         }
         self.note_statement(&planned);
         self.look_before(&planned, Told::Client);
-        if let (Some(text), true) = (copy, self.in_block()) {
+        let defined = self.before_definition(&planned).await?;
+        if let (Some(text), Verb::CopyFromStdin, true) = (&text, &planned.facts.verb, self.in_block()) {
             let frame = self.client.inb.split_to(head.total).freeze();
-            return self.copy_extended(frame, &planned, &text).await;
+            return self.copy_extended(frame, &planned, text).await;
         }
         let to = way(&planned, binary).cut().map_or(To::Client, To::Cut);
         let mut done = done(&planned);
@@ -347,6 +355,9 @@ impl Session {
             _ => self.forward(head),
         }
         self.look_behind(&planned, Told::Client);
+        if let (Some(defined), Some(text)) = (defined, text) {
+            self.after_definition(defined, &text).await?;
+        }
         Ok(())
     }
 
@@ -384,9 +395,6 @@ impl Session {
             if opaque.ddl && self.in_block() {
                 // Row counters do not tell what has become of the rows of a table whose definition changed.
                 opaque.tables.iter().for_each(|table| self.taint(table.number, opaque.reason));
-            }
-            if opaque.ddl {
-                self.shared.stale.notify_one();
             }
         }
     }

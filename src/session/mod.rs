@@ -12,9 +12,12 @@ mod commit;
 mod copy;
 mod copy_rows;
 mod copy_stream;
+mod define;
 pub mod expect;
+mod follow;
 mod implicit;
 mod mirrored;
+mod prove;
 mod reading;
 mod relay;
 mod reply;
@@ -152,6 +155,8 @@ pub struct Session {
     /// Debts registered for statements that ran outside any block of ours, to be released when the session is at rest.
     registered: Vec<i64>,
     carry: Carry,
+    /// The client has changed definitions in this generation of them.
+    outdated: Option<u64>,
     /// A COPY of the client whose rows are captured.
     copying: Option<copy::Copying>,
     kept: Kept,
@@ -224,6 +229,7 @@ impl Session {
             audit: None,
             registered: Vec::new(),
             carry: Carry::Nothing,
+            outdated: None,
             copying: None,
             kept: Kept::default(),
             held: Held::default(),

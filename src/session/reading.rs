@@ -15,7 +15,7 @@ use crate::wire::frame::Report;
 /// The plan of what nobody reads: it may write anything.
 pub(super) fn unread_plan() -> Planned {
     let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", sql::Limits::default()) };
-    let opaque = Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false };
+    let opaque = Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false, replays: false };
     Planned { facts, plan: Plan::Opaque(Arc::new(opaque)) }
 }
 
@@ -126,7 +126,7 @@ impl Session {
         if kind == Kind::Query && self.status == b'E' {
             return refused("in a transaction that has failed", "Send ROLLBACK by itself.");
         }
-        let opaque = Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: true, ddl: false };
+        let opaque = Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: true, ddl: false, replays: false };
         self.shared.metrics.opaque_writes.with_label_values(&[opaque.reason]).inc();
         if self.in_block() && kind == Kind::Call {
             self.audit_from_here(opaque.reason, &[], Told::Nobody);

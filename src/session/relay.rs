@@ -78,6 +78,9 @@ impl Session {
 
     /// The first message of a transaction: wait while the phase moves, then see the world as it is now.
     pub(super) async fn begin(&mut self) -> Result<(), End> {
+        if self.outdated.is_some() {
+            self.renewed().await;
+        }
         let gate = match self.aside {
             None => &self.shared.gate,
             Some(Aside::OtherDatabase) => &self.shared.aside,
@@ -280,6 +283,9 @@ impl Session {
         self.portals.clear();
         self.suspended.clear();
         self.audit = None;
+        if self.writes.redefined {
+            self.shared.stale.notify_one();
+        }
         if !self.writes.is_empty() || !matches!(self.carry, Carry::Nothing) || self.debts.is_some() {
             self.writes = Default::default();
             self.debts = None;

@@ -317,7 +317,14 @@ impl Session {
             return self.lost(&cut.capture.tables, "unknown-table");
         };
         match image::row(&table, self.side, fields) {
+            Ok(_) if self.writes.redefined || !self.world.catalog.settled(self.side, &table) => {
+                self.shared.stale.notify_one();
+                self.lost(&[table], "definition");
+            }
             Ok(row) => {
+                if self.world.phase.mirror().is_some_and(|mirror| !self.world.catalog.settled(mirror, &table)) {
+                    self.give_up("definition");
+                }
                 if let Some(audit) = &mut self.audit {
                     audit.count(table.number, cut.written);
                 }

@@ -129,7 +129,9 @@ impl Session {
                 self.send(text, planned, end, false);
                 Ok(())
             }
-            Plan::Opaque(opaque) if opaque.unwrapped && !self.in_block() && self.refusal(planned).is_none() => {
+            Plan::Opaque(opaque)
+                if opaque.unwrapped && !self.replays(opaque) && !self.in_block() && self.refusal(planned).is_none() =>
+            {
                 let debt = self.register_unwrapped(opaque).await?;
                 self.registered.extend(debt);
                 self.send(text, planned, end, false);
@@ -141,16 +143,30 @@ impl Session {
                 self.copy_simple(planned).await
             }
             _ if self.in_block() => {
+                let defined = self.before_definition(planned).await?;
                 self.send(text, planned, end, false);
-                Ok(())
+                match defined {
+                    Some(defined) => self.after_definition(defined, text).await,
+                    None => Ok(()),
+                }
             }
             _ => {
                 self.begin_ours();
                 self.held = Held::default();
-                self.send(text, planned, end, true);
-                self.settle_query(planned).await?;
+                self.send_whole(text, planned, end).await?;
                 self.commit_ours().await
             }
+        }
+    }
+
+    /// Sends one statement whose end is held back, and waits for it.
+    async fn send_whole(&mut self, text: &Bytes, planned: &Planned, end: usize) -> Result<(), End> {
+        let defined = self.before_definition(planned).await?;
+        self.send(text, planned, end, true);
+        self.settle_query(planned).await?;
+        match defined {
+            Some(defined) => self.after_definition(defined, text).await,
+            None => Ok(()),
         }
     }
 
@@ -185,10 +201,12 @@ impl Session {
                         self.begin_ours();
                     }
                     match implicit::refusal(verb).filter(|_| self.ours) {
-                        Some(report) => self.put_refused(report, Kind::Query, true),
-                        None => self.send(part, planned, *end, true),
+                        Some(report) => {
+                            self.put_refused(report, Kind::Query, true);
+                            self.settle_query(planned).await?;
+                        }
+                        None => self.send_whole(part, planned, *end).await?,
                     }
-                    self.settle_query(planned).await?;
                 }
             }
             if let Some(complete) = self.held.complete.take() {

@@ -1,8 +1,9 @@
 //! Where transactions wait while the phase moves: those under way end in the phase in which they began, new ones wait at their start.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
+use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 
 /// Counts the transactions under way; closed, it lets no new one begin.
@@ -14,12 +15,26 @@ pub struct Gate {
     shut: AtomicBool,
     opened: Notify,
     drained: Notify,
+    /// Held by the transactions that began since the last `turn`.
+    cohort: ArcSwap<()>,
+}
+
+/// The transactions that were under way at a moment.
+#[derive(Debug)]
+pub struct Cohort(Weak<()>);
+
+impl Cohort {
+    /// All of them have ended.
+    pub fn ended(&self) -> bool {
+        self.0.strong_count() == 0
+    }
 }
 
 /// A transaction under way. It is over when this is dropped.
 #[derive(Debug)]
 pub struct Pass {
     gate: Arc<Gate>,
+    _cohort: Arc<()>,
 }
 
 impl Gate {
@@ -27,7 +42,7 @@ impl Gate {
     pub fn try_enter(self: &Arc<Self>) -> Option<Pass> {
         // First count, then look: the mover first closes, then counts. Whichever comes second sees the other (hence SeqCst).
         self.under_way.fetch_add(1, Ordering::SeqCst);
-        let pass = Pass { gate: self.clone() };
+        let pass = Pass { gate: self.clone(), _cohort: self.cohort.load_full() };
         (!self.closed.load(Ordering::SeqCst)).then_some(pass)
     }
 
@@ -59,6 +74,11 @@ impl Gate {
             }
             drained.await;
         }
+    }
+
+    /// The transactions that are under way now, without holding any up. Whoever is not among them began later, and looks at the world after this.
+    pub fn turn(&self) -> Cohort {
+        Cohort(Arc::downgrade(&self.cohort.swap(Arc::new(()))))
     }
 
     /// Lets transactions begin again, unless the gate was shut.
@@ -101,6 +121,20 @@ impl Drop for Pass {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_cohort_ends_with_the_last_that_began_before() {
+        let gate = Arc::new(Gate::default());
+        let (first, second) = (gate.enter().await.unwrap(), gate.enter().await.unwrap());
+        let cohort = gate.turn();
+        let later = gate.enter().await.unwrap();
+        drop(first);
+        assert!(!cohort.ended());
+        drop(second);
+        assert!(cohort.ended(), "who began later is waited for by nobody");
+        assert_eq!(gate.under_way(), 1);
+        drop(later);
+    }
 
     #[tokio::test]
     async fn a_move_waits_for_what_is_under_way_and_holds_what_is_new() {

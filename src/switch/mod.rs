@@ -3,4 +3,5 @@
 pub mod bell;
 pub mod gate;
 pub mod mover;
+pub mod renew;
 pub mod rows;

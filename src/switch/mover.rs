@@ -148,7 +148,8 @@ pub async fn load_catalog(config: &Config, authority: Side) -> Result<(Catalog, 
         }
         Err(error) => {
             warn!(side = %authority.other(), %error, "the mirror's definitions cannot be read; the authority's stand for them");
-            Ok((catalog::load(&first, &first, config.tables.as_deref(), &config.except).await?, false))
+            let catalog = catalog::load(&first, &first, config.tables.as_deref(), &config.except).await?;
+            Ok((Catalog { stands_in: Some(authority.other()), ..catalog }, false))
         }
     }
 }

@@ -195,8 +195,6 @@ async fn bind_many(stage: &Stage) {
     let batch =
         [bind("", "ins", &[1, 0], &[Some(binary[0]), Some(binary[1])], &[0]), execute("", 0), close(b'S', "ins")];
     assert_eq!(pipeline(&mut client, &batch).await, "2 D(7) C(INSERT 0 1) 3 Z(I)");
-    let gone = [bind("", "ins", &[], &[Some(b"8"), None], &[]), execute("", 0)];
-    assert_eq!(pipeline(&mut client, &gone).await, "E(26000) Z(I)");
     // Several portals of one statement, executed in another order.
     let portals = [
         parse("ins", "INSERT INTO t VALUES ($1, 'p')", &[23]),
@@ -208,16 +206,18 @@ async fn bind_many(stage: &Stage) {
     assert_eq!(pipeline(&mut client, &portals).await, "1 2 2 C(INSERT 0 1) C(INSERT 0 1) Z(I)");
     story.exact(&[("t", &["(1,new)", "(2,new)", "(20,p)", "(21,p)", "(7,ä)"])]).await;
 
-    let story = stage.story("DEALLOCATE ALL and DISCARD ALL, and on").await;
-    for forget in ["DEALLOCATE ALL", "DISCARD ALL"] {
+    for (forget, mark) in [("DEALLOCATE ALL", "+"), ("DISCARD ALL", "++")] {
         assert!(ask(&mut client, forget).await.ends_with(" Z(I)"));
+        // A name that is not known here may be one of SQL's PREPARE, and counts as out of sight: that is no part of the story.
         let gone = [bind("", "ins", &[], &[Some(b"30")], &[]), execute("", 0)];
         assert_eq!(pipeline(&mut client, &gone).await, "E(26000) Z(I)");
+        let story = stage.story("DEALLOCATE ALL and DISCARD ALL, and on").await;
         let again =
             [parse("ins", "UPDATE t SET v = v || $1", &[25]), bind("", "ins", &[], &[Some(b"+")], &[]), execute("", 0)];
         assert_eq!(pipeline(&mut client, &again).await, "1 2 C(UPDATE 5) Z(I)");
+        let rows = ["(1,new+)", "(2,new+)", "(20,p+)", "(21,p+)", "(7,ä+)"].map(|row| row.replace('+', mark));
+        story.exact(&[("t", &rows.each_ref().map(String::as_str))]).await;
     }
-    story.exact(&[("t", &["(1,new++)", "(2,new++)", "(20,p++)", "(21,p++)", "(7,ä++)"])]).await;
 }
 
 async fn names_that_failed(stage: &Stage) {

@@ -306,6 +306,8 @@ pub async fn owe(authority: &Client, carrier: Option<&Carrier>, debts: &[Debt]) 
                 &carrier.map(|carrier| carrier.incarnation.clone()),
                 &bytes,
                 &"test",
+                &None::<i64>,
+                &None::<&[u8]>,
             ],
         )
         .await
