@@ -1,10 +1,12 @@
 //! The commands. Each gives true (done), false (the answer is no), or an error (it could not run).
 
+mod backfill;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::catalog::Sides;
+use crate::catalog::{Catalog, Sides, Table};
 use crate::config::{self, Config};
 use crate::migrate::repair::{self, Repair};
 use crate::migrate::{self, Pair};
@@ -14,6 +16,8 @@ use crate::shared::Shared;
 use crate::sql;
 use crate::switch::mover;
 use crate::switch::rows::{self, Holds, Verdict};
+
+pub use backfill::{BackfillArguments, backfill};
 
 /// Whatever a person has to be told.
 pub type Trouble = Box<dyn std::error::Error + Send + Sync>;
@@ -96,11 +100,7 @@ pub async fn repair(path: &Path, wait: bool, timeout: Duration, tables: &[String
     let second = Shared::database(&config, mirror).connect("crossfade repair").await?;
     let mut pair = Pair::new(authority, first, second, migrate::Settings::default()).await?;
     for name in tables {
-        let table = catalog
-            .tables
-            .values()
-            .find(|table| table.label() == *name || table.name.old == *name)
-            .ok_or_else(|| format!("{name} is no migrating table"))?;
+        let table = named(&catalog, name)?;
         let copied = migrate::copy::locked(&mut pair, &catalog, table).await?;
         println!("{}: {copied} rows copied", table.label());
     }
@@ -114,6 +114,16 @@ pub async fn repair(path: &Path, wait: bool, timeout: Duration, tables: &[String
         println!("{table}: the {mirror} database refuses rows: {error}");
     }
     Ok(summary.owed == 0)
+}
+
+/// The migrating table of that name (old's), with or without its schema.
+fn named<'c>(catalog: &'c Catalog, name: &str) -> Result<&'c Arc<Table>, Trouble> {
+    let mut found = catalog.tables.values().filter(|table| table.label() == name || table.name.old == name);
+    match (found.next(), found.next()) {
+        (Some(table), None) => Ok(table),
+        (Some(_), Some(_)) => Err(format!("{name} is the name of several tables: say which schema").into()),
+        (None, _) => Err(format!("{name} is no migrating table").into()),
+    }
 }
 
 /// `crossfade status`.

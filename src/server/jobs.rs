@@ -342,7 +342,7 @@ async fn read_debts(
     let owed: Vec<(String, i64)> = counts
         .tables
         .iter()
-        .map(|(number, debt)| (label(*number), (debt.keys + debt.whole + debt.taints + debt.rows) as i64))
+        .map(|(number, debt)| (label(*number), (debt.keys + debt.whole + debt.taints + debt.ranges + debt.rows) as i64))
         .collect();
     metrics.set_debts(&owed);
     metrics.tainted_tables.set(counts.tables.values().filter(|debt| debt.taints > 0).count() as i64);
