@@ -151,13 +151,15 @@ pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
         let counts = migrate::debt::counts(authority, &client, other.as_ref()).await?;
         let mut tables: Vec<_> = catalog.tables.values().collect();
         tables.sort_by_key(|table| table.label());
+        let standing = migrate::backfill::standing(&client).await.unwrap_or_default();
         document["tables"] = tables
             .iter()
             .map(|table| {
                 let debt = counts.tables.get(&table.number).cloned().unwrap_or_default();
                 serde_json::json!({
                     "table": table.label(), "key": table.key.is_some(), "opaque": table.opaque,
-                    "keys_owed": debt.keys, "whole_table_owed": debt.whole > 0, "tainted": debt.taints > 0, "rows_owed": debt.rows,
+                    "backfill": standing.get(&table.number).map(|at| serde_json::json!({ "rows": at.rows, "share": at.share })),
+                    "keys_owed": debt.keys, "ranges_owed": debt.ranges, "whole_table_owed": debt.whole > 0, "tainted": debt.taints > 0, "rows_owed": debt.rows,
                 })
             })
             .collect();
@@ -240,10 +242,13 @@ fn for_people(document: &serde_json::Value) -> String {
         if table["whole_table_owed"] == true {
             notes.push("whole table owed".to_owned());
         }
+        if let Some(share) = table["backfill"]["share"].as_f64().filter(|share| *share < 1.0) {
+            notes.push(format!("backfill at {:.1}%", share * 100.0));
+        }
         if table["tainted"] == true {
             notes.push("tainted".to_owned());
         }
-        for (key, what) in [("keys_owed", "keys owed"), ("rows_owed", "rows owed")] {
+        for (key, what) in [("keys_owed", "keys owed"), ("ranges_owed", "ranges owed"), ("rows_owed", "rows owed")] {
             if table[key].as_u64().unwrap_or(0) > 0 {
                 notes.push(format!("{} {what}", table[key]));
             }

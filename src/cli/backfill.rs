@@ -10,8 +10,8 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use super::{Trouble, named, what_holds};
 use crate::catalog::Table;
 use crate::config;
+use crate::migrate;
 use crate::migrate::backfill::{self, Backfill, Event, Options};
-use crate::migrate::{self};
 use crate::phase::Side;
 use crate::shared::{Shared, lock};
 use crate::switch::mover;
@@ -31,6 +31,9 @@ pub struct BackfillArguments {
     /// Rows per second at most, over all jobs.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     rate: Option<u64>,
+    /// A server that says nothing for so many seconds is given up; it goes on with a new connection.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
+    patience: u64,
     /// Fills old from new, in phases in which new is the authority.
     #[arg(long)]
     reverse: bool,
@@ -81,22 +84,22 @@ pub async fn backfill(path: &Path, arguments: BackfillArguments) -> Result<bool,
         catalog: Arc::new(catalog),
         first_debt: mover::draw_block(&control).await?,
     };
-    let options = Options { jobs: arguments.jobs.into(), rate: arguments.rate, enter: !names.is_empty() };
+    let options = Options {
+        jobs: arguments.jobs.into(),
+        rate: arguments.rate,
+        enter: !names.is_empty(),
+        patience: Duration::from_secs(arguments.patience),
+    };
     let show = Show::new(&tables);
     let run = backfill::run(&job, &tables, &options, &|event| show.tell(event)).await;
     show.end();
     run?;
     set_sequences(&job, &control).await?;
-    let standing = backfill::standing(&control).await?;
-    let done = |table: &&Arc<Table>| standing.get(&table.number).is_none_or(|standing| standing.share >= 1.0);
-    let left: Vec<String> = tables.iter().filter(|table| !done(table)).map(|table| table.label()).collect();
-    if !left.is_empty() {
-        println!(
-            "not finished: {}: their whole-table debts are gone (the phase has moved, or a repair has paid them)",
-            left.join(", ")
-        );
+    let now = what_holds(&config).await?;
+    if now != holds {
+        println!("the phase has moved to {} meanwhile: what was copied for {} counts no more", now.phase, holds.phase);
     }
-    Ok(left.is_empty())
+    Ok(now == holds)
 }
 
 /// Leaves out, and says so, what cannot be copied in chunks.

@@ -1,6 +1,8 @@
 //! Which job works on what (D4): advisory locks *on the mirror*, held by the session whose statements could come late. A successor gets them
 //! when that session is gone.
 
+use std::time::Duration;
+
 use super::error::{Error, Meaning};
 use super::link::Pair;
 
@@ -59,7 +61,7 @@ impl Hold {
 /// Waits for the table's lock, for a moment: [`wanted`] shows it to whoever holds it. False: not yet.
 pub(crate) async fn wait_for_table(pair: &mut Pair, number: u32, hold: Hold) -> Result<bool, Error> {
     // Nothing is locked meanwhile that an application could wait for.
-    let limit = (pair.settings.patience / 2).as_millis().max(1);
+    let limit = (pair.settings.patience / 2).min(Duration::from_secs(2)).as_millis().max(1);
     pair.mirror.batch("waiting for another job", &format!("SET lock_timeout = {limit}")).await?;
     let text = format!("SELECT pg_advisory_lock{}($1, $2)", hold.suffix());
     let taken = pair.mirror.rows("waiting for another job", &text, &[&(Kind::Table as i32), &(number as i32)]).await;

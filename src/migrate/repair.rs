@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::backfill;
 use super::error::{Error, Meaning};
 use super::link::Pair;
 use super::locks::{self, Kind};
@@ -108,13 +109,15 @@ pub struct Repair {
     pub pair: Pair,
     /// The tables as they are now. Set anew by the caller when definitions change.
     pub catalog: Arc<Catalog>,
+    /// Whole-table debts that a backfill has begun to pay are left to it for this long after its last step, so that one that was ended can go on.
+    pub leaves_backfills: Option<Duration>,
     refused: HashMap<i64, (Instant, Duration)>,
 }
 
 impl Repair {
     /// A worker over these connections, which nothing else may use.
     pub fn new(pair: Pair, catalog: Arc<Catalog>) -> Repair {
-        Repair { pair, catalog, refused: HashMap::new() }
+        Repair { pair, catalog, leaves_backfills: None, refused: HashMap::new() }
     }
 
     /// Tries refused debts at once, in the next pass.
@@ -301,7 +304,11 @@ impl Repair {
     /// it was not paid, for a reason that does not concern them.
     async fn pay_whole(&mut self, table: &Arc<Table>, owes: &Owes, ledger: &mut Ledger) -> Result<bool, Error> {
         let number = table.number;
-        if !locks::take(&mut self.pair, Kind::Table, &[number]).await? {
+        let left = match self.leaves_backfills {
+            Some(patience) => backfill::under_way(&mut self.pair.authority, number, patience).await?,
+            None => false,
+        };
+        if left || !locks::take(&mut self.pair, Kind::Table, &[number]).await? {
             ledger.tables.insert(number, Unpaid::Busy);
             return Ok(false);
         }

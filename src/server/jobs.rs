@@ -28,6 +28,9 @@ const MOVE_HELD: Duration = Duration::from_secs(30);
 /// How often debts that are owed are looked for.
 const REPAIR: Duration = Duration::from_secs(1);
 
+/// How long a backfill that was ended has, to be run again, before repair pays its tables in its stead.
+const BACKFILL: Duration = Duration::from_secs(600);
+
 /// How often tokens that no debt needs any more are removed.
 const SWEEP: Duration = Duration::from_secs(60);
 
@@ -205,7 +208,9 @@ async fn open_repair(shared: &Shared, mirror: Side) -> Result<Repair, Box<dyn st
     let authority = Shared::database(&config, mirror.other()).connect("crossfade repair").await?;
     let second = Shared::database(&config, mirror).connect("crossfade repair").await?;
     let pair = Pair::new(mirror.other(), authority, second, migrate::Settings::default()).await?;
-    Ok(Repair::new(pair, world.catalog.clone()))
+    let mut repair = Repair::new(pair, world.catalog.clone());
+    repair.leaves_backfills = Some(BACKFILL);
+    Ok(repair)
 }
 
 /// Finds out when a mirror that failed is back.
@@ -349,6 +354,11 @@ async fn read_debts(
     metrics.debt_in_flight.set(counts.in_flight as i64);
     metrics.debt_oldest_seconds.set(counts.oldest.map_or(0.0, |age| age.as_secs_f64()));
     metrics.ledger_bytes.set(counts.ledger_bytes);
+    if let Ok(standing) = migrate::backfill::standing(authority).await {
+        for (number, standing) in standing {
+            metrics.set_backfill(&label(number), standing.rows.max(0) as u64, standing.share);
+        }
+    }
     Ok(())
 }
 

@@ -23,6 +23,7 @@ use crate::config::Database;
 use crate::phase::Side;
 use lane::{Common, Lane, Ready, Taken};
 use pace::Pace;
+pub(super) use position::under_way;
 use progress::Tally;
 pub use progress::{Standing, standing};
 
@@ -49,6 +50,8 @@ pub struct Options {
     pub rate: Option<u64>,
     /// Tables that owe nothing as a whole are filled all the same.
     pub enter: bool,
+    /// A server that says nothing for this long is given up.
+    pub patience: Duration,
 }
 
 /// What happens, for progress bars and lines.
@@ -207,7 +210,7 @@ impl<'a> Worker<'a> {
         let authority = connect(side, &self.backfill.authority).await?;
         let reader = connect(side, &self.backfill.authority).await?;
         let mirror = connect(side.other(), &self.backfill.mirror).await?;
-        let settings = Settings::default();
+        let settings = Settings { patience: self.options.patience, ..Settings::default() };
         let reader = Link::new(side, reader, settings.patience);
         Lane::new(Pair::new(side, authority, mirror, settings).await?, reader, self.common).await
     }

@@ -64,6 +64,19 @@ pub(super) async fn read(authority: &mut Link, number: u32, only: Option<i32>) -
     Ok(rows.iter().map(part).collect())
 }
 
+/// A backfill has begun with the table, is not done, and was at it within this time.
+pub(in super::super) async fn under_way(
+    authority: &mut Link,
+    number: u32,
+    patience: std::time::Duration,
+) -> Result<bool, Error> {
+    let text = "SELECT bool_or(changed > clock_timestamp() - make_interval(secs => $2)) AND NOT bool_and(done) FROM crossfade.backfill \
+        WHERE number = $1 AND debts && (SELECT array_agg(id) FROM crossfade.ledger)";
+    let seconds = patience.as_secs_f64();
+    let rows = authority.rows("looking for a backfill", text, &[&(number as i32), &seconds]).await?;
+    Ok(rows[0].get::<_, Option<bool>>(0).unwrap_or(false))
+}
+
 /// The ledger still holds every one of these.
 pub(super) async fn owed(authority: &mut Link, debts: &[i64]) -> Result<bool, Error> {
     let text = "SELECT count(*) FROM crossfade.ledger WHERE id = ANY ($1)";

@@ -82,7 +82,9 @@ pub async fn standing(authority: &Client) -> Result<BTreeMap<u32, Standing>, tok
     if !there.get::<_, bool>(0) {
         return Ok(BTreeMap::new());
     }
-    let text = "SELECT number, part, rows, done FROM crossfade.backfill ORDER BY number, part";
+    // Not those whose debts somebody else has paid, or a move has made void.
+    let text = "SELECT number, part, rows, done FROM crossfade.backfill b WHERE EXISTS (SELECT FROM crossfade.ledger l WHERE l.id = ANY (b.debts)) \
+        OR NOT EXISTS (SELECT FROM crossfade.backfill o WHERE o.number = b.number AND NOT o.done) ORDER BY number, part";
     let mut tables: BTreeMap<u32, (i64, Table)> = BTreeMap::new();
     for row in authority.query(text, &[]).await? {
         let (number, rows, done): (i32, i64, bool) = (row.get(0), row.get(2), row.get(3));
