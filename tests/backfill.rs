@@ -46,7 +46,8 @@ async fn i03_a_worker_dies_between_its_copy_and_its_second_look() {
 /// shows the key: the successor must wait until that backend is gone.
 #[tokio::test(flavor = "multi_thread")]
 async fn i05_a_dead_workers_insert_does_not_land_behind_its_successor() {
-    let stage = Stage::new(T, TEN, 1).await;
+    // The only row: no other one is under way on new with it, whose lock would hold up whoever reconciles the range.
+    let stage = Stage::new(T, "INSERT INTO t VALUES (5, 'row 5')", 1).await;
     let client = stage.client().await;
     let copying = stage.mirror.trip(Way::ToServer, COPY, Trip::StallBefore);
     let first = stage.backfill(&[]);
@@ -71,7 +72,7 @@ async fn i05_a_dead_workers_insert_does_not_land_behind_its_successor() {
     signal(frozen, "CONT");
     let (status, said) = second.end().await;
     assert!(status.success() && said.contains("waits for"), "{said}");
-    assert_eq!(stage.settle().await, 9);
+    assert_eq!(stage.settle().await, 0);
 }
 
 /// A delete between reading and COPY: the second look finds that the key is gone.

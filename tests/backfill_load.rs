@@ -213,29 +213,51 @@ async fn several_backfills_share_the_work() {
     assert_eq!(stage.settle().await, 33_000);
 }
 
-/// The phase goes back while a chunk is under way: the backfill ends, says so, and what it still brings does no harm to the next one.
+/// The phase goes back while a chunk of some part is under way, and forward again, with another cut: the next backfill waits for the first one, which
+/// ends and says so.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_phase_goes_back_and_forth_under_a_backfill() {
-    let schema = "CREATE TABLE t (k int PRIMARY KEY, v text)";
-    let mut stage = Stage::new(schema, "INSERT INTO t SELECT n, 'row' FROM generate_series(1, 2000) n", 1).await;
-    let looking = stage.mirror.trip(Way::ToServer, b"COPY \"public\".\"t\"", Trip::StallBefore);
-    let running = stage.backfill(&["--jobs", "1"]);
+    let schema = "CREATE TABLE t (k int PRIMARY KEY, v char(200))";
+    let mut stage = Stage::new(schema, "INSERT INTO t SELECT n, 'row' FROM generate_series(1, 20000) n", 1).await;
+    let running = stage.backfill(&["--jobs", "1", "--rate", "5000"]);
     stage.let_begin(1).await;
-    looking.await.expect("a chunk is under way");
+    until("a part is done", async || stage.on_old("SELECT bool_or(done) FROM crossfade.backfill").await == "t").await;
+    let copying = stage.mirror.trip(Way::ToServer, b"PGCOPY", Trip::StallBefore);
+    copying.await.expect("a chunk of another part is under way");
     stage.proxy.set_phase("old").await;
     let client = stage.client().await;
-    client.batch_execute("DELETE FROM t WHERE k <= 3").await.expect("deletes, unmirrored");
+    client.batch_execute("DELETE FROM t WHERE k > 5").await.expect("deletes, unmirrored");
+    stage.databases.old.psql(DATABASE, "VACUUM FULL t").await.expect("shrinks");
     stage.proxy.set_phase("dual-write").await;
     stage.free_all().await;
     let mut second = stage.backfill(&[]);
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    assert!(!second.has_ended(), "the first one's rows may still come");
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert!(!second.has_ended() && stage.debts().await > 0, "the first one's rows may still come");
     stage.mirror.set(Way::ToServer, Flow::Pass);
     let (status, said) = running.end().await;
     assert!(status.code() == Some(1) && said.contains("the phase has moved to"), "{said}");
     let (status, said) = second.end().await;
     assert!(status.success(), "{said}");
-    assert_eq!(stage.settle().await, 1997);
+    assert_eq!(stage.settle().await, 5);
+}
+
+/// New crashes in the middle: the backfill goes on when it is back.
+#[tokio::test(flavor = "multi_thread")]
+async fn new_crashes_under_a_backfill() {
+    let schema = "CREATE TABLE t (k int PRIMARY KEY, v char(200))";
+    let mut stage = Stage::new(schema, "INSERT INTO t SELECT n, 'row' FROM generate_series(1, 20000) n", 1).await;
+    let running = stage.backfill(&["--rate", "5000"]);
+    stage.let_begin(1).await;
+    for _ in 0..2 {
+        let rows = stage.on_old("SELECT sum(rows) FROM crossfade.backfill").await;
+        until("rows are copied", async || stage.on_old("SELECT sum(rows) FROM crossfade.backfill").await != rows).await;
+        stage.databases.new.kill9();
+        stage.databases.new.start().await.expect("new is back");
+    }
+    let (status, said) = running.end().await;
+    assert!(status.success() && said.contains("trying again"), "{said}");
+    stage.proxy.settle().await;
+    assert_eq!(stage.databases.assert_equal().await, 20_000);
 }
 
 #[tokio::test(flavor = "multi_thread")]
