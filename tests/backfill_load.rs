@@ -222,7 +222,9 @@ async fn the_phase_goes_back_and_forth_under_a_backfill() {
     let running = stage.backfill(&["--jobs", "1", "--rate", "5000"]);
     stage.let_begin(1).await;
     until("a part is done", async || stage.on_old("SELECT bool_or(done) FROM crossfade.backfill").await == "t").await;
-    let copying = stage.mirror.trip(Way::ToServer, b"PGCOPY", Trip::StallBefore);
+    // Before its transaction on new has begun: nobody can see that it is about to write.
+    let beginning = b"BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL statement_timeout";
+    let copying = stage.mirror.trip(Way::ToServer, beginning, Trip::StallBefore);
     copying.await.expect("a chunk of another part is under way");
     stage.proxy.set_phase("old").await;
     let client = stage.client().await;
@@ -230,9 +232,10 @@ async fn the_phase_goes_back_and_forth_under_a_backfill() {
     stage.databases.old.psql(DATABASE, "VACUUM FULL t").await.expect("shrinks");
     stage.proxy.set_phase("dual-write").await;
     stage.free_all().await;
-    let mut second = stage.backfill(&[]);
-    tokio::time::sleep(Duration::from_secs(4)).await;
-    assert!(!second.has_ended() && stage.debts().await > 0, "the first one's rows may still come");
+    let mut second = stage.backfill_straight();
+    // The first one's rows may still come.
+    stage.asks(1).await;
+    assert!(!second.has_ended() && stage.debts().await > 0);
     stage.mirror.set(Way::ToServer, Flow::Pass);
     let (status, said) = running.end().await;
     assert!(status.code() == Some(1) && said.contains("the phase has moved to"), "{said}");

@@ -69,27 +69,27 @@ impl Stage {
 
     /// Starts `crossfade backfill` over the two lines.
     pub fn backfill(&self, arguments: &[&str]) -> Running {
-        let child = Command::new(env!("CARGO_BIN_EXE_crossfade"))
-            .arg("backfill")
-            .args(arguments)
-            // A line that a test stalls is no server that is gone.
-            .args(["--patience", "60"])
-            .arg("--config")
-            .arg(self.dir.path().join("crossfade.yaml"))
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("runs");
-        Running(Some(child))
+        // A line that a test stalls is no server that is gone.
+        let arguments = [arguments, &["--patience", "60"]].concat();
+        Running::start(&self.dir.path().join("crossfade.yaml"), &arguments)
+    }
+
+    /// The same, straight to both servers: whatever is stalled.
+    pub fn backfill_straight(&self) -> Running {
+        Running::start(&self.proxy.config_path(), &[])
     }
 
     /// Lets the backfill begin with table `number`, before the proxy's repair can; afterwards the proxy can still not walk the table.
     pub async fn let_begin(&self, number: i32) {
-        until("the backfill asks for the table", async || self.waits_for(TABLE, number).await).await;
+        self.asks(number).await;
         // Both wait in one queue: the backfill comes first, and shares the lock from then on.
         unlock(&self.guard, TABLE, number).await;
         lock(&self.guard, "pg_advisory_lock_shared", TABLE, number).await;
+    }
+
+    /// A job waits for the table, which another one has.
+    pub async fn asks(&self, number: i32) {
+        until("a backfill asks for the table", async || self.waits_for(TABLE, number).await).await;
     }
 
     async fn waits_for(&self, kind: i32, number: i32) -> bool {
@@ -164,6 +164,13 @@ async fn unlock(client: &Client, kind: i32, number: i32) {
 pub struct Running(Option<Child>);
 
 impl Running {
+    fn start(config: &std::path::Path, arguments: &[&str]) -> Running {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_crossfade"));
+        command.arg("backfill").args(arguments).arg("--config").arg(config);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Running(Some(command.spawn().expect("runs")))
+    }
+
     /// kill -9, and it is gone when this returns.
     pub fn kill(mut self) {
         self.stop();
