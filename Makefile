@@ -49,6 +49,7 @@ bench:
 	scripts/setup.sh postgres
 	$(CARGO) build --locked --release
 	bench/run
+	bench/backfill
 
 # Inputs at random, shrunk where one fails (proptest); coverage-guided fuzzers need a nightly compiler.
 fuzz:

@@ -1,10 +1,12 @@
 //! The commands. Each gives true (done), false (the answer is no), or an error (it could not run).
 
+mod backfill;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::catalog::Sides;
+use crate::catalog::{Catalog, Sides, Table};
 use crate::config::{self, Config};
 use crate::migrate::repair::{self, Repair};
 use crate::migrate::{self, Pair};
@@ -14,6 +16,8 @@ use crate::shared::Shared;
 use crate::sql;
 use crate::switch::mover;
 use crate::switch::rows::{self, Holds, Verdict};
+
+pub use backfill::{BackfillArguments, backfill};
 
 /// Whatever a person has to be told.
 pub type Trouble = Box<dyn std::error::Error + Send + Sync>;
@@ -96,11 +100,7 @@ pub async fn repair(path: &Path, wait: bool, timeout: Duration, tables: &[String
     let second = Shared::database(&config, mirror).connect("crossfade repair").await?;
     let mut pair = Pair::new(authority, first, second, migrate::Settings::default()).await?;
     for name in tables {
-        let table = catalog
-            .tables
-            .values()
-            .find(|table| table.label() == *name || table.name.old == *name)
-            .ok_or_else(|| format!("{name} is no migrating table"))?;
+        let table = named(&catalog, name)?;
         let copied = migrate::copy::locked(&mut pair, &catalog, table).await?;
         println!("{}: {copied} rows copied", table.label());
     }
@@ -143,6 +143,16 @@ async fn repair_all(
     }
 }
 
+/// The migrating table of that name (old's), with or without its schema.
+fn named<'c>(catalog: &'c Catalog, name: &str) -> Result<&'c Arc<Table>, Trouble> {
+    let mut found = catalog.tables.values().filter(|table| table.label() == name || table.name.old == name);
+    match (found.next(), found.next()) {
+        (Some(table), None) => Ok(table),
+        (Some(_), Some(_)) => Err(format!("{name} is the name of several tables: say which schema").into()),
+        (None, _) => Err(format!("{name} is no migrating table").into()),
+    }
+}
+
 /// `crossfade status`.
 pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
     let config = config::load(path)?;
@@ -168,13 +178,15 @@ pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
         let counts = migrate::debt::counts(authority, &client, other.as_ref()).await?;
         let mut tables: Vec<_> = catalog.tables.values().collect();
         tables.sort_by_key(|table| table.label());
+        let standing = migrate::backfill::standing(&client).await.unwrap_or_default();
         document["tables"] = tables
             .iter()
             .map(|table| {
                 let debt = counts.tables.get(&table.number).cloned().unwrap_or_default();
                 serde_json::json!({
                     "table": table.label(), "key": table.key.is_some(), "opaque": table.opaque,
-                    "keys_owed": debt.keys, "whole_table_owed": debt.whole > 0, "tainted": debt.taints > 0, "rows_owed": debt.rows,
+                    "backfill": standing.get(&table.number).map(|at| serde_json::json!({ "rows": at.rows, "share": at.share })),
+                    "keys_owed": debt.keys, "ranges_owed": debt.ranges, "whole_table_owed": debt.whole > 0, "tainted": debt.taints > 0, "rows_owed": debt.rows,
                 })
             })
             .collect();
@@ -257,10 +269,13 @@ fn for_people(document: &serde_json::Value) -> String {
         if table["whole_table_owed"] == true {
             notes.push("whole table owed".to_owned());
         }
+        if let Some(share) = table["backfill"]["share"].as_f64().filter(|share| *share < 1.0) {
+            notes.push(format!("backfill at {:.1}%", share * 100.0));
+        }
         if table["tainted"] == true {
             notes.push("tainted".to_owned());
         }
-        for (key, what) in [("keys_owed", "keys owed"), ("rows_owed", "rows owed")] {
+        for (key, what) in [("keys_owed", "keys owed"), ("ranges_owed", "ranges owed"), ("rows_owed", "rows owed")] {
             if table[key].as_u64().unwrap_or(0) > 0 {
                 notes.push(format!("{} {what}", table[key]));
             }

@@ -27,6 +27,8 @@ enum Command {
         #[arg(long)]
         print_sql: bool,
     },
+    /// Copies what was there before, while clients write. May be killed and run again at any time.
+    Backfill(cli::BackfillArguments),
     /// Pays what the ledger holds.
     Repair {
         /// Return when nothing is owed or in flight.
@@ -71,6 +73,7 @@ async fn run(arguments: Arguments) -> ExitCode {
     let outcome = match arguments.command {
         Command::Run => cli::run(&path).await,
         Command::Install { print_sql } => cli::install(&path, print_sql).await,
+        Command::Backfill(arguments) => cli::backfill(&path, arguments).await,
         Command::Repair { wait, timeout, table } => {
             cli::repair(&path, wait, std::time::Duration::from_secs(timeout), &table).await
         }

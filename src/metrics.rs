@@ -44,6 +44,7 @@ pub struct Metrics {
     pub tainted_tables: IntGauge,
     /// Taints, by table.
     pub taints: IntCounterVec,
+    backfill_rows: IntCounterVec,
     backfill_progress: GaugeVec,
     /// Files that were refused.
     pub config_reload_failures: IntCounter,
@@ -105,6 +106,12 @@ impl Metrics {
             )?,
             taints: counters(r, "taints_total", "Times that a write out of sight has tainted a table", &["table"])?,
             tainted_tables: gauge(r, "tainted_tables", "Tables with an open taint")?,
+            backfill_rows: counters(
+                r,
+                "backfill_rows_total",
+                "Rows that backfills have brought to the mirror or compared there",
+                &["table"],
+            )?,
             backfill_progress: {
                 let vec = GaugeVec::new(
                     Opts::new("backfill_progress", "Share of a table that was copied or compared"),
@@ -156,8 +163,14 @@ impl Metrics {
         }
     }
 
-    /// Shows how far the copying of a table is (0 to 1).
-    pub fn set_progress(&self, table: &str, share: f64) {
+    /// Shows how far the backfill of a table is: rows, and the share of its keys (0 to 1).
+    pub fn set_backfill(&self, table: &str, rows: u64, share: f64) {
+        let counter = self.backfill_rows.with_label_values(&[table]);
+        if rows < counter.get() {
+            // Another one has begun.
+            counter.reset();
+        }
+        counter.inc_by(rows - counter.get());
         self.backfill_progress.with_label_values(&[table]).set(share);
     }
 

@@ -315,6 +315,84 @@ async fn a_row_that_the_mirror_refuses_is_kept_and_blocks_no_other() {
     world.assert_equal("t").await;
 }
 
+/// One ledger row that cannot be read, and one table of which the mirror fails, keep nobody else from being paid; the ledger says why they stay.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_paid_blocks_no_other_table() {
+    let broken = "CREATE FUNCTION fail(int) RETURNS bool LANGUAGE plpgsql AS
+        'BEGIN RAISE EXCEPTION ''the index is broken'' USING ERRCODE = ''XX002''; END'";
+    let world = World::new("CREATE TABLE a (k int PRIMARY KEY); CREATE TABLE b (k int PRIMARY KEY)").await;
+    world.on_new(&format!("{broken}; ALTER TABLE a ADD CHECK (fail(k))")).await;
+    world.on_old("INSERT INTO a VALUES (1); INSERT INTO b VALUES (1)").await;
+    let (a, b) = (world.table("a").await, world.table("b").await);
+    let unreadable =
+        "INSERT INTO crossfade.ledger (id, debts) VALUES (nextval('crossfade.ledger_id'), '\\xff') RETURNING id";
+    let unreadable: i64 = world.old().await.query_one(unreadable, &[]).await.expect("enters").get(0);
+    for table in [&a, &b] {
+        world.owe(&[key(table, 1)]).await;
+        world.owe(&[Debt::Table { table: table.number }]).await;
+    }
+    let mut repair = world.repair().await;
+    let summary = repair.pass().await.expect("passes");
+    assert_eq!((summary.cleared, summary.owed), (2, 3), "{summary:?}");
+    world.assert_equal("b").await;
+    let errors = "SELECT coalesce(error, '') FROM crossfade.ledger ORDER BY id = $1 DESC, id";
+    let errors: Vec<String> =
+        world.old().await.query(errors, &[&unreadable]).await.unwrap().iter().map(|row| row.get(0)).collect();
+    assert!(errors[0].contains("cannot be read") && errors[1].contains("the index is broken"), "{errors:?}");
+    assert!(errors[2].contains("the index is broken"), "{errors:?}");
+    // Not tried again at once.
+    assert_eq!(repair.pass().await.expect("passes").refused.len(), 0, "refused debts are left alone for a while");
+    world.on_new("ALTER TABLE a DROP CONSTRAINT a_k_check").await;
+    world.on_old(&format!("DELETE FROM crossfade.ledger WHERE id = {unreadable}")).await;
+    repair::wait(&mut repair, Duration::from_secs(10)).await.expect("drains");
+    world.assert_equal("a").await;
+}
+
+/// Repairers of several proxies at once: each debt is paid, nobody fails, nothing is owed for ever.
+#[tokio::test(flavor = "multi_thread")]
+async fn several_repairers_do_not_disturb_each_other() {
+    let world = World::new(T).await;
+    let table = world.table("t").await;
+    world.on_old("INSERT INTO t SELECT n, 'u' || n, n FROM generate_series(1, 3000) n").await;
+    for k in 1..=60 {
+        world.owe(&[key(&table, k * 50), key(&table, k)]).await;
+    }
+    world
+        .owe(&[Debt::Range {
+            table: table.number,
+            after: Some(vec![Some(Bytes::from_static(&[0, 0, 2, 0]))]),
+            upto: None,
+        }])
+        .await;
+    world.owe(&[Debt::Taint { table: table.number }]).await;
+    let mut workers = Vec::new();
+    for _ in 0..3 {
+        let mut repair = world.repair().await;
+        workers.push(tokio::spawn(async move { repair::wait(&mut repair, Duration::from_secs(60)).await }));
+    }
+    for worker in workers {
+        worker.await.expect("ends").expect("drains");
+    }
+    assert_eq!(world.debts_left().await, 0);
+    world.assert_equal("t").await;
+}
+
+/// Keys are paid while another job has the table as a whole, and a walk makes room for a job that asks for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_job_on_a_table_does_not_hold_up_its_keys() {
+    let world = World::new(T).await;
+    let table = world.table("t").await;
+    world.on_old("INSERT INTO t SELECT n, 'u' || n, n FROM generate_series(1, 10) n").await;
+    let other = world.client(Side::New).await;
+    exec(&other, &format!("SELECT pg_advisory_lock({}, {})", 0x4346_5442, table.number)).await;
+    world.owe(&[key(&table, 5)]).await;
+    let whole = world.owe(&[Debt::Table { table: table.number }]).await;
+    let summary = world.repair().await.pass().await.expect("passes");
+    assert_eq!((summary.cleared, summary.owed, summary.repaired_rows), (1, 1, 1));
+    let left: i64 = world.old().await.query_one("SELECT id FROM crossfade.ledger", &[]).await.unwrap().get(0);
+    assert_eq!(left, whole);
+}
+
 /// C2, C4: what the carrier's state means.
 #[tokio::test(flavor = "multi_thread")]
 async fn debts_in_flight_are_left_alone_and_carried_ones_cleared_without_repair() {

@@ -60,6 +60,13 @@ pub async fn flush(mirror: &Client) -> Result<String, ClearError> {
         .ok_or(ClearError::NothingWritten)
 }
 
+/// The statement that clears exactly these rows; also for others who have seen to the flush themselves (their mirror transaction was
+/// committed with one), inside a transaction of theirs.
+pub fn deletion(ids: &[i64]) -> String {
+    let list = ids.iter().map(i64::to_string).collect::<Vec<_>>().join(",");
+    format!("DELETE FROM crossfade.ledger WHERE id = ANY ('{{{list}}}')")
+}
+
 /// Clears ledger rows whose debts the mirror has answered as committed, or was seen to have committed, while its incarnation was
 /// `incarnation`: flush on the mirror, compare the incarnation, delete exactly these ids on the authority. Returns how many rows
 /// were cleared (fewer than asked where someone else has cleared some).
@@ -76,14 +83,11 @@ pub async fn flush_and_clear(
     if flush(mirror).await? != incarnation {
         return Err(ClearError::Reincarnated);
     }
-    let list = ids.iter().map(i64::to_string).collect::<Vec<_>>().join(",");
     let commit = match clearing {
         Clearing::Lazy => "off",
         Clearing::Flushed => "on",
     };
-    let sql = format!(
-        "BEGIN; SET LOCAL synchronous_commit = {commit}; DELETE FROM crossfade.ledger WHERE id = ANY ('{{{list}}}'); COMMIT"
-    );
+    let sql = format!("BEGIN; SET LOCAL synchronous_commit = {commit}; {}; COMMIT", deletion(ids));
     match authority.simple_query(&sql).await {
         Ok(answers) => Ok(answers
             .iter()

@@ -1,8 +1,8 @@
 //! `crossfade.ledger.debts`: a sequence of debts as bytes.
 //!
 //! Each begins with the table's number (u32, big-endian, as all numbers here) and a tag byte:
-//! `K` a key, `T` the whole table, `X` the whole table, tainted by a write out of sight, `R` a row of a table without a key.
-//! `K`: number of key columns (u16), then each value. `R`: a token (16 bytes, the same for all rows of a transaction), number of
+//! `K` a key, `T` the whole table, `X` the whole table, tainted by a write out of sight, `B` the keys between two, `R` a row of a table
+//! without a key. `B`: the key before the first one, then the last one, each as a `K`'s; with 0 columns it is open at that end. `K`: number of key columns (u16), then each value. `R`: a token (16 bytes, the same for all rows of a transaction), number of
 //! columns (u16), then each value. A value: its length (i32, -1 for NULL), then its bytes, as an image of the authority carries them.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -30,6 +30,15 @@ pub enum Debt {
         /// The table's number.
         table: u32,
     },
+    /// Keys behind `after` up to `upto`, in the order of the authority's index.
+    Range {
+        /// The table's number.
+        table: u32,
+        /// The last key before it; None: from the first.
+        after: Option<Values>,
+        /// Its last key; None: to the end.
+        upto: Option<Values>,
+    },
     /// A row inserted into a table without a key (values in the order of `Table::columns`).
     Row {
         /// The table's number.
@@ -45,7 +54,11 @@ impl Debt {
     /// The table's number.
     pub fn table(&self) -> u32 {
         match self {
-            Debt::Key { table, .. } | Debt::Table { table } | Debt::Taint { table } | Debt::Row { table, .. } => *table,
+            Debt::Key { table, .. }
+            | Debt::Table { table }
+            | Debt::Taint { table }
+            | Debt::Range { table, .. }
+            | Debt::Row { table, .. } => *table,
         }
     }
 }
@@ -71,6 +84,13 @@ pub fn encode(debt: &Debt, out: &mut BytesMut) {
             out.put_u32(*table);
             out.put_u8(b'X');
         }
+        Debt::Range { table, after, upto } => {
+            out.put_u32(*table);
+            out.put_u8(b'B');
+            for end in [after, upto] {
+                put_values(end.as_deref().unwrap_or_default(), out);
+            }
+        }
         Debt::Row { table, token, values } => {
             out.put_u32(*table);
             out.put_u8(b'R');
@@ -80,7 +100,8 @@ pub fn encode(debt: &Debt, out: &mut BytesMut) {
     }
 }
 
-fn put_values(values: &[Option<Bytes>], out: &mut BytesMut) {
+/// Appends values: their number, then each with its length.
+pub fn put_values(values: &[Option<Bytes>], out: &mut BytesMut) {
     out.put_u16(values.len() as u16);
     for value in values {
         match value {
@@ -113,6 +134,10 @@ fn take(rest: &mut Bytes) -> Option<Debt> {
         b'K' => Some(Debt::Key { table, key: take_values(rest)? }),
         b'T' => Some(Debt::Table { table }),
         b'X' => Some(Debt::Taint { table }),
+        b'B' => {
+            let mut end = || take_values(rest).map(|values| Some(values).filter(|values| !values.is_empty()));
+            Some(Debt::Range { table, after: end()?, upto: end()? })
+        }
         b'R' => {
             let mut token = [0; 16];
             if rest.len() < token.len() {
@@ -125,7 +150,8 @@ fn take(rest: &mut Bytes) -> Option<Debt> {
     }
 }
 
-fn take_values(rest: &mut Bytes) -> Option<Values> {
+/// Takes values off the front, as [`put_values`] has written them; None: there are none.
+pub fn take_values(rest: &mut Bytes) -> Option<Values> {
     if rest.len() < 2 {
         return None;
     }
@@ -158,11 +184,16 @@ mod tests {
         prop::collection::vec(prop::option::of(prop::collection::vec(any::<u8>(), 0..20).prop_map(Bytes::from)), 0..5)
     }
 
+    fn end() -> impl Strategy<Value = Option<Values>> {
+        values().prop_map(|values| Some(values).filter(|values| !values.is_empty()))
+    }
+
     fn debt() -> impl Strategy<Value = Debt> {
         prop_oneof![
             (any::<u32>(), values()).prop_map(|(table, key)| Debt::Key { table, key }),
             any::<u32>().prop_map(|table| Debt::Table { table }),
             any::<u32>().prop_map(|table| Debt::Taint { table }),
+            (any::<u32>(), end(), end()).prop_map(|(table, after, upto)| Debt::Range { table, after, upto }),
             (any::<u32>(), any::<[u8; 16]>(), values())
                 .prop_map(|(table, token, values)| { Debt::Row { table, token, values } }),
         ]

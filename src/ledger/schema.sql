@@ -119,6 +119,24 @@ BEGIN
     END IF;
     RETURN pg_sequence_last_value('crossfade.version');
 END $$;
+-- Where a backfill stands, on the authority: a table's parts. after_key, upto_key: the part's keys (behind the one, up to the other), as in a
+-- range debt, without its number and tag; position: the last key that is done. work, work_key: the range debt of the chunk in work, and its last key.
+-- debts: the whole-table debts that are paid when all parts are done.
+CREATE TABLE IF NOT EXISTS crossfade.backfill (
+    number integer NOT NULL,
+    part integer NOT NULL,
+    debts bigint[] NOT NULL,
+    after_key bytea,
+    upto_key bytea,
+    position bytea,
+    work bigint,
+    work_key bytea,
+    rows bigint NOT NULL DEFAULT 0,
+    done boolean NOT NULL DEFAULT false,
+    begun timestamptz NOT NULL DEFAULT clock_timestamp(),
+    changed timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (number, part)
+) WITH (fillfactor = 50);
 
 -- The incarnation of this side, made anew where a crash or promotion has emptied it.
 CREATE OR REPLACE FUNCTION crossfade.incarnate() RETURNS uuid LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$

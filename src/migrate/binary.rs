@@ -25,6 +25,24 @@ impl<'a> FromSql<'a> for Raw {
     }
 }
 
+/// A value as it lies in its row, whatever its type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Field<'a>(pub Option<&'a [u8]>);
+
+impl<'a> FromSql<'a> for Field<'a> {
+    fn from_sql(_: &Type, raw: &'a [u8]) -> Result<Field<'a>, AnyError> {
+        Ok(Field(Some(raw)))
+    }
+
+    fn from_sql_null(_: &Type) -> Result<Field<'a>, AnyError> {
+        Ok(Field(None))
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+}
+
 /// A parameter, whatever its type.
 #[derive(Clone, Debug)]
 pub(crate) struct Parameter {

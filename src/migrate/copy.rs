@@ -16,8 +16,9 @@ use super::binary::{COPY_HEADER, COPY_TRAILER, CopyRows, put_copy_row};
 use super::error::{Error, Meaning};
 use super::gone::wait_for_writers;
 use super::link::Pair;
+use super::locks::{self, Kind};
 use super::payable::{self, Entry, State};
-use super::repair::{clear, lock_tables, unlock_tables};
+use super::repair::clear;
 use super::sql::{TableSql, references};
 use super::tokens;
 use crate::catalog::{Catalog, Table};
@@ -30,7 +31,7 @@ pub async fn prepare(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Resul
     let incarnation = pair.incarnation().await?;
     let entries = debts_of(pair, table, &incarnation).await?;
     let numbers = tables_of(table, &entries);
-    if !lock_tables(pair, &numbers).await? {
+    if !locks::take(pair, Kind::Table, &numbers).await? {
         return Err(Error::Deadline(format!(
             "another job works on table {}: try again when it has ended",
             table.label()
@@ -41,7 +42,7 @@ pub async fn prepare(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Resul
         pair.abandon().await;
     }
     if !pair.is_broken() {
-        unlock_tables(pair, &numbers).await?;
+        locks::release(pair, Kind::Table, &numbers).await?;
     }
     emptied
 }
@@ -81,7 +82,7 @@ pub async fn keyless(pair: &mut Pair, table: &Table, snapshot: &str, ids: &[i64]
     let Some(&first) = ids.first() else {
         return Err(Error::Unfit(format!("the copy of table {} pays no debt", table.label())));
     };
-    if !lock_tables(pair, &[table.number]).await? {
+    if !locks::take(pair, Kind::Table, &[table.number]).await? {
         return Err(Error::Deadline(format!(
             "another job works on table {}: try again when it has ended",
             table.label()
@@ -92,7 +93,7 @@ pub async fn keyless(pair: &mut Pair, table: &Table, snapshot: &str, ids: &[i64]
         pair.abandon().await;
     }
     if !pair.is_broken() {
-        unlock_tables(pair, &[table.number]).await?;
+        locks::release(pair, Kind::Table, &[table.number]).await?;
     }
     copied
 }
@@ -116,6 +117,7 @@ async fn keyless_locked(pair: &mut Pair, table: &Table, snapshot: &str, ids: &[i
         state: State::Payable,
         age_us: 0,
         late: None,
+        unreadable: None,
         debts: vec![Debt::Row { table: table.number, token, values: Vec::new() }],
     };
     clear(pair, &ids.iter().map(debt).collect::<Vec<_>>(), &incarnation).await?;
@@ -231,7 +233,7 @@ async fn locked_once(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Resul
     }
     let entries = debts_of(pair, table, &incarnation).await?;
     let numbers = tables_of(table, &entries);
-    if !lock_tables(pair, &numbers).await? {
+    if !locks::take(pair, Kind::Table, &numbers).await? {
         return Err(busy(pair, "another job works on the table".to_owned()));
     }
     let copied = replace_all(pair, catalog, table, &entries).await;
@@ -239,7 +241,7 @@ async fn locked_once(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Resul
         pair.abandon().await;
     }
     if !pair.is_broken() {
-        unlock_tables(pair, &numbers).await?;
+        locks::release(pair, Kind::Table, &numbers).await?;
     }
     let rows = copied?;
     settle_debts(pair, table, entries, &incarnation).await?;
@@ -303,7 +305,7 @@ async fn settle_debts(pair: &mut Pair, table: &Table, entries: Vec<Entry>, incar
     let paid = |debt: &Debt| match debt {
         Debt::Table { table: number } | Debt::Taint { table: number } => *number == table.number,
         Debt::Row { .. } => true,
-        Debt::Key { .. } => false,
+        Debt::Key { .. } | Debt::Range { .. } => false,
     };
     let (whole, part): (Vec<Entry>, Vec<Entry>) = entries.into_iter().partition(|entry| entry.debts.iter().all(paid));
     // This flushes the mirror, also for the rows that are only cut down.

@@ -20,6 +20,8 @@ pub struct TableDebt {
     pub whole: u64,
     /// Taints.
     pub taints: u64,
+    /// Ranges of keys.
+    pub ranges: u64,
     /// Rows of a table without a key.
     pub rows: u64,
 }
@@ -86,6 +88,7 @@ fn count(debt: &Debt, tables: &mut BTreeMap<u32, TableDebt>) {
         Debt::Key { .. } => table.keys += 1,
         Debt::Table { .. } => table.whole += 1,
         Debt::Taint { .. } => table.taints += 1,
+        Debt::Range { .. } => table.ranges += 1,
         Debt::Row { .. } => table.rows += 1,
     }
 }

@@ -85,6 +85,13 @@ impl Error {
         }
     }
 
+    /// A server's word about what one table holds (a broken index, a value that its type does not take): others may be better off. Not so where the
+    /// connection is gone, or the server goes away.
+    pub(crate) fn is_about_a_table(&self) -> bool {
+        let Error::Server { code, .. } = self else { return false };
+        !matches!(&code.code()[..2], "08" | "25" | "28" | "57")
+    }
+
     /// What the error means for the rows that were under way.
     pub(crate) fn meaning(&self) -> Meaning {
         let Error::Server { code, message, .. } = self else { return Meaning::Fatal };

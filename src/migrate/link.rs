@@ -150,7 +150,7 @@ impl Link {
         self.statements.clear();
     }
 
-    async fn set_up(&mut self, replica: bool) -> Result<Duration, Error> {
+    pub(crate) async fn set_up(&mut self, replica: bool) -> Result<Duration, Error> {
         // Operators of key types may live in any schema (citext in public, say): `=` must find them, and nothing else.
         let path: String = self
             .rows(

@@ -6,6 +6,7 @@
 //! step stands where it does; `rules` are its decisions. Nothing here knows of client sessions, and data is changed nowhere else.
 
 mod across;
+pub mod backfill;
 mod binary;
 mod conflict;
 pub mod copy;
@@ -14,6 +15,7 @@ pub mod error;
 mod gone;
 pub mod install;
 pub mod link;
+mod locks;
 mod payable;
 pub mod reconcile;
 pub mod repair;

@@ -18,6 +18,8 @@ pub(crate) struct Entry {
     /// A carrier that was given up long enough ago to be ended.
     pub late: Option<Backend>,
     pub debts: Vec<Debt>,
+    /// Why its debts cannot be read.
+    pub unreadable: Option<String>,
 }
 
 /// Rows read at once at most.
@@ -46,8 +48,20 @@ struct Found {
     carrier: Option<Backend>,
     incarnation: Option<String>,
     holder: Option<Backend>,
-    debts: Vec<Debt>,
+    debts: Result<Vec<Debt>, Error>,
     age_us: i64,
+}
+
+impl Found {
+    /// One row that cannot be read must not keep the others from being paid.
+    fn entry(self, state: impl FnOnce(&[Debt]) -> State) -> Entry {
+        let (debts, unreadable) = match self.debts {
+            Ok(debts) => (debts, None),
+            Err(error) => (Vec::new(), Some(error.to_string())),
+        };
+        let state = if unreadable.is_some() { State::Payable } else { state(&debts) };
+        Entry { id: self.id, state, age_us: self.age_us, late: None, debts, unreadable }
+    }
 }
 
 /// The next rows behind id `after`, with what may be done about each, at most `rows` of them. `incarnation`: the mirror's, read before.
@@ -71,12 +85,19 @@ pub(crate) async fn read(
                 .carrier_xid
                 .filter(|_| row.incarnation.as_deref() == Some(incarnation))
                 .and_then(|xid| status.get(&xid));
-            let whole = row.debts.iter().any(|debt| matches!(debt, Debt::Table { .. } | Debt::Taint { .. }));
             let alive = row.carrier.is_some_and(|carrier| carriers.is(carrier));
             let held = row.holder.is_some_and(|holder| holders.is(holder));
-            let state = if held { State::InFlight } else { state(told(answer.map(String::as_str)), alive, whole) };
-            let late = state == State::InFlight && !held && row.carrier_xid.is_none() && row.age_us > GRACE_US;
-            Entry { id: row.id, state, age_us: row.age_us, late: row.carrier.filter(|_| late), debts: row.debts }
+            let (carrier, no_xid) = (row.carrier, row.carrier_xid.is_none());
+            let state = |debts: &[Debt]| match held {
+                true => State::InFlight,
+                false => state(told(answer.map(String::as_str)), alive, debts.iter().any(is_whole)),
+            };
+            let mut entry = row.entry(state);
+            // A backend that a range names is at work on it, for as long as that takes.
+            let given_up = no_xid && !entry.debts.iter().any(|debt| matches!(debt, Debt::Range { .. }));
+            let late = entry.state == State::InFlight && !held && given_up && entry.age_us > GRACE_US;
+            entry.late = carrier.filter(|_| late);
+            entry
         })
         .collect())
 }
@@ -89,6 +110,11 @@ fn told(answer: Option<&str>) -> Told {
         Some("aborted") => Told::Aborted,
         _ => Told::Nothing,
     }
+}
+
+/// Not what a carrier brings.
+fn is_whole(debt: &Debt) -> bool {
+    matches!(debt, Debt::Table { .. } | Debt::Taint { .. } | Debt::Range { .. })
 }
 
 /// Ends carriers that were given up and have not ended by themselves: their transactions can only abort, since COMMIT was never sent
@@ -118,7 +144,7 @@ async fn fetch(authority: At<'_>, after: i64, rows: i64) -> Result<Vec<Found>, E
                 carrier: backend(2),
                 incarnation: row.get(4),
                 holder: backend(5),
-                debts: debts::decode(debts).map_err(|source| Error::Ledger { id, source })?,
+                debts: debts::decode(debts).map_err(|source| Error::Ledger { id, source }),
                 age_us: row.get(8),
             })
         })
@@ -127,20 +153,21 @@ async fn fetch(authority: At<'_>, after: i64, rows: i64) -> Result<Vec<Found>, E
 
 /// Ids and debts of the next rows behind id `after`.
 pub(crate) async fn fetch_debts(authority: At<'_>, after: i64) -> Result<Vec<(i64, Vec<Debt>)>, Error> {
-    Ok(fetch(authority, after, ROWS).await?.into_iter().map(|row| (row.id, row.debts)).collect())
+    fetch(authority, after, ROWS).await?.into_iter().map(|row| Ok((row.id, row.debts?))).collect()
 }
 
 /// The oldest rows, where the mirror cannot be asked: a row with a carrier may be in flight.
 pub(crate) async fn read_alone(authority: At<'_>, rows: i64) -> Result<Vec<Entry>, Error> {
     let found = fetch(authority, 0, rows).await?;
     let holders = alive(authority, found.iter().filter_map(|row| row.holder).collect()).await?;
-    let state = |row: &Found| match row.holder.is_some_and(|holder| holders.is(holder)) || row.carrier.is_some() {
-        true => State::InFlight,
-        false => State::Payable,
-    };
+    let busy = |row: &Found| row.holder.is_some_and(|holder| holders.is(holder)) || row.carrier.is_some();
+    let state = |busy: bool| if busy { State::InFlight } else { State::Payable };
     Ok(found
         .into_iter()
-        .map(|row| Entry { id: row.id, state: state(&row), age_us: row.age_us, late: None, debts: row.debts })
+        .map(|row| {
+            let busy = busy(&row);
+            row.entry(|_| state(busy))
+        })
         .collect())
 }
 

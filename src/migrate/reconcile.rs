@@ -19,6 +19,7 @@ use super::gone;
 use super::link::{Link, Pair};
 use super::rules::{Place, place};
 use super::sql::{TableSql, references};
+pub(crate) use super::walk::range;
 pub use super::walk::table;
 use crate::catalog::Table;
 use crate::ledger::debts::Values;

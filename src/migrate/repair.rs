@@ -4,10 +4,13 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::backfill;
 use super::error::{Error, Meaning};
 use super::link::Pair;
+use super::locks::{self, Kind};
 use super::payable::{self, Entry, State};
 use super::reconcile::{self, Outcome};
+use super::sql::Bounds;
 use super::tokens;
 use crate::catalog::{Catalog, Sides, Table};
 use crate::ledger::clear::{ClearError, Clearing, flush_and_clear};
@@ -57,23 +60,43 @@ enum Unpaid {
 struct Ledger {
     tables: HashMap<u32, Unpaid>,
     keys: HashMap<u32, HashMap<Values, Unpaid>>,
+    ranges: HashMap<(u32, Bounds), Unpaid>,
     tokens: HashMap<[u8; 16], Unpaid>,
     repaired: u64,
 }
 
 impl Ledger {
-    fn none_of(&mut self, table: u32, keys: HashSet<Values>, why: Unpaid) {
-        self.keys.insert(table, keys.into_iter().map(|key| (key, why.clone())).collect());
-        self.tables.insert(table, why);
+    /// Nothing that the table owes is paid.
+    fn none_of(&mut self, table: u32, owes: &Owes, why: &Unpaid) {
+        self.no_keys_of(table, owes, why);
+        self.tables.insert(table, why.clone());
+    }
+
+    /// Its keys and ranges are not.
+    fn no_keys_of(&mut self, table: u32, owes: &Owes, why: &Unpaid) {
+        self.keys.insert(table, owes.keys.iter().map(|key| (key.clone(), why.clone())).collect());
+        let ranges = owes.ranges.iter().map(|bounds| ((table, bounds.clone()), why.clone()));
+        self.ranges.extend(ranges);
     }
 
     fn unpaid(&self, debt: &Debt) -> Option<&Unpaid> {
         match debt {
             Debt::Key { table, key } => self.keys.get(table)?.get(key),
             Debt::Table { table } | Debt::Taint { table } => self.tables.get(table),
+            Debt::Range { table, after, upto } => {
+                self.ranges.get(&(*table, Bounds { after: after.clone(), upto: upto.clone() }))
+            }
             Debt::Row { token, .. } => self.tokens.get(token),
         }
     }
+}
+
+/// What one table owes.
+#[derive(Default)]
+struct Owes {
+    whole: bool,
+    keys: HashSet<Values>,
+    ranges: HashSet<Bounds>,
 }
 
 /// The first wait before a refused debt is tried again; doubled each time.
@@ -86,13 +109,15 @@ pub struct Repair {
     pub pair: Pair,
     /// The tables as they are now. Set anew by the caller when definitions change.
     pub catalog: Arc<Catalog>,
+    /// Whole-table debts that a backfill has begun to pay are left to it for this long after its last step, so that one that was ended can go on.
+    pub leaves_backfills: Option<Duration>,
     refused: HashMap<i64, (Instant, Duration)>,
 }
 
 impl Repair {
     /// A worker over these connections, which nothing else may use.
     pub fn new(pair: Pair, catalog: Arc<Catalog>) -> Repair {
-        let mut repair = Repair { pair, catalog: Arc::default(), refused: HashMap::new() };
+        let mut repair = Repair { pair, catalog: Arc::default(), leaves_backfills: None, refused: HashMap::new() };
         repair.renew(catalog);
         repair
     }
@@ -170,6 +195,12 @@ impl Repair {
         let ledger = self.pay(&payable).await?;
         summary.repaired_rows = ledger.repaired;
         for entry in payable {
+            if let Some(why) = &entry.unreadable {
+                summary.owed += 1;
+                self.note_refusal(entry.id, why).await?;
+                summary.add(Summary { refused: vec![("the ledger".to_owned(), why.clone())], ..Summary::default() });
+                continue;
+            }
             match entry
                 .debts
                 .iter()
@@ -212,20 +243,42 @@ impl Repair {
 
     /// Pays what can be paid. Debts of one table, whichever rows they stand in, are paid together.
     async fn pay(&mut self, entries: &[Entry]) -> Result<Ledger, Error> {
-        let mut whole = BTreeSet::new();
-        let mut keys: BTreeMap<u32, HashSet<Values>> = BTreeMap::new();
+        let mut tables: BTreeMap<u32, Owes> = BTreeMap::new();
         for debt in entries.iter().flat_map(|entry| &entry.debts) {
+            if matches!(debt, Debt::Row { .. }) {
+                continue;
+            }
+            let owes = tables.entry(debt.table()).or_default();
             match debt {
-                Debt::Key { table, key } => drop(keys.entry(*table).or_default().insert(key.clone())),
-                Debt::Table { table } | Debt::Taint { table } => drop(whole.insert(*table)),
-                Debt::Row { .. } => {}
+                Debt::Key { key, .. } => drop(owes.keys.insert(key.clone())),
+                Debt::Range { after, upto, .. } => {
+                    owes.ranges.insert(Bounds { after: after.clone(), upto: upto.clone() });
+                }
+                Debt::Table { .. } | Debt::Taint { .. } | Debt::Row { .. } => owes.whole = true,
             }
         }
         let mut ledger = Ledger::default();
-        let numbers: BTreeSet<u32> = whole.iter().chain(keys.keys()).copied().collect();
-        for number in numbers {
-            let keys = keys.remove(&number).unwrap_or_default();
-            self.pay_table(number, whole.contains(&number), keys, &mut ledger).await?;
+        for (number, owes) in tables {
+            if self.catalog.gone.contains(&number) {
+                // Dropped on both sides, and its rows with it.
+                continue;
+            }
+            let Some(table) = self.catalog.tables.get(&number).cloned() else {
+                let why = format!(
+                    "table number {number} is not among the migrating tables any more: make it the same on both sides again, or drop it on both"
+                );
+                ledger.none_of(number, &owes, &Unpaid::Refused(why));
+                continue;
+            };
+            if let Err(error) = self.pay_table(&table, &owes, &mut ledger).await {
+                // What one table cannot have must not keep the others from being paid.
+                if !error.is_about_a_table() {
+                    return Err(error);
+                }
+                self.pair.abandon().await;
+                self.unlock(number).await?;
+                ledger.none_of(number, &owes, &Unpaid::Refused(error.to_string()));
+            }
         }
         for entry in entries {
             self.pay_rows(entry, &mut ledger).await?;
@@ -233,70 +286,98 @@ impl Repair {
         Ok(ledger)
     }
 
-    async fn pay_table(
-        &mut self,
-        number: u32,
-        whole: bool,
-        keys: HashSet<Values>,
-        ledger: &mut Ledger,
-    ) -> Result<(), Error> {
-        if self.catalog.gone.contains(&number) {
-            // Dropped on both sides, and its rows with it.
+    /// Whatever of the table's locks an error has left behind.
+    async fn unlock(&mut self, number: u32) -> Result<(), Error> {
+        for kind in [Kind::Table, Kind::Keys] {
+            locks::release(&mut self.pair, kind, &[number]).await?;
+        }
+        Ok(())
+    }
+
+    async fn pay_table(&mut self, table: &Arc<Table>, owes: &Owes, ledger: &mut Ledger) -> Result<(), Error> {
+        if let Some(why) = &table.opaque {
+            let why = format!("table {} cannot be mirrored: {why}", table.label());
+            ledger.none_of(table.number, owes, &Unpaid::Refused(why));
             return Ok(());
         }
-        let Some(table) = self.catalog.tables.get(&number).cloned() else {
-            let why = format!(
-                "table number {number} is not among the migrating tables any more: make it the same on both sides again, or drop it on both"
-            );
-            ledger.none_of(number, keys, Unpaid::Refused(why));
+        if !self.is_current(table).await? {
+            ledger.none_of(table.number, owes, &Unpaid::Busy);
             return Ok(());
+        }
+        if owes.whole && self.pay_whole(table, owes, ledger).await? {
+            return Ok(());
+        }
+        if owes.keys.is_empty() && owes.ranges.is_empty() {
+            return Ok(());
+        }
+        let number = table.number;
+        if !locks::take(&mut self.pair, Kind::Keys, &[number]).await? {
+            ledger.no_keys_of(number, owes, &Unpaid::Busy);
+            return Ok(());
+        }
+        let outcome = reconcile::keys(&mut self.pair, table, owes.keys.iter().cloned().collect()).await?;
+        ledger.repaired += outcome.written + outcome.removed;
+        let unpaid = ledger.keys.entry(number).or_default();
+        unpaid.extend(outcome.locked.into_iter().map(|key| (key, Unpaid::Busy)));
+        unpaid.extend(outcome.refused.into_iter().map(|(key, message)| (key, Unpaid::Refused(message))));
+        for bounds in &owes.ranges {
+            let why = match reconcile::range(&mut self.pair, table, bounds).await {
+                Ok(outcome) => {
+                    ledger.repaired += outcome.written + outcome.removed;
+                    why_unpaid(&outcome)
+                }
+                Err(Error::Deadline(_)) => Some(Unpaid::Busy),
+                Err(error) => return Err(error),
+            };
+            ledger.ranges.extend(why.map(|why| ((number, bounds.clone()), why)));
+        }
+        locks::release(&mut self.pair, Kind::Keys, &[number]).await
+    }
+
+    /// A whole-table debt covers the keys and ranges that were read with it: the walk begins after they were read, and passes each of them. False:
+    /// it was not paid, for a reason that does not concern them.
+    async fn pay_whole(&mut self, table: &Arc<Table>, owes: &Owes, ledger: &mut Ledger) -> Result<bool, Error> {
+        let number = table.number;
+        let left = match self.leaves_backfills {
+            Some(patience) => backfill::under_way(&mut self.pair.authority, number, patience).await?,
+            None => false,
         };
-        if !self.is_current(&table).await? || !lock_tables(&mut self.pair, &[number]).await? {
-            ledger.none_of(number, keys, Unpaid::Busy);
-            return Ok(());
+        if left || !locks::take(&mut self.pair, Kind::Table, &[number]).await? {
+            ledger.tables.insert(number, Unpaid::Busy);
+            return Ok(false);
         }
-        let paid = self.reconcile(&table, whole, &keys).await;
-        unlock_tables(&mut self.pair, &[number]).await?;
-        let outcome = match paid {
+        let outcome = match reconcile::table(&mut self.pair, table, &mut |_| {}).await {
             Ok(outcome) => outcome,
-            Err(Error::Unfit(why)) => {
-                ledger.none_of(number, keys, Unpaid::Refused(why));
-                return Ok(());
-            }
-            Err(Error::Deadline(why)) => {
-                tracing::warn!(table = table.label(), why, "a whole-table debt waits");
-                ledger.none_of(number, keys, Unpaid::Busy);
-                return Ok(());
+            Err(error @ (Error::Unfit(_) | Error::Deadline(_))) => {
+                self.pair.abandon().await;
+                let why = match error {
+                    Error::Deadline(why) => {
+                        tracing::info!(table = table.label(), why, "a whole-table debt waits");
+                        Unpaid::Busy
+                    }
+                    error => Unpaid::Refused(error.to_string()),
+                };
+                ledger.tables.insert(number, why);
+                locks::release(&mut self.pair, Kind::Table, &[number]).await?;
+                return Ok(false);
             }
             Err(error) => return Err(error),
         };
         ledger.repaired += outcome.written + outcome.removed;
-        if let Some((_, message)) = outcome.refused.first() {
-            ledger.tables.insert(number, Unpaid::Refused(message.clone()));
-        } else if !outcome.locked.is_empty() {
-            ledger.tables.insert(number, Unpaid::Busy);
+        if let Some(why) = why_unpaid(&outcome) {
+            ledger.none_of(number, &Owes { keys: HashSet::new(), whole: true, ranges: owes.ranges.clone() }, &why);
         }
         let unpaid = ledger.keys.entry(number).or_default();
         unpaid.extend(outcome.locked.into_iter().map(|key| (key, Unpaid::Busy)));
         unpaid.extend(outcome.refused.into_iter().map(|(key, message)| (key, Unpaid::Refused(message))));
-        Ok(())
+        locks::release(&mut self.pair, Kind::Table, &[number]).await?;
+        Ok(true)
     }
 
     /// What a change of definitions has left is not paid by the definitions of before: a new column would not be looked at.
     async fn is_current(&mut self, table: &Table) -> Result<bool, Error> {
         let settled = Side::BOTH.iter().all(|side| self.catalog.settled(*side, table));
         Ok(settled && self.versions_hold().await?)
-    }
-
-    /// A whole-table debt covers the keys that were read with it: the walk begins after they were read, and passes each of them.
-    async fn reconcile(&mut self, table: &Arc<Table>, whole: bool, keys: &HashSet<Values>) -> Result<Outcome, Error> {
-        if let Some(why) = &table.opaque {
-            return Err(Error::Unfit(format!("table {} cannot be mirrored: {why}", table.label())));
-        }
-        match whole {
-            true => reconcile::table(&mut self.pair, table, &mut |_| {}).await,
-            false => reconcile::keys(&mut self.pair, table, keys.iter().cloned().collect()).await,
-        }
     }
 
     /// Rows for tables without a key. All of a transaction's rows stand in one ledger row under one token.
@@ -310,7 +391,7 @@ impl Repair {
         for (token, rows) in by_token {
             let numbers: Vec<u32> =
                 rows.iter().map(|(number, _)| *number).collect::<BTreeSet<_>>().into_iter().collect();
-            if !lock_tables(&mut self.pair, &numbers).await? {
+            if !locks::take(&mut self.pair, Kind::Table, &numbers).await? {
                 ledger.tokens.insert(token, Unpaid::Busy);
                 continue;
             }
@@ -318,7 +399,7 @@ impl Repair {
             if paid.is_err() {
                 self.pair.abandon().await;
             }
-            unlock_tables(&mut self.pair, &numbers).await?;
+            locks::release(&mut self.pair, Kind::Table, &numbers).await?;
             match paid {
                 Ok(written) => ledger.repaired += written,
                 Err(error) => match error.meaning() {
@@ -329,6 +410,14 @@ impl Repair {
             }
         }
         Ok(())
+    }
+}
+
+/// Why a debt of more than one key stays.
+fn why_unpaid(outcome: &Outcome) -> Option<Unpaid> {
+    match outcome.refused.first() {
+        Some((_, message)) => Some(Unpaid::Refused(message.clone())),
+        None => (!outcome.locked.is_empty()).then_some(Unpaid::Busy),
     }
 }
 
@@ -359,31 +448,6 @@ fn told(error: ClearError, mirror: Side) -> Error {
         ClearError::Reincarnated => Error::Reincarnated { side: mirror },
         ClearError::NothingWritten => Error::Unfit(format!("{mirror}: {error}")),
     }
-}
-
-/// First key of the advisory locks of jobs, one for each table.
-const LOCK_CLASS: i32 = 0x4346_5442;
-
-/// Jobs on one table exclude each other by a lock on the *mirror*, which lives as long as the session whose statements could come late.
-pub(crate) async fn lock_tables(pair: &mut Pair, numbers: &[u32]) -> Result<bool, Error> {
-    for (at, number) in numbers.iter().enumerate() {
-        let text = "SELECT pg_try_advisory_lock($1, $2)";
-        let rows =
-            pair.mirror.rows("locking a table against other jobs", text, &[&LOCK_CLASS, &(*number as i32)]).await?;
-        if !rows[0].get::<_, bool>(0) {
-            unlock_tables(pair, &numbers[..at]).await?;
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
-
-pub(crate) async fn unlock_tables(pair: &mut Pair, numbers: &[u32]) -> Result<(), Error> {
-    for number in numbers {
-        let text = "SELECT pg_advisory_unlock($1, $2)";
-        pair.mirror.rows("unlocking a table", text, &[&LOCK_CLASS, &(*number as i32)]).await?;
-    }
-    Ok(())
 }
 
 /// Passes until nothing is owed or in flight. Err with [`Error::Deadline`] after `patience`, saying what is left.

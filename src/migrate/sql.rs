@@ -14,6 +14,15 @@ use crate::ledger::debts::Values;
 use crate::phase::Side;
 use crate::plan::image;
 
+/// Keys behind `after` up to `upto`, in the order of a side's index.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Bounds {
+    /// None: from the first.
+    pub after: Option<Values>,
+    /// None: to the end.
+    pub upto: Option<Values>,
+}
+
 /// A table's statements on one side.
 pub(crate) struct TableSql<'a> {
     pub table: &'a Table,
@@ -127,23 +136,45 @@ impl<'a> TableSql<'a> {
         format!("DELETE FROM {} AS t USING {} WHERE {}", self.only(), self.asked(), self.matches())
     }
 
-    /// Keys behind the one given (all keys where `after` is false) in the order of this side, with the bytes of their rows.
-    /// The last parameter is how many.
-    pub fn page(&self, after: bool) -> String {
-        let columns: Vec<String> = self.key.iter().map(|&at| format!("t.{}", self.name(at))).collect();
-        let columns = columns.join(", ");
-        let from = if after {
-            let bound: Vec<String> = self.key.iter().enumerate().map(|(n, &at)| self.parameter(at, n + 1)).collect();
-            format!("WHERE ({columns}) > ({})", bound.join(", "))
-        } else {
-            String::new()
-        };
+    /// The key's columns of relation `t`, as they stand in ORDER BY.
+    pub fn key_columns(&self) -> String {
+        self.key.iter().map(|&at| format!("t.{}", self.name(at))).collect::<Vec<_>>().join(", ")
+    }
+
+    /// The key's columns of relation `t`, as images carry them.
+    pub fn read_key(&self) -> String {
+        self.read(self.key.iter().copied())
+    }
+
+    /// That a row's key lies within bounds of this shape; their keys are the first parameters. And the number of the next parameter.
+    pub fn within(&self, after: bool, upto: bool) -> (String, usize) {
+        let columns = self.key_columns();
+        let (mut number, mut terms) = (1, Vec::new());
+        for (there, operator) in [(after, ">"), (upto, "<=")] {
+            if there {
+                let bound: Vec<String> =
+                    self.key.iter().enumerate().map(|(n, &at)| self.parameter(at, number + n)).collect();
+                terms.push(format!("({columns}) {operator} ({})", bound.join(", ")));
+                number += self.key.len();
+            }
+        }
+        (if terms.is_empty() { "true".to_owned() } else { terms.join(" AND ") }, number)
+    }
+
+    /// The parameters that bounds are.
+    pub fn bound_parameters(&self, bounds: &Bounds) -> Vec<Parameter> {
+        [&bounds.after, &bounds.upto].into_iter().flatten().flat_map(|key| self.key_parameters(key)).collect()
+    }
+
+    /// Keys within bounds of this shape in the order of this side, with the bytes of their rows. The last parameter is how many.
+    pub fn page(&self, after: bool, upto: bool) -> String {
+        let (within, limit) = self.within(after, upto);
         format!(
-            "SELECT {}, {} FROM {} AS t {from} ORDER BY {columns} LIMIT ${}::bigint",
+            "SELECT {}, {} FROM {} AS t WHERE {within} ORDER BY {} LIMIT ${limit}::bigint",
             self.size(),
-            self.read(self.key.iter().copied()),
+            self.read_key(),
             self.only(),
-            if after { self.key.len() + 1 } else { 1 }
+            self.key_columns()
         )
     }
 

@@ -1,4 +1,4 @@
-//! A whole-table debt of a table with a key: both sides are walked once, in chunks of keys, each chunk reconciled under lock.
+//! A debt of a whole table with a key, or of a range of its keys: both sides are walked once, in chunks of keys, each chunk reconciled under lock.
 //!
 //! Also the plain copy of what was there before: a chunk that the mirror lacks altogether goes over by COPY.
 
@@ -9,8 +9,9 @@ use super::binary::{Parameter, values};
 use super::error::Error;
 use super::gone;
 use super::link::{Link, Pair};
+use super::locks;
 use super::reconcile::{Outcome, ask, chunk_of_keys, keys};
-use super::sql::{TableSql, references};
+use super::sql::{Bounds, TableSql, references};
 use crate::catalog::Table;
 use crate::ledger::debts::Values;
 
@@ -34,22 +35,79 @@ pub async fn table(pair: &mut Pair, table: &Table, progress: &mut (dyn FnMut(u64
         )));
     }
     let mut outcome = Outcome::default();
-    walk_authority(pair, table, progress, &mut outcome).await?;
-    walk_mirror(pair, table, &mut outcome).await?;
+    walk_authority(pair, table, &Bounds::default(), Manners::GiveWay, progress, &mut outcome).await?;
+    walk_mirror(pair, table, &Bounds::default(), &mut outcome).await?;
     let locked = std::mem::take(&mut outcome.locked);
     outcome.add(keys(pair, table, locked).await?);
     Ok(outcome)
 }
 
+/// The same for the keys between two, as both sides hold them: also those that only the mirror has.
+pub(crate) async fn range(pair: &mut Pair, table: &Table, bounds: &Bounds) -> Result<Outcome, Error> {
+    let mut outcome = Outcome::default();
+    walk_authority(pair, table, bounds, Manners::GoOn, &mut |_| {}, &mut outcome).await?;
+    if order_alike(pair, table).await? {
+        let across = |key: &Option<Values>| key.clone().map(|key| key_across(table, pair.authority.side, key));
+        let bounds = Bounds { after: across(&bounds.after), upto: across(&bounds.upto) };
+        walk_mirror(pair, table, &bounds, &mut outcome).await?;
+    } else {
+        walk_mirror(pair, table, &Bounds::default(), &mut outcome).await?;
+    }
+    let locked = std::mem::take(&mut outcome.locked);
+    outcome.add(keys(pair, table, locked).await?);
+    Ok(outcome)
+}
+
+/// Rows that only the mirror has are removed.
+pub(crate) async fn leftovers(pair: &mut Pair, table: &Table) -> Result<Outcome, Error> {
+    let mut outcome = Outcome::default();
+    walk_mirror(pair, table, &Bounds::default(), &mut outcome).await?;
+    let locked = std::mem::take(&mut outcome.locked);
+    outcome.add(keys(pair, table, locked).await?);
+    Ok(outcome)
+}
+
+/// Both sides order the table's keys alike (D7): built-in types, compared by their bytes where they have a collation. An enum's order is its
+/// server's, and that of a language depends on the library that the server uses.
+async fn order_alike(pair: &mut Pair, table: &Table) -> Result<bool, Error> {
+    let text = "SELECT getdatabaseencoding()::text, bool_and(a.atttypid < 16384 AND (a.attcollation = 0 OR CASE c.collprovider \
+        WHEN 'c' THEN c.collcollate WHEN 'd' THEN (SELECT d.datcollate FROM pg_database d WHERE d.datname = current_database() \
+        AND to_jsonb(d)->>'datlocprovider' IS DISTINCT FROM 'i') END IN ('C', 'POSIX', 'C.UTF-8', 'C.UTF8', 'C.utf8'))) \
+        FROM pg_attribute a LEFT JOIN pg_collation c ON c.oid = a.attcollation WHERE a.attrelid = $1 AND a.attname = ANY ($2)";
+    let mut encodings = Vec::new();
+    for link in [&mut pair.authority, &mut pair.mirror] {
+        let sql = TableSql::new(table, link.side);
+        let names: Vec<&String> = sql.key.iter().map(|&at| table.columns[at].name.get(link.side)).collect();
+        let row = &link.rows("reading collations", text, &[table.oid.get(link.side), &names]).await?[0];
+        if row.get::<_, Option<bool>>(1) != Some(true) {
+            return Ok(false);
+        }
+        encodings.push(row.get::<_, String>(0));
+    }
+    Ok(encodings[0] == encodings[1])
+}
+
+/// Whether a walk ends where another job waits for the table.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Manners {
+    GiveWay,
+    GoOn,
+}
+
 async fn walk_authority(
     pair: &mut Pair,
     table: &Table,
+    bounds: &Bounds,
+    manners: Manners,
     progress: &mut (dyn FnMut(u64) + Send),
     outcome: &mut Outcome,
 ) -> Result<(), Error> {
-    let mut page = Page { after: None, rows: FIRST };
+    let mut page = Page { bounds: bounds.clone(), rows: FIRST };
     let mut done = 0;
     loop {
+        if manners == Manners::GiveWay && locks::wanted(pair, table.number).await? {
+            return Err(Error::Deadline(format!("another job asks for table {}: the walk gives way", table.label())));
+        }
         let limits = (pair.settings.chunk_rows, pair.settings.chunk_bytes);
         let found = page.next(&mut pair.authority, table, limits).await?;
         if found.is_empty() {
@@ -76,7 +134,7 @@ async fn walk_authority(
 }
 
 /// Rows that only the mirror has.
-async fn walk_mirror(pair: &mut Pair, table: &Table, outcome: &mut Outcome) -> Result<(), Error> {
+async fn walk_mirror(pair: &mut Pair, table: &Table, bounds: &Bounds, outcome: &mut Outcome) -> Result<(), Error> {
     // An insert under way on the mirror, of a transaction that the authority has ended, is invisible to the walk; the row may
     // have been deleted on the authority since, by a write that only this debt stands for.
     if let Err(holders) = gone::wait_for_writers(&mut pair.mirror, table, pair.settings.settle).await? {
@@ -88,7 +146,7 @@ async fn walk_mirror(pair: &mut Pair, table: &Table, outcome: &mut Outcome) -> R
         )));
     }
     let here = TableSql::new(table, pair.authority.side);
-    let mut page = Page { after: None, rows: FIRST };
+    let mut page = Page { bounds: bounds.clone(), rows: FIRST };
     loop {
         let limits = (pair.settings.chunk_rows * 4, usize::MAX);
         let found = page.next(&mut pair.mirror, table, limits).await?;
@@ -108,7 +166,8 @@ async fn walk_mirror(pair: &mut Pair, table: &Table, outcome: &mut Outcome) -> R
 
 /// A walk in key order, in the order of the side that is walked.
 struct Page {
-    after: Option<Values>,
+    /// What is left.
+    bounds: Bounds,
     rows: usize,
 }
 
@@ -117,10 +176,11 @@ impl Page {
     async fn next(&mut self, link: &mut Link, table: &Table, limits: (usize, usize)) -> Result<Vec<Values>, Error> {
         let sql = TableSql::new(table, link.side);
         let rows = self.rows as i64;
-        let mut parameters = self.after.as_deref().map_or_else(Vec::new, |after| sql.key_parameters(after));
+        let mut parameters = sql.bound_parameters(&self.bounds);
         let rows = bytes::Bytes::copy_from_slice(&rows.to_be_bytes());
         parameters.push(Parameter { value: Some(rows), text: false });
-        let found = link.rows("reading keys", &sql.page(self.after.is_some()), &references(&parameters)).await?;
+        let text = sql.page(self.bounds.after.is_some(), self.bounds.upto.is_some());
+        let found = link.rows("reading keys", &text, &references(&parameters)).await?;
         let (mut keys, mut bytes) = (Vec::new(), 0usize);
         for row in &found {
             bytes = bytes.saturating_add(row.get::<_, i64>(0) as usize);
@@ -130,7 +190,7 @@ impl Page {
             keys.push(values(row, 1, sql.key.len()));
         }
         if let Some(last) = keys.last() {
-            self.after = Some(last.clone());
+            self.bounds.after = Some(last.clone());
             let mean = (bytes / keys.len()).max(1);
             self.rows = (limits.1 / mean).clamp(1, limits.0).min(self.rows * 4).max(1);
         }

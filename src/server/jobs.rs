@@ -30,6 +30,9 @@ const MOVE_HELD: Duration = Duration::from_secs(30);
 /// How often debts that are owed are looked for.
 const REPAIR: Duration = Duration::from_secs(1);
 
+/// How long a backfill that was ended has, to be run again, before repair pays its tables in its stead.
+const BACKFILL: Duration = Duration::from_secs(600);
+
 /// How often tokens that no debt needs any more are removed.
 const SWEEP: Duration = Duration::from_secs(60);
 
@@ -207,7 +210,9 @@ async fn open_repair(shared: &Shared, mirror: Side) -> Result<Repair, Box<dyn st
     let authority = Shared::database(&config, mirror.other()).connect("crossfade repair").await?;
     let second = Shared::database(&config, mirror).connect("crossfade repair").await?;
     let pair = Pair::new(mirror.other(), authority, second, migrate::Settings::default()).await?;
-    Ok(Repair::new(pair, world.catalog.clone()))
+    let mut repair = Repair::new(pair, world.catalog.clone());
+    repair.leaves_backfills = Some(BACKFILL);
+    Ok(repair)
 }
 
 /// Finds out when a mirror that failed is back.
@@ -340,13 +345,18 @@ async fn read_debts(
     let owed: Vec<(String, i64)> = counts
         .tables
         .iter()
-        .map(|(number, debt)| (label(*number), (debt.keys + debt.whole + debt.taints + debt.rows) as i64))
+        .map(|(number, debt)| (label(*number), (debt.keys + debt.whole + debt.taints + debt.ranges + debt.rows) as i64))
         .collect();
     metrics.set_debts(&owed);
     metrics.tainted_tables.set(counts.tables.values().filter(|debt| debt.taints > 0).count() as i64);
     metrics.debt_in_flight.set(counts.in_flight as i64);
     metrics.debt_oldest_seconds.set(counts.oldest.map_or(0.0, |age| age.as_secs_f64()));
     metrics.ledger_bytes.set(counts.ledger_bytes);
+    if let Ok(standing) = migrate::backfill::standing(authority).await {
+        for (number, standing) in standing {
+            metrics.set_backfill(&label(number), standing.rows.max(0) as u64, standing.share);
+        }
+    }
     Ok(())
 }
 

@@ -202,10 +202,8 @@ async fn pump(mut from: OwnedReadHalf, to: &OwnedWriteHalf, way: Way, shared: &S
         }
         let bytes = &buffer[..length];
         let struck = strike(shared, way, &mut seen, bytes);
-        match struck {
-            Some(Trip::CutBefore) => return Err(io::ErrorKind::ConnectionReset.into()),
-            Some(Trip::StallBefore) => drop(shared.flow(way).send_replace(Flow::Stall)),
-            _ => {}
+        if struck == Some(Trip::CutBefore) {
+            return Err(io::ErrorKind::ConnectionReset.into());
         }
         if passes(&mut flow).await {
             write_all(to, bytes).await?;
@@ -261,6 +259,10 @@ fn strike(shared: &Shared, way: Way, seen: &mut Vec<u8>, bytes: &[u8]) -> Option
     if seen.windows(wire.pattern.len()).any(|window| window == wire.pattern) {
         seen.clear();
         let wire = tripwire.take()?;
+        // Before the answer: whoever has it may open the way again at once.
+        if wire.trip == Trip::StallBefore {
+            shared.flow(way).send_replace(Flow::Stall);
+        }
         // Nobody may be waiting for it.
         let _ = wire.struck.send(());
         return Some(wire.trip);

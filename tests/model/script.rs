@@ -132,6 +132,7 @@ fn program(table: &Arc<Table>, script: Script, did: u8, w: usize) -> Program {
             match debt {
                 Debt::Key { key, .. } => program.keys |= 1 << number(&key[0]),
                 Debt::Table { .. } | Debt::Taint { .. } => (program.keys, program.whole) = ((1 << KEYS) - 1, true),
+                Debt::Range { .. } => unreachable!("no writer owes a range"),
                 Debt::Row { .. } => unreachable!("the table has a key"),
             }
         }

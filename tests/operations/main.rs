@@ -41,7 +41,7 @@ pub(crate) async fn dual_write(more: &str) -> Pair {
     pair
 }
 
-/// Metrics of the contract, but for those of parts that are yet to come: in_doubt, read_*, backfill_rows, verify_*.
+/// Metrics of the contract, but for those of parts that are yet to come: in_doubt, read_*, verify_*; backfill_rows is there when a backfill was.
 const METRICS: &[&str] = &[
     "phase",
     "epoch",

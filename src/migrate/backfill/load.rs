@@ -1,0 +1,142 @@
+//! A chunk into the mirror: by COPY, or where rows are there already by way of a temporary table. Nothing that is there is overwritten.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::SinkExt;
+
+use super::super::across::key_across;
+use super::super::binary::{COPY_HEADER, COPY_TRAILER, values};
+use super::super::error::{Error, Meaning};
+use super::super::link::Pair;
+use super::super::sql::TableSql;
+use super::chunk::{Chunk, packed};
+use crate::catalog::{Table, quote};
+use crate::ledger::debts::Values;
+
+/// What became of a chunk on the mirror.
+pub(super) enum Loaded {
+    /// These rows were there already (keys as the authority has them); all others are committed, with a flush.
+    But(Vec<Values>),
+    /// Nothing was written: reconcile must do it. The mirror's words.
+    Not(Error),
+}
+
+/// Whether the last chunk met rows that were there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    /// Straight into the table.
+    Straight,
+    /// By a temporary table.
+    Staged,
+}
+
+/// Writes the chunk in one transaction of the mirror, which is committed with a flush after everything before was answered. Err: the
+/// connection is gone, and the outcome perhaps not known.
+pub(super) async fn load(pair: &mut Pair, table: &Table, chunk: &Chunk, way: &mut Way) -> Result<Loaded, Error> {
+    let there = TableSql::new(table, pair.mirror.side);
+    if *way == Way::Straight {
+        match straight(pair, &there, chunk).await {
+            Ok(()) => return Ok(Loaded::But(Vec::new())),
+            Err(error) => {
+                undo(pair, &error).await?;
+                match error.meaning() {
+                    Meaning::Fatal => return Err(error),
+                    Meaning::Conflict => *way = Way::Staged,
+                    _ => return Ok(Loaded::Not(error)),
+                }
+            }
+        }
+    }
+    match staged(pair, &there, chunk).await {
+        Ok(inserted) => {
+            let but = if inserted.len() == chunk.rows { Vec::new() } else { chunk.keys_but(&inserted) };
+            if but.is_empty() {
+                *way = Way::Straight;
+            }
+            Ok(Loaded::But(but))
+        }
+        Err(error) => {
+            undo(pair, &error).await?;
+            match error.meaning() {
+                Meaning::Fatal => Err(error),
+                _ => Ok(Loaded::Not(error)),
+            }
+        }
+    }
+}
+
+async fn undo(pair: &mut Pair, error: &Error) -> Result<(), Error> {
+    if error.meaning() != Meaning::Fatal {
+        pair.mirror.rollback().await?;
+        pair.mirror.forget_statements();
+    }
+    Ok(())
+}
+
+/// Locks of clients are waited for as `Pair::wait` says, one by one; all of it ends after half of deadlock_timeout, so that nobody who waits for
+/// our rows is ever the victim of a deadlock.
+async fn begin(pair: &Pair) -> Result<(), Error> {
+    let limit = limit(pair).as_millis().max(1);
+    let begin = format!(
+        "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL statement_timeout = {limit}; SET CONSTRAINTS ALL DEFERRED"
+    );
+    pair.mirror.batch("beginning a chunk", &begin).await
+}
+
+/// How long one statement of a chunk may take.
+pub(super) fn limit(pair: &Pair) -> Duration {
+    pair.wait * 2
+}
+
+async fn straight(pair: &mut Pair, there: &TableSql<'_>, chunk: &Chunk) -> Result<(), Error> {
+    begin(pair).await?;
+    copy(pair, &there.copy_in(), chunk).await?;
+    pair.mirror.batch("committing a chunk", "COMMIT").await
+}
+
+/// Returns the keys that were inserted (packed, as the authority has them).
+async fn staged(pair: &mut Pair, there: &TableSql<'_>, chunk: &Chunk) -> Result<HashSet<Bytes>, Error> {
+    let stage = format!("pg_temp.crossfade_stage_{}", there.table.number);
+    let make = format!(
+        "CREATE TEMPORARY TABLE IF NOT EXISTS {} (LIKE {}) ON COMMIT DELETE ROWS",
+        stage.trim_start_matches("pg_temp."),
+        there.table.qualified(there.side)
+    );
+    pair.mirror.batch("making room for a chunk", &format!("SET client_min_messages = warning; {make}")).await?;
+    begin(pair).await?;
+    let name = |&at: &usize| quote(there.table.columns[at].name.get(there.side));
+    let columns = there.writable.iter().map(name).collect::<Vec<_>>().join(", ");
+    copy(pair, &format!("COPY {stage} ({columns}) FROM STDIN (FORMAT binary)"), chunk).await?;
+    let identity = there.writable.iter().any(|&at| *there.table.columns[at].identity_always.get(there.side));
+    let text = format!(
+        "INSERT INTO {} AS t ({columns}) {}SELECT {columns} FROM {stage} ON CONFLICT DO NOTHING RETURNING {}",
+        there.table.qualified(there.side),
+        if identity { "OVERRIDING SYSTEM VALUE " } else { "" },
+        there.read_key()
+    );
+    let rows = pair.mirror.rows("inserting a chunk", &text, &[]).await?;
+    pair.mirror.batch("committing a chunk", "COMMIT").await?;
+    let key = |row| packed(&key_across(there.table, there.side, values(row, 0, there.key.len())));
+    Ok(rows.iter().map(key).collect())
+}
+
+/// COPY in pieces of this size.
+const PIECE: usize = 256 << 10;
+
+async fn copy(pair: &mut Pair, text: &str, chunk: &Chunk) -> Result<(), Error> {
+    let doing = "copying a chunk";
+    let statement = pair.mirror.prepared(doing, text).await?;
+    let mirror = &pair.mirror;
+    let sink = mirror.answered(doing, mirror.client.copy_in::<_, Bytes>(&statement)).await?;
+    let mut sink = std::pin::pin!(sink);
+    let mut rest = chunk.copy.clone();
+    mirror.answered(doing, sink.send(BytesMut::from(COPY_HEADER).freeze())).await?;
+    while !rest.is_empty() {
+        mirror.answered(doing, sink.send(rest.split_to(PIECE.min(rest.len())))).await?;
+    }
+    mirror.answered(doing, sink.send(Bytes::from_static(COPY_TRAILER))).await?;
+    mirror.answered(doing, sink.as_mut().finish()).await?;
+    Ok(())
+}

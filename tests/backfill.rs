@@ -1,0 +1,188 @@
+//! `crossfade backfill`, a process of its own beside the proxy: interleavings that are forced, and kills at each step.
+
+mod backfill_support;
+mod common;
+
+use std::time::Duration;
+
+use backfill_support::{Stage, signal};
+use common::link::{Flow, Trip, Way};
+use common::until;
+
+const T: &str = "CREATE TABLE t (k int PRIMARY KEY, v text)";
+const TEN: &str = "INSERT INTO t SELECT n, 'row ' || n FROM generate_series(1, 10) n";
+/// What the backfill sends to new before it copies and to commit, and what it asks old when it looks again.
+const COPY: &[u8] = b"COPY \"public\".\"t\"";
+const COMMIT: &[u8] = b"Q\0\0\0\x0bCOMMIT\0";
+const LOOK: &[u8] = b"FILTER (WHERE t.xmax";
+
+/// Interleaving 3: a client deletes a key of the chunk before it is copied, so that its delete finds nothing on new; the worker dies between its
+/// COPY and its second look. The key is on new only, and whoever comes next looks at both sides' keys: once the next backfill, once the proxy's repair.
+#[tokio::test(flavor = "multi_thread")]
+async fn i03_a_worker_dies_between_its_copy_and_its_second_look() {
+    for by_repair in [false, true] {
+        let stage = Stage::new(T, TEN, 1).await;
+        let client = stage.client().await;
+        let copying = stage.mirror.trip(Way::ToServer, COPY, Trip::StallBefore);
+        let looking = stage.authority.trip(Way::ToServer, LOOK, Trip::StallBefore);
+        let first = stage.backfill(&[]);
+        stage.let_begin(1).await;
+        copying.await.expect("the chunk is read");
+        client.batch_execute("DELETE FROM t WHERE k = 5").await.expect("deletes");
+        stage.mirror.set(Way::ToServer, Flow::Pass);
+        looking.await.expect("the chunk is committed");
+        first.kill();
+        assert_eq!(stage.on_new("SELECT count(*) FROM t WHERE k = 5").await, "1", "nobody but the range debt knows");
+        stage.authority.set(Way::ToServer, Flow::Pass);
+        if by_repair {
+            stage.free_keys(1).await;
+            until("the range is paid", async || stage.on_new("SELECT count(*) FROM t").await == "9").await;
+        }
+        assert_eq!(stage.finish().await, 9);
+    }
+}
+
+/// Interleaving 5: the same delete; then the worker's COMMIT lies in the socket of a backend that is frozen, and the worker is killed. Neither side
+/// shows the key: the successor must wait until that backend is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn i05_a_dead_workers_insert_does_not_land_behind_its_successor() {
+    // The only row: no other one is under way on new with it, whose lock would hold up whoever reconciles the range.
+    let stage = Stage::new(T, "INSERT INTO t VALUES (5, 'row 5')", 1).await;
+    let client = stage.client().await;
+    let copying = stage.mirror.trip(Way::ToServer, COPY, Trip::StallBefore);
+    let first = stage.backfill(&[]);
+    stage.let_begin(1).await;
+    copying.await.expect("the chunk is read");
+    client.batch_execute("DELETE FROM t WHERE k = 5").await.expect("deletes");
+    let committing = stage.mirror.trip(Way::ToServer, COMMIT, Trip::StallBefore);
+    stage.mirror.set(Way::ToServer, Flow::Pass);
+    committing.await.expect("the chunk was copied");
+    let frozen = stage.copying_backend().await;
+    signal(frozen, "STOP");
+    stage.mirror.set(Way::ToServer, Flow::Pass);
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    first.kill();
+    // Keys and ranges may be paid by the proxy as well: it waits, too.
+    stage.free_keys(1).await;
+    let mut second = stage.backfill(&[]);
+    for _ in 0..30 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(!second.has_ended() && stage.debts().await >= 2, "the chunk may still come");
+    }
+    signal(frozen, "CONT");
+    let (status, said) = second.end().await;
+    assert!(status.success() && said.contains("waits for"), "{said}");
+    assert_eq!(stage.settle().await, 0);
+}
+
+/// A delete between reading and COPY: the second look finds that the key is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_is_deleted_between_reading_and_copy_does_not_come_back() {
+    let stage = Stage::new(T, TEN, 1).await;
+    let client = stage.client().await;
+    let copying = stage.mirror.trip(Way::ToServer, COPY, Trip::StallBefore);
+    let running = stage.backfill(&[]);
+    stage.let_begin(1).await;
+    copying.await.expect("the chunk is read");
+    // One of them comes again with another value.
+    let changes = "DELETE FROM t WHERE k IN (5, 7); INSERT INTO t VALUES (7, 'again')";
+    client.batch_execute(changes).await.expect("changes");
+    stage.mirror.set(Way::ToServer, Flow::Pass);
+    let (status, said) = running.end().await;
+    assert!(status.success(), "{said}");
+    assert_eq!(stage.on_new("SELECT string_agg(v, ',' ORDER BY k) FROM t WHERE k IN (5, 7, 8)").await, "again,row 8");
+    assert_eq!(stage.settle().await, 9);
+}
+
+/// An update between reading and COPY: the writer's row is on new before the copy, and stays.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_newer_row_is_not_overwritten() {
+    let stage = Stage::new(T, TEN, 1).await;
+    let client = stage.client().await;
+    let copying = stage.mirror.trip(Way::ToServer, COPY, Trip::StallBefore);
+    let looking = stage.authority.trip(Way::ToServer, LOOK, Trip::StallBefore);
+    let running = stage.backfill(&[]);
+    stage.let_begin(1).await;
+    copying.await.expect("the chunk is read");
+    client.batch_execute("UPDATE t SET v = 'newer' WHERE k = 3").await.expect("updates");
+    until("the update is mirrored", async || stage.on_new("SELECT v FROM t").await == "newer").await;
+    stage.mirror.set(Way::ToServer, Flow::Pass);
+    looking.await.expect("the chunk is committed");
+    assert_eq!(stage.on_new("SELECT v FROM t WHERE k = 3").await, "newer", "before anything was repaired");
+    assert_eq!(stage.on_new("SELECT count(*) FROM t").await, "10");
+    stage.authority.set(Way::ToServer, Flow::Pass);
+    let (status, said) = running.end().await;
+    assert!(status.success(), "{said}");
+    assert_eq!(stage.settle().await, 10);
+}
+
+/// What new had before: rows that old lacks go, rows that differ are made equal, rows that are right stay as they are.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_new_had_before_are_made_right() {
+    let before = "INSERT INTO t VALUES (3, 'older'), (4, 'row 4'), (-1, 'gone'), (99, 'gone')";
+    let stage = Stage::with(T, TEN, before, 1).await;
+    let kept = stage.on_new("SELECT xmin FROM t WHERE k = 4").await;
+    let running = stage.backfill(&[]);
+    stage.let_begin(1).await;
+    let (status, said) = running.end().await;
+    assert!(status.success(), "{said}");
+    assert_eq!(stage.on_new("SELECT xmin FROM t WHERE k = 4").await, kept, "a row that is equal is not written");
+    assert_eq!(stage.settle().await, 10);
+}
+
+/// A delete that is under way when the worker looks again, and is committed when it has gone on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delete_under_way_at_the_second_look() {
+    let stage = Stage::new(T, TEN, 1).await;
+    let client = stage.client().await;
+    let looking = stage.authority.trip(Way::ToServer, LOOK, Trip::StallBefore);
+    let running = stage.backfill(&[]);
+    stage.let_begin(1).await;
+    looking.await.expect("the chunk is committed");
+    client.batch_execute("BEGIN; DELETE FROM t WHERE k = 5").await.expect("deletes");
+    stage.authority.set(Way::ToServer, Flow::Pass);
+    let (status, said) = running.end().await;
+    assert!(status.success(), "{said}");
+    assert!(stage.debts().await >= 1, "a key that somebody holds is owed");
+    client.batch_execute("COMMIT").await.expect("commits");
+    assert_eq!(stage.settle().await, 9);
+}
+
+/// kill -9 at each step, while clients write what the chunk holds: the next run goes on, and does not copy again what is there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_is_killed_at_each_step() {
+    let steps: [(&str, &str, &[u8], Trip); 7] = [
+        ("before the chunk is owed", "old", b"'backfill' WHERE (SELECT count", Trip::StallBefore),
+        ("when the chunk is owed", "old", b"work_key = pg_catalog.decode", Trip::CutAfter),
+        ("before the chunk is copied", "new", COPY, Trip::StallBefore),
+        ("before the chunk is committed", "new", COMMIT, Trip::StallBefore),
+        ("when the chunk is committed", "new", COMMIT, Trip::CutAfter),
+        ("before the second look", "old", LOOK, Trip::StallBefore),
+        ("before the table's debt is cleared", "old", b"off; DELETE FROM crossfade.ledger", Trip::StallBefore),
+    ];
+    let rows = "INSERT INTO t SELECT n, 'row ' || n FROM generate_series(1, 3000) n";
+    for (step, side, pattern, trip) in steps {
+        let stage = Stage::new(T, rows, 1).await;
+        let client = stage.client().await;
+        let running = stage.backfill(&["--jobs", "1"]);
+        let line = if side == "old" { &stage.authority } else { &stage.mirror };
+        let struck = line.trip(Way::ToServer, pattern, trip);
+        stage.let_begin(1).await;
+        struck.await.unwrap_or_else(|_| panic!("{step}"));
+        running.kill();
+        let changes = "DELETE FROM t WHERE k % 100 = 7; UPDATE t SET v = 'changed' WHERE k % 100 = 8;
+            INSERT INTO t SELECT n, 'new' FROM generate_series(-50, -1) n";
+        client.batch_execute(changes).await.unwrap_or_else(|error| panic!("{step}: {error}"));
+        line.set_both(Flow::Pass);
+        let untouched = "SELECT count(*), coalesce(sum(hashtext(k || ':' || xmin::text)), 0) FROM t WHERE k % 100 NOT IN (7, 8) AND k > 0 AND xmin::text::bigint < ";
+        until("sessions of the killed one are gone", async || {
+            stage.on_new("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'crossfade backfill'").await
+                == "0"
+        })
+        .await;
+        let now = stage.on_new("SELECT pg_snapshot_xmax(pg_current_snapshot())").await;
+        let there = stage.on_new(&format!("{untouched}{now}")).await;
+        assert_eq!(stage.finish().await, 3000 - 30 + 50, "{step}");
+        assert_eq!(stage.on_new(&format!("{untouched}{now}")).await, there, "{step}: rows were written again");
+    }
+}
