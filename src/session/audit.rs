@@ -187,7 +187,7 @@ impl Session {
         }
     }
 
-    fn look(&mut self, rebase: bool, told: Told) {
+    pub(super) fn look(&mut self, rebase: bool, told: Told) {
         if self.status == b'E' && told == Told::Nobody && !rebase {
             return;
         }

@@ -8,6 +8,7 @@ use super::commit::Ending;
 use super::expect::{Done, Expected, Kind, To, Told};
 use super::implicit;
 use super::mirrored::{Way, done, splice, way};
+use super::moved::{Sent, moves};
 use super::reading::changes_lexing;
 use super::{End, Held, Session};
 use crate::plan::Plan;
@@ -97,6 +98,17 @@ impl Session {
         });
     }
 
+    /// Runs one statement within a block; its end is held back where `hold`.
+    async fn run_one(&mut self, text: &Bytes, planned: &Planned, end: usize, hold: bool) -> Result<(), End> {
+        let Some(capture) = moves(planned) else {
+            self.send(text, planned, end, hold);
+            return Ok(());
+        };
+        self.note_statement(planned);
+        self.look_before(planned, Told::Nobody);
+        self.run_moved(planned, capture, &Sent::Query { text, end, hold }).await
+    }
+
     /// Sends one statement; its end is held back where `hold`.
     fn send(&mut self, text: &[u8], planned: &Planned, end: usize, hold: bool) {
         self.note_statement(planned);
@@ -144,7 +156,7 @@ impl Session {
             }
             _ if self.in_block() => {
                 let defined = self.before_definition(planned).await?;
-                self.send(text, planned, end, false);
+                self.run_one(text, planned, end, false).await?;
                 match defined {
                     Some(defined) => self.after_definition(defined, text).await,
                     None => Ok(()),
@@ -162,7 +174,7 @@ impl Session {
     /// Sends one statement whose end is held back, and waits for it.
     async fn send_whole(&mut self, text: &Bytes, planned: &Planned, end: usize) -> Result<(), End> {
         let defined = self.before_definition(planned).await?;
-        self.send(text, planned, end, true);
+        self.run_one(text, planned, end, true).await?;
         self.settle_query(planned).await?;
         match defined {
             Some(defined) => self.after_definition(defined, text).await,

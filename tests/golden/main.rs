@@ -3,6 +3,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod keys;
 mod opaque;
 mod phases;
 mod protocol;
