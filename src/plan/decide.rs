@@ -18,8 +18,9 @@ pub const ANY_ROLE: &str = "";
 pub fn plan(facts: &Facts, catalog: &Catalog, authority: Side, role: Option<&str>, encoding_matches: bool) -> Plan {
     let view = View { facts, catalog, side: authority, role, encoding_matches };
     match &facts.verb {
-        _ if facts.modifying_cte => view.targets_opaque("cte"),
+        // Its own rows are captured; what its WITH clause writes is left to the audit.
         Verb::Insert | Verb::Update | Verb::Delete => view.write(),
+        _ if facts.modifying_cte => view.targets_opaque("cte"),
         Verb::Merge => view.targets_opaque("merge"),
         Verb::Truncate { cascade, .. } => view.truncate(*cascade),
         Verb::CopyFromStdin => view.copy(),
@@ -190,10 +191,11 @@ impl View<'_> {
         let tables = match self.written(&target.table) {
             Written::Migrating(tables) => tables,
             Written::Unseen(reason, _) => return opaque(reason, Vec::new()),
+            Written::Elsewhere if self.facts.modifying_cte => return self.targets_opaque("cte"),
             Written::Elsewhere => return self.read(),
         };
         let calls = self.calls();
-        let side_effects = calls || tables.iter().any(|table| self.side_effects(table));
+        let side_effects = calls || self.facts.modifying_cte || tables.iter().any(|table| self.side_effects(table));
         let hidden = match self.refusal(target, &tables) {
             None => self.hidden(target, &tables),
             Some(reason) => Err(reason),
@@ -222,7 +224,10 @@ impl View<'_> {
 
     /// The rows that an UPDATE is about to change can be had by a SELECT in front of it. Those that ON CONFLICT finds cannot.
     fn old_rows_are_had(&self) -> bool {
-        self.facts.verb == Verb::Update && !self.facts.current_of && self.may_be_read_twice()
+        self.facts.verb == Verb::Update
+            && !self.facts.current_of
+            && !self.facts.modifying_cte
+            && self.may_be_read_twice()
     }
 
     /// What the statement reads can be read twice: it calls nothing that would show.

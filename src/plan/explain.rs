@@ -48,7 +48,8 @@ pub fn explain(text: &str, facts: &Facts, catalog: &Catalog) -> String {
     out
 }
 
-const AUDITED: &str = "; triggers, cascades or functions may write more, so the transaction is audited before COMMIT";
+const AUDITED: &str =
+    "; triggers, cascades, functions or a WITH clause may write more, so the transaction is audited before COMMIT";
 
 fn label(name: &Name) -> String {
     match &name.schema {

@@ -504,6 +504,7 @@ pub(super) fn done(planned: &Planned) -> Done {
         Verb::Savepoint(name) => Done::Savepoint(name.clone().into_bytes()),
         Verb::Release(name) => Done::Release(name.clone().into_bytes()),
         Verb::RollbackTo(name) => Done::RollbackTo(name.clone().into_bytes()),
+        Verb::Prepare(name) => Done::Prepare(name.clone(), None),
         Verb::Deallocate(name) => Done::Deallocate(name.clone().map(String::into_bytes)),
         Verb::Discard(what) if what == "all" => Done::Deallocate(None),
         _ => Done::Nothing,

@@ -18,6 +18,7 @@ mod follow;
 mod implicit;
 mod mirrored;
 mod moved;
+mod named;
 mod prove;
 mod reading;
 mod relay;
@@ -148,6 +149,8 @@ pub struct Session {
     /// The client has sent a frame of this size, which must be here whole.
     needed: usize,
     prepared: HashMap<Bytes, Prepared>,
+    /// What the client has prepared in SQL.
+    named: named::NamedStatements,
     portals: HashMap<Bytes, Portal>,
     /// Portals so far.
     portal_count: u64,
@@ -226,6 +229,7 @@ impl Session {
             from_server: 0,
             needed: 0,
             prepared: HashMap::new(),
+            named: Default::default(),
             portals: HashMap::new(),
             portal_count: 0,
             suspended: HashMap::new(),

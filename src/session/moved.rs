@@ -28,6 +28,8 @@ const ATTEMPTS: usize = 3;
 const SAVEPOINT: &[u8] = b"crossfade_key";
 pub(super) const SET_NAME: &[u8] = b"crossfade_key_savepoint";
 pub(super) const BACK_NAME: &[u8] = b"crossfade_key_back";
+pub(super) const SET: &[u8] = b"SAVEPOINT crossfade_key";
+pub(super) const BACK: &[u8] = b"ROLLBACK TO SAVEPOINT crossfade_key";
 pub(super) const RELEASE_NAME: &[u8] = b"crossfade_key_release";
 const ROWS_NAME: &[u8] = b"crossfade_key_rows";
 
@@ -132,7 +134,7 @@ impl Session {
         if self.audit.is_some() {
             self.look(false, told);
         }
-        self.put_ours(SET_NAME, b"SAVEPOINT crossfade_key", &[], &[], To::Us);
+        self.put_ours(SET_NAME, SET, &[], &[], To::Us);
         for attempt in 1..=ATTEMPTS {
             let (rows, versions) = match self.rows_before(planned, capture, sent).await? {
                 Before::Rows(rows, versions) => (rows, versions),
@@ -181,7 +183,7 @@ impl Session {
                 return Ok(());
             }
             self.held.complete = None;
-            self.put_ours(BACK_NAME, b"ROLLBACK TO SAVEPOINT crossfade_key", &[], &[], To::Us);
+            self.put_ours(BACK_NAME, BACK, &[], &[], To::Us);
             if self.writes.rollback_to(SAVEPOINT) == RolledBack::Spilled {
                 self.give_up("rolled-back");
             }
@@ -211,7 +213,7 @@ impl Session {
         }
     }
 
-    async fn release_key(&mut self) -> Result<(), End> {
+    pub(super) async fn release_key(&mut self) -> Result<(), End> {
         self.put_ours(RELEASE_NAME, b"RELEASE SAVEPOINT crossfade_key", &[], &[], To::Us);
         self.settle().await
     }
@@ -293,7 +295,7 @@ impl Session {
             Sent::Portal { bound, .. } => bound.parameters()?.0,
             Sent::Query { .. } => &[0; 4],
         };
-        self.put_text(&select, &types, parameters);
+        self.put_once(ROWS_NAME, &select, &types, parameters);
         self.settle().await?;
         if self.kept.error.is_some() {
             return self.not_read(sent).await;
@@ -322,22 +324,22 @@ impl Session {
     }
 
     /// A statement of ours that is used once, with its parameters as in a Bind (formats, then values). Its rows come as text.
-    fn put_text(&mut self, text: &[u8], types: &[u32], parameters: &[u8]) {
+    pub(super) fn put_once(&mut self, name: &[u8], text: &[u8], types: &[u32], parameters: &[u8]) {
         let out = &mut self.server.out;
         // One that has failed was not closed.
-        frame::close_statement(out, ROWS_NAME);
-        frame::parse(out, ROWS_NAME, text, types);
+        frame::close_statement(out, name);
+        frame::parse(out, name, text, types);
         frame::put(out, b'B', |out| {
-            for name in [ROWS_NAME, ROWS_NAME] {
-                out.put_slice(name);
+            for part in [name, name] {
+                out.put_slice(part);
                 out.put_u8(0);
             }
             out.put_slice(parameters);
             out.put_i16(0);
         });
-        frame::execute(out, ROWS_NAME);
-        frame::close_portal(out, ROWS_NAME);
-        frame::close_statement(out, ROWS_NAME);
+        frame::execute(out, name);
+        frame::close_portal(out, name);
+        frame::close_statement(out, name);
         for kind in [Kind::Close, Kind::Parse, Kind::Bind, Kind::Execute, Kind::Close, Kind::Close] {
             self.queue.push(Expected::of(kind, To::Us));
         }
@@ -350,7 +352,7 @@ impl Session {
         let code = frame::server_error(&error[frame::HEAD..]).code;
         if !["40", "53", "54", "55", "57", "58"].iter().any(|class| code.starts_with(class)) {
             self.sync_ours().await?;
-            self.put_ours(BACK_NAME, b"ROLLBACK TO SAVEPOINT crossfade_key", &[], &[], To::Us);
+            self.put_ours(BACK_NAME, BACK, &[], &[], To::Us);
             self.settle().await?;
             return Ok(Before::Unknown);
         }
@@ -412,7 +414,7 @@ impl Session {
             parameters.put_i32(list.len() as i32);
             parameters.put_slice(&list);
             self.kept = Kept::default();
-            self.put_text(text.as_bytes(), &[TIDS], &parameters);
+            self.put_once(ROWS_NAME, text.as_bytes(), &[TIDS], &parameters);
             self.settle().await?;
             if let Some(error) = self.kept.error.take() {
                 self.fail_moved(&error, sent).await?;

@@ -266,13 +266,18 @@ impl Session {
                 }
             }
             Done::Truncate(tables) => self.writes.push(Op::Truncate(tables)),
+            Done::Prepare(name, text) => self.named.prepared(&name, text),
             // What was sent behind it is not dropped.
             Done::Deallocate(None) => {
+                self.named.clear();
                 self.prepared.retain(|name, _| name.is_empty() || self.queue.parses(name));
                 self.ours_prepared.retain(|name| self.queue.parses(name));
             }
             Done::Deallocate(Some(name)) if self.queue.parses(&name) => {}
-            Done::Deallocate(Some(name)) => drop(self.prepared.remove(&name[..])),
+            Done::Deallocate(Some(name)) => {
+                self.named.forget(&String::from_utf8_lossy(&name));
+                self.prepared.remove(&name[..]);
+            }
         }
     }
 

@@ -7,6 +7,7 @@ mod keys;
 mod opaque;
 mod phases;
 mod protocol;
+mod rest;
 mod sessions;
 mod stage;
 mod statements;

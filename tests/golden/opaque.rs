@@ -41,7 +41,7 @@ async fn what_is_out_of_sight_is_healed() {
         ("call", "CALL procedure(1)", "C(CALL) Z(I)", vec!["(1,first)", "(11,m)", "(12,b)", "(2,second)"]),
         (
             "execute",
-            "PREPARE p AS DELETE FROM t WHERE id > $1; EXECUTE p(2)",
+            "PREPARE p AS DELETE FROM t WHERE id > $1; EXECUTE p(abs(2))",
             "C(PREPARE) C(DELETE 2) Z(I)",
             vec!["(1,first)", "(2,second)"],
         ),
