@@ -25,7 +25,7 @@ struct Scale {
 fn scale() -> Scale {
     match std::env::var_os("CROSSFADE_PROOF") {
         Some(_) => Scale { rows: 1_000_000, width: 300, limits: "", peak_bytes: 200 << 20 },
-        None => Scale { rows: 100_000, width: 300, limits: "limits: { mirror_buffer: 1MiB }", peak_bytes: 64 << 20 },
+        None => Scale { rows: 100_000, width: 300, limits: "limits: { mirror_buffer: 1MiB }", peak_bytes: 90 << 20 },
     }
 }
 
@@ -99,7 +99,7 @@ async fn with_the_mirror_up_images_stream_ahead() {
 async fn with_a_slow_mirror_the_statement_waits() {
     let stage = Stage::start().await;
     let client = stage.client().await;
-    stage.link.set_both(Flow::Delay(Duration::from_millis(2)));
+    stage.link.set_both(Flow::Delay(Duration::from_millis(1)));
     stage.write(&client).await;
     stage.link.set_both(Flow::Pass);
     stage.equal().await;
