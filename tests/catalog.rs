@@ -442,7 +442,7 @@ async fn each_statement_has_its_plan() {
         (facts(Merge, "only_old"), "pass"),
         (
             Facts { modifying_cte: true, ..facts(Insert, "public.photos history") },
-            "opaque cte public.history public.photos",
+            "capture Row public.photos audited",
         ),
         (Facts { modifying_cte: true, ..facts(Other, "only_old") }, "pass"),
         (truncate("public.photos", false), "truncate public.photos"),
