@@ -440,10 +440,7 @@ async fn each_statement_has_its_plan() {
         (calling(facts(Insert, "only_old"), "make"), "opaque function"),
         (facts(Merge, "public.photos"), "opaque merge public.photos"),
         (facts(Merge, "only_old"), "pass"),
-        (
-            Facts { modifying_cte: true, ..facts(Insert, "public.photos history") },
-            "capture Row public.photos audited",
-        ),
+        (Facts { modifying_cte: true, ..facts(Insert, "public.photos history") }, "capture Row public.photos audited"),
         (Facts { modifying_cte: true, ..facts(Other, "only_old") }, "pass"),
         (truncate("public.photos", false), "truncate public.photos"),
         (truncate("users", true), "truncate public.by_email public.photos public.users"),
