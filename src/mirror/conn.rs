@@ -312,6 +312,7 @@ impl MirrorConn {
                 self.put_rows(table, Verb::Insert, rows, &mut |_| awaited.push(Await::Any));
             }
             Step::Upsert(table, rows) => self.put_rows(table, Verb::Upsert, rows, &mut |_| awaited.push(Await::Any)),
+            Step::Clear(table, rows) => self.put_rows(table, Verb::Delete, rows, &mut |_| awaited.push(Await::Any)),
             Step::Insert(table, rows) => self.put_rows(table, Verb::Insert, rows, &mut |_| awaited.push(Await::Any)),
             Step::Delete(table, rows) => {
                 self.put_rows(table, Verb::Delete, rows, &mut |rows| {

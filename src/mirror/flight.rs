@@ -17,6 +17,8 @@ pub enum Step {
     Upsert(Arc<Table>, Vec<Row>),
     /// These rows are gone.
     Delete(Arc<Table>, Vec<Row>),
+    /// These rows make room, whether they are there or not; what follows puts them there again.
+    Clear(Arc<Table>, Vec<Row>),
     /// These rows were added (no key).
     Insert(Arc<Table>, Vec<Row>),
     /// These tables are empty.
@@ -40,6 +42,29 @@ pub fn steps(ops: Vec<Op>) -> Vec<Step> {
     }
     settle(segment, &mut steps);
     steps
+}
+
+/// The same steps for a mirror that has refused them because two rows met in a unique value: it went from one row to another, and the rows came in
+/// another order than on the authority. All rows that are written make room first; then they cannot meet, since they stand together on the
+/// authority (W6).
+pub fn with_room(steps: &[Step]) -> Vec<Step> {
+    let mut out = Vec::with_capacity(steps.len() * 2);
+    for segment in steps.split_inclusive(|step| matches!(step, Step::Truncate(_) | Step::Define(_))) {
+        out.extend(segment.iter().filter_map(|step| match step {
+            Step::Upsert(table, rows) => Some(Step::Clear(table.clone(), rows.clone())),
+            _ => None,
+        }));
+        // Done again, each is inserted for a moment: two that are gone may have held the same value, one after the other.
+        for step in segment {
+            match step {
+                Step::Delete(table, rows) => {
+                    out.extend(rows.iter().map(|row| Step::Delete(table.clone(), vec![row.clone()])));
+                }
+                other => out.push(other.clone()),
+            }
+        }
+    }
+    out
 }
 
 fn settle(ops: Vec<Op>, steps: &mut Vec<Step>) {
@@ -119,13 +144,14 @@ fn in_order(ops: Vec<Op>, steps: &mut Vec<Step>) {
 /// The steps in flights, each to be executed whole (deletes that found too few rows done again) before the next one begins. At least one.
 ///
 /// A delete is done again behind the other steps of its flight. It must not come behind one that puts the key there again: a TRUNCATE
-/// and what follows it, or, where equal keys may differ in bytes, any later write.
+/// and what follows it, or, where equal keys may differ in bytes, any later write. Where rows have made room it must come before they are back.
 pub fn flights(steps: &[Step]) -> Vec<&[Step]> {
     let mut flights = Vec::new();
     let mut from = 0;
     for (at, step) in steps.iter().enumerate() {
         if let Step::Delete(table, _) = step
-            && steps[at + 1..].iter().any(|later| may_bring_back(later, table))
+            && (steps[at + 1..].iter().any(|later| may_bring_back(later, table))
+                || steps[..at].iter().any(|before| matches!(before, Step::Clear(..))))
         {
             flights.push(&steps[from..=at]);
             from = at + 1;
@@ -141,7 +167,7 @@ fn may_bring_back(later: &Step, table: &Table) -> bool {
         Step::Upsert(written, _) | Step::Insert(written, _) => {
             written.number == table.number && !table.key.as_ref().is_some_and(|key| key.bytewise)
         }
-        Step::Delete(..) => false,
+        Step::Delete(..) | Step::Clear(..) => false,
         // What is done again was deleted under the definitions before.
         Step::Define(_) => true,
     }
@@ -287,6 +313,30 @@ mod tests {
             opaque: None,
             truncate_cascade: Default::default(),
         })
+    }
+
+    #[test]
+    fn rows_make_room_behind_each_truncate_anew() {
+        let (one, two) = (table(1, true), table(2, false));
+        let upsert = |table: &Arc<Table>| Step::Upsert(table.clone(), vec![]);
+        let clear = |table: &Arc<Table>| Step::Clear(table.clone(), vec![]);
+        let row = || Row { values: vec![] };
+        let gone = Step::Delete(one.clone(), vec![row(), row()]);
+        let (delete, truncate) = (Step::Delete(one.clone(), vec![row()]), Step::Truncate(Arc::new(vec![one.clone()])));
+        let steps = [gone, upsert(&one), truncate.clone(), upsert(&two), upsert(&one)];
+        let expected = [
+            clear(&one),
+            delete.clone(),
+            delete,
+            upsert(&one),
+            truncate,
+            clear(&two),
+            clear(&one),
+            upsert(&two),
+            upsert(&one),
+        ];
+        assert_eq!(with_room(&steps), expected);
+        assert_eq!(lengths(&expected), [2, 1, 6]);
     }
 
     fn lengths(steps: &[Step]) -> Vec<usize> {

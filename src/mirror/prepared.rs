@@ -96,7 +96,7 @@ impl Statements {
                 Step::Upsert(table, _) if image::needs_replace(table, self.side) => return None,
                 Step::Upsert(table, rows) => (table, Verb::Upsert, rows.len()),
                 Step::Insert(table, rows) => (table, Verb::Insert, rows.len()),
-                Step::Delete(..) | Step::Truncate(_) | Step::Define(_) => return None,
+                Step::Delete(..) | Step::Clear(..) | Step::Truncate(_) | Step::Define(_) => return None,
             };
             if rows > ROWS_TOGETHER.min(per_statement(table, verb)) || sort.iter().any(|(n, ..)| *n == table.number) {
                 return None;

@@ -18,8 +18,9 @@ pub const ANY_ROLE: &str = "";
 pub fn plan(facts: &Facts, catalog: &Catalog, authority: Side, role: Option<&str>, encoding_matches: bool) -> Plan {
     let view = View { facts, catalog, side: authority, role, encoding_matches };
     match &facts.verb {
-        _ if facts.modifying_cte => view.targets_opaque("cte"),
+        // Its own rows are captured; what its WITH clause writes is left to the audit.
         Verb::Insert | Verb::Update | Verb::Delete => view.write(),
+        _ if facts.modifying_cte => view.targets_opaque("cte"),
         Verb::Merge => view.targets_opaque("merge"),
         Verb::Truncate { cascade, .. } => view.truncate(*cascade),
         Verb::CopyFromStdin => view.copy(),
@@ -190,10 +191,11 @@ impl View<'_> {
         let tables = match self.written(&target.table) {
             Written::Migrating(tables) => tables,
             Written::Unseen(reason, _) => return opaque(reason, Vec::new()),
+            Written::Elsewhere if self.facts.modifying_cte => return self.targets_opaque("cte"),
             Written::Elsewhere => return self.read(),
         };
         let calls = self.calls();
-        let side_effects = calls || tables.iter().any(|table| self.side_effects(table));
+        let side_effects = calls || self.facts.modifying_cte || tables.iter().any(|table| self.side_effects(table));
         let hidden = match self.refusal(target, &tables) {
             None => self.hidden(target, &tables),
             Some(reason) => Err(reason),
@@ -201,7 +203,7 @@ impl View<'_> {
         match hidden {
             Ok(hidden) => Plan::Capture(Arc::new(Capture {
                 splice: format!("{} {hidden}", if self.facts.returning { "," } else { " RETURNING" }),
-                effect: if self.facts.verb == Verb::Delete { Effect::Gone } else { Effect::Row },
+                effect: self.effect(target, &tables),
                 returning: self.facts.returning,
                 tables,
                 audited: side_effects,
@@ -210,6 +212,32 @@ impl View<'_> {
             Err(reason) if side_effects || reason == "ambiguous" => opaque(reason, Vec::new()),
             Err(reason) => opaque(reason, distinct(self.reached(tables))),
         }
+    }
+
+    fn effect(&self, target: &Target, tables: &[Arc<Table>]) -> Effect {
+        match self.facts.verb {
+            Verb::Delete => Effect::Gone,
+            Verb::Update if tables.iter().any(|table| self.key_may_change(target, table)) => Effect::Moved,
+            _ => Effect::Row,
+        }
+    }
+
+    /// The rows that an UPDATE is about to change can be had by a SELECT in front of it. Those that ON CONFLICT finds cannot.
+    fn old_rows_are_had(&self) -> bool {
+        self.facts.verb == Verb::Update
+            && !self.facts.current_of
+            && !self.facts.modifying_cte
+            && self.may_be_read_twice()
+    }
+
+    /// What the statement reads can be read twice: it calls nothing that would show.
+    fn may_be_read_twice(&self) -> bool {
+        let noticed = |function: &Name| {
+            let name = function.name.as_str();
+            ["pg_advisory", "pg_try_advisory", "pg_sleep", "lo_"].iter().any(|prefix| name.starts_with(prefix))
+                || ["nextval", "setval", "set_config", "pg_notify"].contains(&name)
+        };
+        !self.calls() && !self.facts.functions.iter().any(noticed)
     }
 
     fn updates(&self) -> bool {
@@ -244,9 +272,10 @@ impl View<'_> {
                 _ if *table.row_security.get(self.side) => Some("row-security"),
                 _ if *table.rules.get(self.side) => Some("rule"),
                 _ if self.role.is_some_and(denied) => Some("privilege"),
-                _ if self.facts.current_of => Some("current-of"),
                 _ if table.key.is_none() && !self.only_adds() => Some("keyless"),
-                _ if self.updates() && self.key_may_change(target, table) => Some("key-change"),
+                _ if self.updates() && self.key_may_change(target, table) && !self.old_rows_are_had() => {
+                    Some("key-change")
+                }
                 _ => None,
             }
         };

@@ -48,7 +48,8 @@ pub fn explain(text: &str, facts: &Facts, catalog: &Catalog) -> String {
     out
 }
 
-const AUDITED: &str = "; triggers, cascades or functions may write more, so the transaction is audited before COMMIT";
+const AUDITED: &str =
+    "; triggers, cascades, functions or a WITH clause may write more, so the transaction is audited before COMMIT";
 
 fn label(name: &Name) -> String {
     match &name.schema {
@@ -64,6 +65,7 @@ fn labels(tables: &[Arc<Table>]) -> String {
 fn captured(out: &mut String, found: &Capture, mirror: Side) -> std::fmt::Result {
     let rows = match found.effect {
         Effect::Row => "each row as it then is",
+        Effect::Moved => "each row as it then is (its key before is read and locked first)",
         Effect::Gone => "the key of each row that is gone",
     };
     write!(out, "; {rows}, of {}, is mirrored to {mirror}", labels(&found.tables))?;
@@ -105,7 +107,6 @@ fn words(reason: &'static str) -> &'static str {
         "call" => "a procedure may write anything",
         "copy" => "the rows that COPY sends are not all that it writes",
         "cte" => "it writes in a WITH clause",
-        "current-of" => "WHERE CURRENT OF a cursor",
         "ddl" => "it changes definitions",
         "definition" => "the table's definitions differ, or it has a column whose values have no exact form",
         "do" => "an anonymous block may write anything",
@@ -113,7 +114,7 @@ fn words(reason: &'static str) -> &'static str {
         "execute" => "a prepared statement of SQL",
         "explain" => "EXPLAIN ANALYZE runs the write and returns no rows",
         "function" => "it calls a function that may write",
-        "key-change" => "it may change a row's key",
+        "key-change" => "it may change a row's key, and the key before cannot be had",
         "keyless" => "the table has no key",
         "merge" => "MERGE",
         "privilege" => "the role may not read the table",

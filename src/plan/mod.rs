@@ -48,11 +48,21 @@ pub struct Capture {
     pub audited: bool,
 }
 
+impl Capture {
+    /// The expression of the hidden column.
+    pub fn image(&self) -> &str {
+        let list = self.splice.strip_prefix(" RETURNING ").or_else(|| self.splice.strip_prefix(", "));
+        list.unwrap_or(&self.splice)
+    }
+}
+
 /// What a captured statement does to the rows that it returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
     /// Each row is now as its image says (INSERT, UPDATE that keeps keys).
     Row,
+    /// Each row is now as its image says, and may have had another key before: UPDATE. The old rows are read and locked before it.
+    Moved,
     /// Each row is gone; the image is what it was.
     Gone,
 }

@@ -151,7 +151,9 @@ impl Session {
             // What it names is tainted, and it runs nothing else.
             Plan::Opaque(opaque) if self.replays(opaque) => return,
             Plan::Opaque(opaque) => (opaque.reason, &opaque.tables),
-            Plan::Capture(capture) if capture.audited => ("trigger", &[]),
+            Plan::Capture(capture) if capture.audited => {
+                (if planned.facts.modifying_cte { "cte" } else { "trigger" }, &[])
+            }
             Plan::Copy(copy) if copy.audited => ("trigger", &[]),
             Plan::Copy(copy) => ("copy", std::slice::from_ref(&copy.table)),
             Plan::Truncate(_) if self.audit.is_some() => return self.look(false, told),
@@ -187,7 +189,7 @@ impl Session {
         }
     }
 
-    fn look(&mut self, rebase: bool, told: Told) {
+    pub(super) fn look(&mut self, rebase: bool, told: Told) {
         if self.status == b'E' && told == Told::Nobody && !rebase {
             return;
         }

@@ -1,10 +1,12 @@
 //! What a session remembers of its client: prepared statements, portals, settings whose names the server does not list. No I/O.
 
 use std::collections::BTreeSet;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use bytes::Bytes;
 
+use super::moved::Bound;
 use crate::plan::cache::Planned;
 
 /// What a plan depends on beside its text.
@@ -57,6 +59,8 @@ pub struct Portal {
     pub text: Option<Bytes>,
     /// It has run to its end, as far as was asked. A write without RETURNING runs once.
     pub ran: bool,
+    /// What was bound, of an UPDATE that may change keys.
+    pub bound: Option<Rc<Bound>>,
 }
 
 /// Names of settings that pg_settings does not list, and that must be asked for by name when a session is carried over.

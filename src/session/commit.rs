@@ -15,7 +15,7 @@ use crate::clock::Late;
 use crate::config::Commit;
 use crate::ledger::owe::{OWE, OWE_TYPES, PROVE, PROVE_TYPES, TAINT, TAINT_TYPES};
 use crate::mirror::conn::{Backend, Carrier, Failure, Patience, Tail};
-use crate::mirror::flight::{self, steps};
+use crate::mirror::flight::{self, steps, with_room};
 use crate::mirror::pool::Lease;
 use crate::mirror::writes::Op;
 use crate::plan::Opaque;
@@ -586,6 +586,7 @@ async fn carry_out(
     let Some(mirror) = world.phase.mirror() else { return Err((None, Failure::Down)) };
     let config = worker.shared.config.load_full();
     let timeout = Session::patience(&ops, config.mirror.timeout);
+    let begun = lease.is_some();
     let mut lease = match lease {
         Some(lease) => lease,
         None => {
@@ -605,7 +606,7 @@ async fn carry_out(
     };
     let patience = Patience { clock: &worker.clock, limit: timeout };
     let version = world.catalog.definitions.get(mirror).version;
-    match execute(&mut lease, version, ops, Tail { token, xid: last, version: None }, patience).await {
+    match execute(&mut lease, (version, begun), ops, Tail { token, xid: last, version: None }, patience).await {
         Ok(xid) => Ok((lease, xid)),
         Err(failure) => {
             if matches!(failure, Failure::Definition) {
@@ -622,7 +623,7 @@ async fn carry_out(
 /// What was written before the transaction has changed definitions is proven to be for those that the mirror has; behind that the version is its own.
 async fn execute(
     lease: &mut Lease,
-    version: Option<i64>,
+    (version, begun): (Option<i64>, bool),
     mut ops: Vec<Op>,
     tail: Tail,
     patience: Patience<'_>,
@@ -637,5 +638,11 @@ async fn execute(
         return lease.conn.execute(&steps(behind), tail, patience).await;
     }
     let version = version.filter(|_| tail.xid && !lease.conn.redefined);
-    lease.conn.execute(&steps(ops), Tail { version, ..tail }, patience).await
+    let (steps, tail) = (steps(ops), Tail { version, ..tail });
+    match lease.conn.execute(&steps, tail, patience).await {
+        Err(Failure::Refused(error)) if !begun && ["23505", "23P01"].contains(&error.code.as_str()) => {
+            lease.conn.execute(&with_room(&steps), tail, patience).await
+        }
+        executed => executed,
+    }
 }

@@ -112,6 +112,7 @@ impl Session {
     /// Waits for what was put around a COPY, with an end of its own. Rows and error are in `kept`; false: there was an error.
     async fn around(&mut self) -> Result<bool, End> {
         self.kept.rows.clear();
+        self.kept.bytes = 0;
         frame::sync(&mut self.server.out);
         self.queue.push(Expected::of(Kind::Sync, To::Around(None)));
         self.settle().await?;

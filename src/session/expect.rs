@@ -115,6 +115,8 @@ pub enum Done {
     RollbackTo(Vec<u8>),
     /// TRUNCATE of these tables.
     Truncate(std::sync::Arc<Vec<std::sync::Arc<crate::catalog::Table>>>),
+    /// PREPARE of SQL: the name, and its text where it was seen.
+    Prepare(String, Option<Bytes>),
     /// DEALLOCATE of one, or of all (DISCARD ALL too).
     Deallocate(Option<Vec<u8>>),
     /// Rows of a captured write's portal, by its number, that may be limited.

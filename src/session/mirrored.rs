@@ -9,11 +9,12 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use super::books::{Portal, Prepared, There};
 use super::commit::Ending;
 use super::expect::{Cut, Done, Expected, Kind, To, Told, Written};
+use super::moved::{self, Bound, Sent, moves};
 use super::reading::{changes_reading, unread_plan};
 use super::{End, Session, implicit};
 use super::{audit, copy_rows};
-use crate::plan::Plan;
 use crate::plan::cache::Planned;
+use crate::plan::{Capture, Effect, Plan};
 use crate::sql::facts::{OnConflict, Verb};
 use crate::wire::frame::{self, Fields, HEAD, Head, Report};
 
@@ -165,9 +166,11 @@ impl Session {
         self.unsynced = true;
         self.queue.push(Expected::client(Kind::Bind));
         let mut binary = false;
+        let mut bound = None;
         match &planned.plan {
             Plan::Capture(capture) => {
                 let payload = self.take(head);
+                bound = self.bound(capture, &name, &payload);
                 binary = put_bind(&mut self.server.out, &payload, capture.returning)?;
             }
             _ => self.forward(head),
@@ -175,9 +178,15 @@ impl Session {
         let kept = matches!(planned.facts.verb, Verb::CopyFromStdin | Verb::Ddl { .. });
         let text = self.prepared.get(&name).filter(|_| kept).and_then(|prepared| prepared.text.clone());
         self.portal_count += 1;
-        self.portals
-            .insert(portal, Portal { number: self.portal_count, planned: Some(planned), binary, text, ran: false });
+        let planned = Some(planned);
+        self.portals.insert(portal, Portal { number: self.portal_count, planned, binary, text, ran: false, bound });
         Ok(())
+    }
+
+    /// What running this portal needs beside the portal, where it may change keys.
+    fn bound(&self, capture: &Capture, statement: &Bytes, payload: &Bytes) -> Option<Rc<Bound>> {
+        let text = self.prepared.get(statement)?.text.clone()?;
+        (capture.effect == Effect::Moved).then(|| Rc::new(Bound { text, payload: payload.clone() }))
     }
 
     /// Before a write outside any block: a block of ours, so that its images, its debts and its commit have one transaction.
@@ -239,6 +248,9 @@ impl Session {
             audit::LOOK_NAME,
             audit::CONSTRAINTS_NAME,
             super::define::NAME,
+            moved::SET_NAME,
+            moved::BACK_NAME,
+            moved::RELEASE_NAME,
         ]
         .contains(&name)
             || copy_rows::AROUND.contains(&name);
@@ -301,8 +313,8 @@ impl Session {
                 return Ok(());
             }
         };
-        let Some((planned, binary, number, text)) =
-            portal.and_then(|portal| Some((portal.planned?, portal.binary, portal.number, portal.text)))
+        let Some((planned, binary, number, text, bound)) =
+            portal.and_then(|portal| Some((portal.planned?, portal.binary, portal.number, portal.text, portal.bound)))
         else {
             self.queue.push(Expected::client(Kind::Execute));
             self.forward(head);
@@ -336,6 +348,10 @@ impl Session {
         if let (Some(text), Verb::CopyFromStdin, true) = (&text, &planned.facts.verb, self.in_block()) {
             let frame = self.client.inb.split_to(head.total).freeze();
             return self.copy_extended(frame, &planned, text).await;
+        }
+        if let (Some(bound), Some(capture)) = (bound, moves(&planned)) {
+            let frame = self.client.inb.split_to(head.total).freeze();
+            return self.run_moved(&planned, capture, &Sent::Portal { frame, bound, number }).await;
         }
         let to = way(&planned, binary).cut().map_or(To::Client, To::Cut);
         let mut done = done(&planned);
@@ -428,7 +444,7 @@ impl Session {
 }
 
 impl Way {
-    fn cut(self) -> Option<Rc<Cut>> {
+    pub(super) fn cut(self) -> Option<Rc<Cut>> {
         match self {
             Way::Plain => None,
             Way::Cut(cut) => Some(cut),
@@ -488,6 +504,7 @@ pub(super) fn done(planned: &Planned) -> Done {
         Verb::Savepoint(name) => Done::Savepoint(name.clone().into_bytes()),
         Verb::Release(name) => Done::Release(name.clone().into_bytes()),
         Verb::RollbackTo(name) => Done::RollbackTo(name.clone().into_bytes()),
+        Verb::Prepare(name) => Done::Prepare(name.clone(), None),
         Verb::Deallocate(name) => Done::Deallocate(name.clone().map(String::into_bytes)),
         Verb::Discard(what) if what == "all" => Done::Deallocate(None),
         _ => Done::Nothing,
@@ -495,7 +512,7 @@ pub(super) fn done(planned: &Planned) -> Done {
 }
 
 /// Bind with a format for the hidden column: none and one format hold for all columns, more are one each. True: it comes in binary.
-fn put_bind(out: &mut BytesMut, payload: &[u8], returning: bool) -> Result<bool, End> {
+pub(super) fn put_bind(out: &mut BytesMut, payload: &[u8], returning: bool) -> Result<bool, End> {
     let mut fields = Fields::new(payload);
     fields.string()?;
     fields.string()?;

@@ -17,6 +17,8 @@ pub mod expect;
 mod follow;
 mod implicit;
 mod mirrored;
+mod moved;
+mod named;
 mod prove;
 mod reading;
 mod relay;
@@ -73,6 +75,10 @@ struct Kept {
     tag: Bytes,
     /// A whole ErrorResponse frame.
     error: Option<Bytes>,
+    /// What the rows hold; past `limits.mirror_buffer` no more are kept.
+    bytes: usize,
+    /// The last ParameterDescription, its payload.
+    types: Bytes,
 }
 
 /// The end of a statement that waits for the outcome of its transaction.
@@ -143,6 +149,8 @@ pub struct Session {
     /// The client has sent a frame of this size, which must be here whole.
     needed: usize,
     prepared: HashMap<Bytes, Prepared>,
+    /// What the client has prepared in SQL.
+    named: named::NamedStatements,
     portals: HashMap<Bytes, Portal>,
     /// Portals so far.
     portal_count: u64,
@@ -221,6 +229,7 @@ impl Session {
             from_server: 0,
             needed: 0,
             prepared: HashMap::new(),
+            named: Default::default(),
             portals: HashMap::new(),
             portal_count: 0,
             suspended: HashMap::new(),
@@ -261,9 +270,7 @@ impl Session {
     async fn serve(&mut self) -> Result<End, End> {
         loop {
             self.replies()?;
-            if self.writes.bytes > self.shared.config.load().limits.mirror_buffer {
-                self.send_ahead().await;
-            }
+            self.spill_if_full().await;
             self.release_registered().await?;
             self.rest();
             self.called |= self.bell.take();
@@ -392,8 +399,16 @@ impl Session {
                 self.drive_server().await?;
             }
             self.replies()?;
+            self.spill_if_full().await;
         }
         self.copy_rest().await
+    }
+
+    /// Images do not pile up beyond `limits.mirror_buffer`.
+    async fn spill_if_full(&mut self) {
+        if self.writes.bytes > self.shared.config.load().limits.mirror_buffer {
+            self.send_ahead().await;
+        }
     }
 
     /// Like `drive`, without reading from the client: a client that has gone does not undo what it asked for.

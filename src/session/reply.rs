@@ -122,7 +122,7 @@ impl Session {
         }
         let payload = at + HEAD..at + total;
         if tag == b'C' {
-            if hold || matches!(to, To::Us) {
+            if hold || matches!(to, To::Us | To::Cut(_)) {
                 self.kept.tag = Bytes::copy_from_slice(&self.server.inb[payload.clone()]);
             }
             self.complete();
@@ -141,10 +141,7 @@ impl Session {
             To::Client => Verdict::Forward,
             To::Nobody => Verdict::Drop,
             To::Us | To::Around(None) => {
-                if tag == b'D' {
-                    let row = row(&self.server.inb[payload])?;
-                    self.kept.rows.push(row);
-                }
+                self.keep(tag, at, total)?;
                 Verdict::Drop
             }
             To::Cut(cut) => self.cut(tag, at, total, kind, hold, &cut)?,
@@ -166,6 +163,21 @@ impl Session {
             To::Refused(_) if matches!(tag, b'Z') => Verdict::Forward,
             To::Refused(_) => return Err(End::Mismatch("success of what can only fail".to_owned())),
         })
+    }
+
+    /// A part of the answer to a statement of ours.
+    fn keep(&mut self, tag: u8, at: usize, total: usize) -> Result<(), End> {
+        let payload = &self.server.inb[at + HEAD..at + total];
+        if tag == b't' {
+            self.kept.types = Bytes::copy_from_slice(payload);
+        }
+        if tag == b'D' {
+            self.kept.bytes += total;
+            if self.kept.bytes <= self.shared.config.load().limits.mirror_buffer {
+                self.kept.rows.push(row(payload)?);
+            }
+        }
+        Ok(())
     }
 
     fn ready(&mut self, at: usize, to: &To, hold: bool) -> Verdict {
@@ -254,13 +266,18 @@ impl Session {
                 }
             }
             Done::Truncate(tables) => self.writes.push(Op::Truncate(tables)),
+            Done::Prepare(name, text) => self.named.prepared(&name, text),
             // What was sent behind it is not dropped.
             Done::Deallocate(None) => {
+                self.named.clear();
                 self.prepared.retain(|name, _| name.is_empty() || self.queue.parses(name));
                 self.ours_prepared.retain(|name| self.queue.parses(name));
             }
             Done::Deallocate(Some(name)) if self.queue.parses(&name) => {}
-            Done::Deallocate(Some(name)) => drop(self.prepared.remove(&name[..])),
+            Done::Deallocate(Some(name)) => {
+                self.named.forget(&String::from_utf8_lossy(&name));
+                self.prepared.remove(&name[..]);
+            }
         }
     }
 
@@ -340,8 +357,8 @@ impl Session {
 
 fn op(effect: Effect, table: std::sync::Arc<Table>, row: image::Row) -> Op {
     match (effect, table.key.is_some()) {
-        (Effect::Row, true) => Op::Upsert(table, row),
-        (Effect::Row, false) => Op::Insert(table, row),
+        (Effect::Row | Effect::Moved, true) => Op::Upsert(table, row),
+        (Effect::Row | Effect::Moved, false) => Op::Insert(table, row),
         (Effect::Gone, _) => Op::Delete(table, row),
     }
 }

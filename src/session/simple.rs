@@ -8,6 +8,8 @@ use super::commit::Ending;
 use super::expect::{Done, Expected, Kind, To, Told};
 use super::implicit;
 use super::mirrored::{Way, done, splice, way};
+use super::moved::{Sent, moves};
+use super::named::prepares;
 use super::reading::changes_lexing;
 use super::{End, Held, Session};
 use crate::plan::Plan;
@@ -97,8 +99,19 @@ impl Session {
         });
     }
 
+    /// Runs one statement within a block; its end is held back where `hold`.
+    async fn run_one(&mut self, text: &Bytes, planned: &Planned, end: usize, hold: bool) -> Result<(), End> {
+        let Some(capture) = moves(planned) else {
+            self.send(text, planned, end, hold);
+            return Ok(());
+        };
+        self.note_statement(planned);
+        self.look_before(planned, Told::Nobody);
+        self.run_moved(planned, capture, &Sent::Query { text, end, hold }).await
+    }
+
     /// Sends one statement; its end is held back where `hold`.
-    fn send(&mut self, text: &[u8], planned: &Planned, end: usize, hold: bool) {
+    fn send(&mut self, text: &Bytes, planned: &Planned, end: usize, hold: bool) {
         self.note_statement(planned);
         if let Some(report) = self.refusal(planned) {
             return self.put_refused(report, Kind::Query, hold);
@@ -110,7 +123,8 @@ impl Session {
             Way::Plain => To::Client,
             Way::Cut(cut) => To::Cut(cut),
         };
-        let done = done(planned);
+        self.note_sql_prepared(planned);
+        let done = prepares(planned, Some(text)).unwrap_or_else(|| done(planned));
         self.begun |= matches!(done, Done::Begin);
         self.queue.push(Expected { kind: Kind::Query, to, hold, done });
         self.look_behind(planned, Told::Nobody);
@@ -118,6 +132,11 @@ impl Session {
 
     /// A Query of one statement.
     async fn one(&mut self, text: &Bytes, planned: &Arc<Planned>, end: usize) -> Result<(), End> {
+        let executed = self.executes(planned, text).await?;
+        let (planned, text, end) = match &executed {
+            Some((planned, text)) => (planned, text, text.len()),
+            None => (planned, text, end),
+        };
         match &planned.plan {
             Plan::Pass => {
                 if let Some(ending) = Ending::of(&planned.facts.verb)
@@ -125,7 +144,6 @@ impl Session {
                 {
                     return self.commit_simple(text, ending).await;
                 }
-                self.note_sql_prepared(planned);
                 self.send(text, planned, end, false);
                 Ok(())
             }
@@ -144,7 +162,7 @@ impl Session {
             }
             _ if self.in_block() => {
                 let defined = self.before_definition(planned).await?;
-                self.send(text, planned, end, false);
+                self.run_one(text, planned, end, false).await?;
                 match defined {
                     Some(defined) => self.after_definition(defined, text).await,
                     None => Ok(()),
@@ -162,7 +180,7 @@ impl Session {
     /// Sends one statement whose end is held back, and waits for it.
     async fn send_whole(&mut self, text: &Bytes, planned: &Planned, end: usize) -> Result<(), End> {
         let defined = self.before_definition(planned).await?;
-        self.send(text, planned, end, true);
+        self.run_one(text, planned, end, true).await?;
         self.settle_query(planned).await?;
         match defined {
             Some(defined) => self.after_definition(defined, text).await,
@@ -180,6 +198,11 @@ impl Session {
     /// They are sent one by one; the client sees their replies and one ReadyForQuery.
     async fn several(&mut self, parts: &[Bytes], plans: &[(Arc<Planned>, usize)]) -> Result<(), End> {
         for (part, (planned, end)) in parts.iter().zip(plans) {
+            let executed = self.executes(planned, part).await?;
+            let (planned, part, end) = match &executed {
+                Some((planned, part)) => (planned, part, &part.len()),
+                None => (planned, part, end),
+            };
             let verb = &planned.facts.verb;
             self.held = Held::default();
             match verb {

@@ -172,11 +172,26 @@ fn query(text: &[u8], tokens: &[Token], bare: Facts, limits: Limits) -> Option<F
             None => Some(facts),
         }
     };
-    if depth.tree <= OWN_STACK_DEPTH_MAX {
+    on_enough_stack(depth.tree, both)
+}
+
+/// Runs a parser over a text with these tokens; None where that is too deep, or where it fails.
+pub(super) fn apart<T: Send>(
+    text: &[u8],
+    tokens: &[Token],
+    limits: Limits,
+    work: impl FnOnce() -> Option<T> + Send,
+) -> Option<T> {
+    let depth = depth(text, tokens).tree;
+    if depth > limits.depth_max { None } else { on_enough_stack(depth, work) }
+}
+
+fn on_enough_stack<T: Send>(depth: usize, work: impl FnOnce() -> Option<T> + Send) -> Option<T> {
+    if depth <= OWN_STACK_DEPTH_MAX {
         // A parser that fails an assertion has not understood the statement.
-        return std::panic::catch_unwind(std::panic::AssertUnwindSafe(both)).ok().flatten();
+        return std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).ok().flatten();
     }
-    on_large_stack(STACK_BYTES_PER_LEVEL * (depth.tree + OWN_STACK_DEPTH_MAX), both)
+    on_large_stack(STACK_BYTES_PER_LEVEL * (depth + OWN_STACK_DEPTH_MAX), work)
 }
 
 /// A function that only one of the readers found counts: one more can only make the plan more careful.

@@ -3,9 +3,11 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod keys;
 mod opaque;
 mod phases;
 mod protocol;
+mod rest;
 mod sessions;
 mod stage;
 mod statements;

@@ -21,8 +21,8 @@ async fn what_is_out_of_sight_is_healed() {
         ),
         (
             "key-change",
-            "UPDATE t SET id = id + 10 RETURNING id",
-            "T(id) D(11) D(12) C(UPDATE 2) Z(I)",
+            "INSERT INTO t VALUES (1, 'x'), (2, 'y') ON CONFLICT (id) DO UPDATE SET id = t.id + 10 RETURNING id",
+            "T(id) D(11) D(12) C(INSERT 0 2) Z(I)",
             vec!["(11,a)", "(12,b)"],
         ),
         (
@@ -41,7 +41,7 @@ async fn what_is_out_of_sight_is_healed() {
         ("call", "CALL procedure(1)", "C(CALL) Z(I)", vec!["(1,first)", "(11,m)", "(12,b)", "(2,second)"]),
         (
             "execute",
-            "PREPARE p AS DELETE FROM t WHERE id > $1; EXECUTE p(2)",
+            "PREPARE p AS DELETE FROM t WHERE id > $1; EXECUTE p(abs(2))",
             "C(PREPARE) C(DELETE 2) Z(I)",
             vec!["(1,first)", "(2,second)"],
         ),

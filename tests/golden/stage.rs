@@ -31,10 +31,15 @@ pub struct Stage {
 impl Stage {
     /// In phase `old`, with `schema` on both sides. The roles need no password: so [`RawClient`] can log in.
     pub async fn build(schema: &str) -> Stage {
+        Stage::build_with(schema, "mirror: { timeout: 20s }").await
+    }
+
+    /// With these settings at the file's top level.
+    async fn build_with(schema: &str, settings: &str) -> Stage {
         let databases = Databases::start_trusting().await;
         databases.run_on_both(schema).await;
-        let more = "auth: trust\nmirror: { timeout: 20s }";
-        let proxy = Proxy::start(databases.proxy_config("old", more)).await;
+        let more = format!("auth: trust\n{settings}");
+        let proxy = Proxy::start(databases.proxy_config("old", &more)).await;
         let installed = proxy.crossfade(&["install"]).await;
         assert!(installed.status.success(), "{installed:?}");
         for side in [&databases.old, &databases.new] {
@@ -46,6 +51,13 @@ impl Stage {
     /// In `dual-write`, with `schema` on both sides.
     pub async fn open(schema: &str) -> Stage {
         let mut stage = Stage::build(schema).await;
+        stage.enter("dual-write").await;
+        stage
+    }
+
+    /// In `dual-write`, with these settings.
+    pub async fn open_with(schema: &str, settings: &str) -> Stage {
+        let mut stage = Stage::build_with(schema, settings).await;
         stage.enter("dual-write").await;
         stage
     }
@@ -131,6 +143,12 @@ impl Story<'_> {
         self.nothing_owed().await;
     }
 
+    /// The same, where some statements have failed on the authority: those are counted as what they were planned to be.
+    pub async fn exact_after_failures(mut self, tables: &[(&str, &[&str])]) {
+        self.before.opaque = self.stage.counts().await.opaque;
+        self.exact(tables).await;
+    }
+
     /// The same, where the rows are not known beforehand: there are `count` of them.
     pub async fn exact_rows(self, table: &str, count: usize) {
         let (authority, mirror) = self.stage.sides();
@@ -153,6 +171,25 @@ impl Story<'_> {
         for (table, rows) in tables {
             assert_eq!(&held(stage.sides().1, table).await, rows, "{title}: {table} on the mirror");
         }
+    }
+
+    /// All of it is owed, for this reason; repair makes both sides equal.
+    pub async fn pays(self, reason: &str, tables: &[(&str, &[&str])]) {
+        let after = self.stage.counts().await;
+        let new = &after.reasons[self.before.reasons.len()..];
+        assert_eq!(new, [reason], "{}: owed", self.title);
+        self.stage.pair.proxy.settle().await;
+        for (table, rows) in tables {
+            assert_eq!(&held(self.stage.sides().1, table).await, rows, "{}: {table} on the mirror", self.title);
+        }
+    }
+
+    /// The audit has found one table written out of sight, the first of these; repair makes both sides equal.
+    pub async fn taints_only(self, reason: &str, tables: &[(&str, &[&str])]) {
+        let log = self.stage.pair.proxy.log();
+        let last = log.lines().rfind(|line| line.contains("a write out of sight")).unwrap_or_default();
+        assert!(last.contains(&format!("public.{} ", tables[0].0)), "{}: {last}", self.title);
+        self.pays(reason, tables).await;
     }
 
     /// Something was out of sight, for this reason: counted, and noted in the ledger. The authority holds these rows.

@@ -162,7 +162,9 @@ fn as_move(step: &Step) -> Move {
             Move::Upsert(rows.iter().map(|row| (number(&row.values[0]), number(&row.values[1]) as Value)).collect())
         }
         Step::Delete(_, rows) => Move::Delete(rows.iter().fold(0, |keys, row| keys | 1 << number(&row.values[0]))),
-        Step::Insert(..) | Step::Truncate(_) | Step::Define(_) => unreachable!("not among these scripts"),
+        Step::Clear(..) | Step::Insert(..) | Step::Truncate(_) | Step::Define(_) => {
+            unreachable!("not among these scripts")
+        }
     }
 }
 
