@@ -112,7 +112,7 @@ EXCEPTION WHEN insufficient_privilege THEN
 END $$;
 
 -- Which version holds, for a transaction whose plans were made for another; -1: it has changed definitions itself.
-CREATE OR REPLACE FUNCTION crossfade.version_now() RETURNS bigint LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+CREATE OR REPLACE FUNCTION crossfade.version_now() RETURNS bigint LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF EXISTS (SELECT FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'relation' AND relation = 'crossfade.ddl'::regclass) THEN
         RETURN -1;
