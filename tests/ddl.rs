@@ -266,9 +266,8 @@ async fn ddl_through_the_proxy_runs_on_both_sides() {
     run("ALTER TABLE words ADD COLUMN d int DEFAULT 7").await;
     run("INSERT INTO words (id, a, d) VALUES (300, 'owed', 8)").await;
     assert!(pair.proxy.metrics("crossfade_mirror_failures_total{reason=\"refused\"}").await > 0.0);
-    let why = "SELECT count(*) FROM crossfade.ledger WHERE reason LIKE '%already exists%'";
-    let owner = pair.databases.old.psql(DATABASE, why).await.expect("answers");
-    assert_eq!(owner.trim(), "1");
+    // The ledger had the same words; they may be paid by now.
+    said(&pair, "column \"d\" of relation \"words\" already exists", 1).await;
     renewed(&pair, 1).await;
     copy(&pair, "public.history").await;
     pair.settle_and_assert_equal().await;

@@ -77,6 +77,10 @@ DECLARE
     of_tables CONSTANT text[] := '{table,table column,table constraint,index,trigger,policy,rule,sequence,view,default value}';
     found_kinds text[];
 BEGIN
+    -- A GRANT does not say what it is about: `install` says so.
+    IF current_setting('crossfade.installing', true) = 'on' THEN
+        RETURN;
+    END IF;
     IF TG_EVENT = 'sql_drop' THEN
         SELECT array_agg(DISTINCT object_type) INTO found_kinds FROM pg_event_trigger_dropped_objects()
         WHERE NOT is_temporary AND schema_name IS DISTINCT FROM 'crossfade' AND (original OR normal);

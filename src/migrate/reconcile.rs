@@ -23,7 +23,7 @@ pub(crate) use super::walk::range;
 pub use super::walk::table;
 use crate::catalog::Table;
 use crate::ledger::debts::Values;
-use crate::plan::image::needs_replace;
+use crate::plan::image::{KEY_LOCK, needs_lock, needs_replace};
 
 /// What became of the keys of a debt. Those that are named nowhere here are equal on both sides, as far as the mirror has flushed.
 #[derive(Clone, Debug, Default)]
@@ -258,6 +258,10 @@ async fn equalise(
     let there = TableSql::new(table, pair.mirror.side);
     let one = held.len() == 1;
     begin_on_mirror(pair, one).await?;
+    if needs_lock(table, pair.mirror.side) {
+        let number = table.number.cast_signed();
+        pair.mirror.rows("keeping other writers away", KEY_LOCK, &[&number]).await?;
+    }
     let asked: Vec<&Values> = held.iter().map(|held| &held.key).collect();
     let mut present: HashMap<usize, Values> = HashMap::new();
     let text = there.lock_and_look(&there.writable);

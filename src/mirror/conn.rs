@@ -270,6 +270,7 @@ impl MirrorConn {
             awaited.push(Await::Xid);
         } else {
             for (number, step) in steps.iter().enumerate() {
+                self.put_lock(step, &mut awaited);
                 self.put_step(number, step, &mut awaited);
             }
             if let Some(token) = tail.token {
@@ -303,6 +304,14 @@ impl MirrorConn {
         let deletes = chunks(rows.len(), per_statement(table, Verb::Delete)).count();
         awaited.extend((0..deletes).map(|_| Await::Any));
         self.answers(&awaited, patience).await.map(|_| ())
+    }
+
+    /// A statement of its own: what follows sees what the writer before us has committed.
+    fn put_lock(&mut self, step: &Step, awaited: &mut Vec<Await>) {
+        let Some(table) = step.table().filter(|table| image::needs_lock(table, self.side)) else { return };
+        let (name, formats) = self.statements.key_lock(&mut self.conn.out);
+        self.bind_execute(&name, &formats, &[Some(&table.number.to_be_bytes())]);
+        awaited.push(Await::Any);
     }
 
     fn put_step(&mut self, number: usize, step: &Step, awaited: &mut Vec<Await>) {

@@ -27,6 +27,18 @@ pub enum Step {
     Define(Arc<Definition>),
 }
 
+impl Step {
+    /// The table whose rows it writes.
+    pub fn table(&self) -> Option<&Table> {
+        match self {
+            Step::Upsert(table, _) | Step::Delete(table, _) | Step::Insert(table, _) | Step::Clear(table, _) => {
+                Some(table)
+            }
+            Step::Truncate(_) | Step::Define(_) => None,
+        }
+    }
+}
+
 /// The steps for these writes. Where a key was written several times only its last state travels; vanished keys come before rows
 /// (another row may take a unique value that they held). Tables whose equal keys may differ in bytes keep the authority's order.
 pub fn steps(ops: Vec<Op>) -> Vec<Step> {

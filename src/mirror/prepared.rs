@@ -45,11 +45,12 @@ pub(super) struct Statements {
     /// How many of these are prepared.
     named: usize,
     token: bool,
+    key_lock: bool,
 }
 
 impl Statements {
     pub(super) fn new(side: Side) -> Statements {
-        Statements { side, rows: HashMap::new(), together: HashMap::new(), named: 0, token: false }
+        Statements { side, rows: HashMap::new(), together: HashMap::new(), named: 0, token: false, key_lock: false }
     }
 
     /// The server has forgotten them all.
@@ -72,6 +73,15 @@ impl Statements {
         let known = parse(format!("{verb:?}{}x{rows}", table.number), statement, out);
         self.rows.insert(at, known.clone());
         known
+    }
+
+    /// The statement that keeps other writers of a table away (`image::needs_lock`).
+    pub(super) fn key_lock(&mut self, out: &mut BytesMut) -> Known {
+        let name = "key_lock";
+        if !std::mem::replace(&mut self.key_lock, true) {
+            frame::parse(out, name.as_bytes(), image::KEY_LOCK.as_bytes(), &[23]);
+        }
+        (Bytes::from_static(name.as_bytes()), vec![1])
     }
 
     /// The statement that takes a transaction's token.

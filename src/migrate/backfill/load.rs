@@ -14,6 +14,7 @@ use super::super::sql::TableSql;
 use super::chunk::{Chunk, packed};
 use crate::catalog::{Table, quote};
 use crate::ledger::debts::Values;
+use crate::plan::image::needs_lock;
 
 /// What became of a chunk on the mirror.
 pub(super) enum Loaded {
@@ -36,6 +37,9 @@ pub(super) enum Way {
 /// connection is gone, and the outcome perhaps not known.
 pub(super) async fn load(pair: &mut Pair, table: &Table, chunk: &Chunk, way: &mut Way) -> Result<Loaded, Error> {
     let there = TableSql::new(table, pair.mirror.side);
+    if needs_lock(table, pair.mirror.side) {
+        return Ok(Loaded::Not(Error::Unfit("its key is deferrable: a duplicate would not be noticed".to_owned())));
+    }
     if *way == Way::Straight {
         match straight(pair, &there, chunk).await {
             Ok(()) => return Ok(Loaded::But(Vec::new())),

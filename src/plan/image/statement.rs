@@ -29,6 +29,15 @@ pub fn keys_max(table: &Table) -> usize {
     PARAMETERS_MAX / table.key.as_ref().map_or(1, |key| key.columns.len().max(1))
 }
 
+/// Nothing there keeps two rows with one key apart: a deferrable key is checked by a trigger, which sessions with session_replication_role = replica do not
+/// fire. Whoever writes to such a table takes `KEY_LOCK` first, to the end of his transaction.
+pub fn needs_lock(table: &Table, side: Side) -> bool {
+    table.key.as_ref().is_some_and(|key| *key.deferrable.get(side))
+}
+
+/// One writer of a table at a time, the next one when the transaction before it has ended. Its parameter: the table's number.
+pub const KEY_LOCK: &str = "SELECT pg_catalog.pg_advisory_xact_lock(1668443764, $1)";
+
 /// `upsert` cannot be had on that side: the key is deferrable there (no arbiter of ON CONFLICT), or a GENERATED ALWAYS identity would have to
 /// be set by UPDATE. `delete` of the keys and then `insert` do instead, with SET CONSTRAINTS ALL DEFERRED.
 pub fn needs_replace(table: &Table, side: Side) -> bool {
