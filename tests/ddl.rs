@@ -48,12 +48,6 @@ async fn ledger(pair: &Pair) -> String {
     pair.databases.old.psql(DATABASE, text).await.expect("answers").trim().to_owned()
 }
 
-/// Waits until the proxy has read definitions again, all that were changed by now among them. `nth`: call of this in the test.
-async fn renewed(pair: &Pair, nth: usize) {
-    around_both(pair, &format!("CREATE TABLE marker_{nth} (id int PRIMARY KEY)")).await;
-    said(pair, &format!("from now on table=public.marker_{nth}"), 1).await;
-}
-
 /// Waits until the proxy has logged something so many times.
 async fn said(pair: &Pair, what: &str, times: usize) {
     until(&format!("{what:?} was logged {times} times"), async || pair.proxy.log().matches(what).count() >= times)
@@ -91,7 +85,7 @@ async fn names_that_are_swapped_on_the_mirror_alone() {
     assert_eq!(pair.proxy.metrics("crossfade_mirror_failures_total{reason=\"definition\"}").await, 1.0);
     // Whatever was written by name meanwhile goes to the other name now.
     around(&pair.databases.new, SWAP).await;
-    renewed(&pair, 1).await;
+    pair.renewed().await;
     pair.settle_and_assert_equal().await;
 }
 
@@ -120,7 +114,7 @@ async fn a_change_that_commits_behind_the_reading() {
     let (control, changer) = (pair.client().await, direct(&pair.databases.old).await);
     around(&pair.databases.new, SWAP).await;
     changer.batch_execute(&format!("BEGIN; {SWAP}")).await.expect("changes");
-    renewed(&pair, 1).await;
+    pair.renewed().await;
     control.batch_execute("BEGIN").await.expect("begins");
     let seen = pair.proxy.log().matches("definition has changed").count();
     changer.batch_execute("COMMIT").await.expect("commits");
@@ -182,7 +176,7 @@ async fn prepared_statements_outlive_changes_of_their_table() {
         client.execute(&change, &[&(at as i32 + 1), &"changed"]).await.expect(sql);
         client.execute(&remove, &[&(at as i32 + 10)]).await.expect(sql);
     }
-    renewed(&pair, 1).await;
+    pair.renewed().await;
     // Where one change follows another before they are read, what a transaction has written cannot be told.
     copy(&pair, "public.history").await;
     pair.settle_and_assert_equal().await;
@@ -227,7 +221,7 @@ async fn a_new_table_owes_what_older_transactions_write() {
     around(&pair.databases.old, "INSERT INTO parts_us VALUES (1, 'us', 'came with it')").await;
     around_both(&pair, "ALTER TABLE parts ATTACH PARTITION parts_us FOR VALUES IN ('us')").await;
     client.execute("INSERT INTO parts VALUES (2, 'us', 'at once')", &[]).await.expect("inserts");
-    renewed(&pair, 1).await;
+    pair.renewed().await;
     copy(&pair, "public.history").await;
     pair.settle_and_assert_equal().await;
     assert_eq!(on_new(&pair, "SELECT count(*) FROM parts_us").await, "2");
@@ -268,7 +262,7 @@ async fn ddl_through_the_proxy_runs_on_both_sides() {
     assert!(pair.proxy.metrics("crossfade_mirror_failures_total{reason=\"refused\"}").await > 0.0);
     // The ledger had the same words; they may be paid by now.
     said(&pair, "column \"d\" of relation \"words\" already exists", 1).await;
-    renewed(&pair, 1).await;
+    pair.renewed().await;
     copy(&pair, "public.history").await;
     pair.settle_and_assert_equal().await;
     run("DROP TABLE made").await;
@@ -296,7 +290,7 @@ async fn ddl_is_refused_or_left_to_the_authority() {
         .await
         .expect("runs");
     around(&pair.databases.new, "ALTER TABLE others ADD COLUMN c int; ALTER TABLE words ADD COLUMN c int").await;
-    renewed(&pair, 1).await;
+    pair.renewed().await;
     copy(&pair, "public.history").await;
     pair.settle_and_assert_equal().await;
 }

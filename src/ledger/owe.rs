@@ -9,7 +9,7 @@
 /// A mirrored transaction's commit must be durable, since the mirror will have its rows: where `synchronous_commit` is off it is made `local` for this one.
 pub const OWE: &str = "INSERT INTO crossfade.ledger (id, carrier_xid, carrier_pid, carrier_start, carrier_incarnation, debts, reason) \
     VALUES ($1, $2, $3, $4, $5, CASE WHEN pg_catalog.pg_sequence_last_value('crossfade.version'::pg_catalog.regclass) OPERATOR(pg_catalog.<>) $8 \
-    THEN $9 ELSE $6 END, CASE WHEN pg_catalog.current_setting('synchronous_commit') OPERATOR(pg_catalog.=) 'off' \
+    THEN $9 ELSE $6::pg_catalog.bytea END, CASE WHEN pg_catalog.current_setting('synchronous_commit') OPERATOR(pg_catalog.=) 'off' \
     AND pg_catalog.set_config('synchronous_commit', 'local', true) IS NULL THEN NULL ELSE $7 END) \
     RETURNING CASE WHEN pg_catalog.pg_sequence_last_value('crossfade.version'::pg_catalog.regclass) OPERATOR(pg_catalog.<>) $8 \
     THEN crossfade.version_now() END";

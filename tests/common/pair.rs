@@ -138,6 +138,18 @@ impl Pair {
         RawClient::connect(self.proxy.port(), None, &startup).await.0
     }
 
+    /// Waits until the proxy has read the definitions again: all that were changed by now are known. It makes a table for that.
+    pub async fn renewed(&self) {
+        let seen = self.proxy.log().matches("from now on table=public.marker_").count();
+        let table = format!("marker_{seen}");
+        for side in [&self.databases.old, &self.databases.new] {
+            let sql = format!("SET ROLE {}; CREATE TABLE {table} (id int PRIMARY KEY)", APP.0);
+            side.psql(DATABASE, &sql).await.expect("makes a table");
+        }
+        let known = format!("from now on table=public.{table}");
+        super::until("the definitions are read again", async || self.proxy.log().contains(&known)).await;
+    }
+
     /// How often each of these tables of schema public was tainted so far.
     pub async fn taints(&self, tables: &[&str]) -> Vec<f64> {
         let mut counts = Vec::new();

@@ -14,6 +14,7 @@ async fn a_refused_row_is_a_debt_with_the_servers_words_and_heals() {
     let pair = dual_write("").await;
     let client = pair.client().await;
     pair.databases.new.psql(DATABASE, REFUSE).await.expect("adds");
+    pair.renewed().await;
     client
         .batch_execute("BEGIN; INSERT INTO notes VALUES (1, 'odd'); INSERT INTO notes VALUES (2, 'even'); COMMIT")
         .await
@@ -70,6 +71,7 @@ async fn strict_refuses_what_the_mirror_cannot_take() {
     let pair = dual_write("mirror: { strict: true, timeout: 500ms }").await;
     let client = pair.client().await;
     pair.databases.new.psql(DATABASE, REFUSE).await.expect("adds");
+    pair.renewed().await;
     client.batch_execute("INSERT INTO notes VALUES (1, 'even')").await.expect("the mirror takes it");
     let strict = pair.client().await;
     let error = strict.batch_execute("INSERT INTO notes VALUES (2, 'odd')").await.expect_err("refused");

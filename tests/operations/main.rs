@@ -141,6 +141,7 @@ async fn commands_answer_and_end_with_their_exit_status() {
         .psql(DATABASE, "ALTER TABLE notes ADD CONSTRAINT odd CHECK (body <> 'odd')")
         .await
         .expect("adds");
+    pair.renewed().await;
     pair.client().await.batch_execute("INSERT INTO notes VALUES (1, 'odd')").await.expect("writes");
     let (code, said) = run(&["repair"]).await;
     assert!(code == 1 && said.contains("odd"), "{code} {said}");
