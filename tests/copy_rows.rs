@@ -225,6 +225,7 @@ async fn a_failing_fetch_fails_nothing() {
     let client = pair.client().await;
     let blind = "REVOKE EXECUTE ON FUNCTION pg_lock_status() FROM PUBLIC";
     pair.databases.old.psql(DATABASE, blind).await.expect("revokes");
+    pair.renewed().await;
     let found = pair
         .tainted_by(&TABLES, async || {
             copy(&client, "COPY serials (what) FROM STDIN", &[b"alone\n"]).await.expect("copies");
@@ -237,6 +238,7 @@ async fn a_failing_fetch_fails_nothing() {
     assert_eq!(pair.taints(&["serials"]).await, [2.0]);
     let sighted = "GRANT EXECUTE ON FUNCTION pg_lock_status() TO PUBLIC";
     pair.databases.old.psql(DATABASE, sighted).await.expect("grants");
+    pair.renewed().await;
     assert_eq!(tainted_by(&pair, &client, "COPY serials (what) FROM STDIN", b"seen\n").await, NONE);
     assert_eq!((on_new(&pair, "serials").await, on_new(&pair, "items").await), (3, 2));
     pair.settle_and_assert_equal().await;

@@ -280,8 +280,9 @@ impl Session {
                 self.look_up().await?;
             }
             if !self.requests().await? {
-                // What it sent before it closed is carried out and answered, as PostgreSQL does: it may still read.
-                if self.client.closed && !self.crowded() && !self.queue.gets_ready() {
+                // What it sent before it closed is carried out and answered, as PostgreSQL does: it may still read. Half a message has no answer.
+                let answered = !self.crowded() && !self.queue.gets_ready();
+                if self.client.closed && (answered || self.from_client > 0) {
                     return Ok(End::Client);
                 }
                 self.wait().await?;
