@@ -68,7 +68,7 @@ async fn a_silent_mirror_costs_one_wait_and_then_nothing() {
 
 #[tokio::test]
 async fn strict_refuses_what_the_mirror_cannot_take() {
-    let pair = dual_write("mirror: { strict: true, timeout: 500ms }").await;
+    let pair = dual_write("mirror: { strict: true, timeout: 5s }").await;
     let client = pair.client().await;
     pair.databases.new.psql(DATABASE, REFUSE).await.expect("adds");
     pair.renewed().await;
