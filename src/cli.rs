@@ -1,6 +1,7 @@
 //! The commands. Each gives true (done), false (the answer is no), or an error (it could not run).
 
 mod backfill;
+mod check;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use crate::switch::mover;
 use crate::switch::rows::{self, Holds, Verdict};
 
 pub use backfill::{BackfillArguments, backfill};
+pub use check::check;
 
 /// Whatever a person has to be told.
 pub type Trouble = Box<dyn std::error::Error + Send + Sync>;

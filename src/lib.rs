@@ -3,6 +3,7 @@
 pub mod auth;
 pub mod backend;
 pub mod catalog;
+pub mod check;
 pub mod cli;
 pub mod clock;
 pub mod cluster;

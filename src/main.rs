@@ -27,6 +27,12 @@ enum Command {
         #[arg(long)]
         print_sql: bool,
     },
+    /// Whether both databases are fit to migrate: one finding a line, with the SQL that mends it. Alters nothing of yours.
+    Check {
+        /// One JSON document.
+        #[arg(long)]
+        json: bool,
+    },
     /// Copies what was there before, while clients write. May be killed and run again at any time.
     Backfill(cli::BackfillArguments),
     /// Pays what the ledger holds.
@@ -73,6 +79,7 @@ async fn run(arguments: Arguments) -> ExitCode {
     let outcome = match arguments.command {
         Command::Run => cli::run(&path).await,
         Command::Install { print_sql } => cli::install(&path, print_sql).await,
+        Command::Check { json } => cli::check(&path, json).await,
         Command::Backfill(arguments) => cli::backfill(&path, arguments).await,
         Command::Repair { wait, timeout, table } => {
             cli::repair(&path, wait, std::time::Duration::from_secs(timeout), &table).await

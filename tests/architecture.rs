@@ -10,7 +10,7 @@ const GROUPS: &[&[&str]] = &[
     &["config", "metrics"],
     &["auth", "catalog"],
     &["backend", "plan"],
-    &["mirror", "migrate"],
+    &["mirror", "migrate", "check"],
     &["shared", "switch"],
     &["session"],
     &["server"],

@@ -1,0 +1,179 @@
+//! `crossfade check`: whether two databases are fit to migrate, before anything is written. One [`Finding`] for each thing that is not as it
+//! must be, or that an operator should know, with the SQL that mends it.
+//!
+//! `facts` are what both sides have by name and must have alike; `columns` compares tables column by column; `role` is what the control role
+//! lacks; `clients` is what the application's roles lack. Nothing here writes, but that loading the catalog gives tables their numbers where the schema is installed.
+
+mod clients;
+mod columns;
+mod facts;
+mod role;
+
+use tokio_postgres::{Client, Error};
+
+use crate::catalog::{self, Catalog, CatalogError, Sides, Table};
+use crate::config::{AuthMethod, Config};
+use crate::phase::Side;
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// A migration would fail on it, or a table could not be mirrored.
+    Error,
+    /// It goes, but not as one may expect.
+    Warning,
+}
+
+/// One thing found.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
+pub struct Finding {
+    /// How bad it is.
+    pub level: Level,
+    /// What kind of thing it is about: `table`, `column`, `key`, `check constraint`, `role`, ...
+    pub kind: &'static str,
+    /// Where it is to be mended.
+    pub side: Side,
+    /// What it is about, with its schema.
+    pub object: String,
+    /// What is found.
+    pub what: String,
+    /// SQL (for `side`), or a sentence where no SQL helps.
+    pub mend: String,
+}
+
+/// Why the check could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckError {
+    /// The definitions.
+    #[error("{0}")]
+    Catalog(#[from] CatalogError),
+    /// Another query.
+    #[error("{side}, while reading {what}: {}", said(.error))]
+    Server {
+        /// Where.
+        side: Side,
+        /// What was being read.
+        what: &'static str,
+        /// What the server or the connection said.
+        error: Error,
+    },
+}
+
+fn said(error: &Error) -> String {
+    error.as_db_error().map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+/// What every part of the check looks at.
+struct View<'a> {
+    clients: Sides<&'a Client>,
+    catalog: &'a Catalog,
+    /// The migrating tables, by name.
+    tables: Vec<&'a Table>,
+    found: Vec<Finding>,
+}
+
+impl View<'_> {
+    async fn rows(
+        &self,
+        side: Side,
+        what: &'static str,
+        text: &str,
+        parameters: &[&(dyn tokio_postgres::types::ToSql + Sync)],
+    ) -> Result<Vec<tokio_postgres::Row>, CheckError> {
+        let answer = self.clients.get(side).query(text, parameters).await;
+        answer.map_err(|error| CheckError::Server { side, what, error })
+    }
+
+    /// OIDs of the migrating tables, without partitions.
+    fn oids(&self, side: Side) -> Vec<u32> {
+        self.tables.iter().map(|table| *table.oid.get(side)).collect()
+    }
+
+    fn error(&mut self, kind: &'static str, side: Side, object: &str, what: String, mend: String) {
+        self.found.push(Finding { level: Level::Error, kind, side, object: object.to_owned(), what, mend });
+    }
+
+    fn warning(&mut self, kind: &'static str, side: Side, object: &str, what: String, mend: String) {
+        self.found.push(Finding { level: Level::Warning, kind, side, object: object.to_owned(), what, mend });
+    }
+}
+
+/// Looks at both sides. `old`, `new`: sessions of the control role, not in a transaction; their search_path is set.
+pub async fn run(config: &Config, old: &Client, new: &Client) -> Result<Vec<Finding>, CheckError> {
+    let clients = || Sides { old, new };
+    for side in Side::BOTH {
+        let path = clients().get(side).batch_execute("SET search_path = pg_catalog").await;
+        path.map_err(|error| CheckError::Server { side, what: "settings", error })?;
+    }
+    // A role that may not read its own schema gives findings, not an error.
+    let nothing = Catalog::default();
+    let mut view = View { clients: clients(), catalog: &nothing, tables: Vec::new(), found: Vec::new() };
+    let verifiers = matches!(config.auth, AuthMethod::Scram | AuthMethod::Md5) && config.users.is_empty();
+    role::attributes(&mut view, verifiers).await?;
+    let mut found = view.found;
+    if found.iter().any(|finding| finding.kind == role::BARRED) {
+        return Ok(found);
+    }
+    let catalog = catalog::load(old, new, config.tables.as_deref(), &config.except).await?;
+    let mut tables: Vec<&Table> = catalog.tables.values().map(AsRef::as_ref).collect();
+    tables.sort_by_key(|table| table.label());
+    let mut view = View { clients: clients(), catalog: &catalog, tables, found: Vec::new() };
+    servers(&mut view);
+    one_sided(&mut view, config.tables.is_some());
+    columns::compare(&mut view).await?;
+    facts::compare(&mut view).await?;
+    role::privileges(&mut view).await?;
+    clients::compare(&mut view).await?;
+    found.append(&mut view.found);
+    found.sort();
+    found.dedup();
+    Ok(found)
+}
+
+fn servers(view: &mut View<'_>) {
+    let catalog = view.catalog;
+    for (side, least) in [(Side::Old, 130_000), (Side::New, 150_000)] {
+        let version = *catalog.version.get(side);
+        if version < least {
+            let what = format!("it is PostgreSQL {}, and must be {} or newer", version / 10_000, least / 10_000);
+            view.error("server", side, "server_version", what, "upgrade it first".to_owned());
+        }
+    }
+    let (old, new) = (&catalog.encoding.old, &catalog.encoding.new);
+    if old != new {
+        let what = format!("old is encoded in {old}, new in {new}");
+        let mend = format!("make new's database with ENCODING '{old}', or UTF8");
+        // Any text can be UTF8; SQL_ASCII may hold bytes that are no text.
+        if new == "UTF8" && old != "SQL_ASCII" {
+            view.warning(
+                "encoding",
+                Side::New,
+                "database",
+                what,
+                "none needed: every text of old has a form there".to_owned(),
+            );
+        } else {
+            view.error("encoding", Side::New, "database", what, mend);
+        }
+    }
+}
+
+fn one_sided(view: &mut View<'_>, named: bool) {
+    let catalog = view.catalog;
+    for name in &catalog.one_sided.old {
+        let what = "it is not on new: it does not migrate".to_owned();
+        let mend =
+            format!("pg_dump --schema-only --table={name} of old into new; or leave it out by `except: [{name}]`");
+        view.error("table", Side::New, name, what, mend);
+    }
+    for name in &catalog.one_sided.new {
+        let what = "it is on new only".to_owned();
+        let mend = "none needed, unless old should have it".to_owned();
+        if named {
+            view.error("table", Side::Old, name, what, mend);
+        } else {
+            view.warning("table", Side::New, name, what, mend);
+        }
+    }
+}
