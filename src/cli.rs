@@ -2,6 +2,7 @@
 
 mod backfill;
 mod check;
+mod verify;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use crate::switch::rows::{self, Holds, Verdict};
 
 pub use backfill::{BackfillArguments, backfill};
 pub use check::check;
+pub use verify::{VerifyArguments, verify};
 
 /// Whatever a person has to be told.
 pub type Trouble = Box<dyn std::error::Error + Send + Sync>;

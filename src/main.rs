@@ -35,6 +35,8 @@ enum Command {
     },
     /// Copies what was there before, while clients write. May be killed and run again at any time.
     Backfill(cli::BackfillArguments),
+    /// Compares both sides while clients write: 0 where they are equal, 1 where a row differs.
+    Verify(cli::VerifyArguments),
     /// Pays what the ledger holds.
     Repair {
         /// Return when nothing is owed or in flight.
@@ -81,6 +83,7 @@ async fn run(arguments: Arguments) -> ExitCode {
         Command::Install { print_sql } => cli::install(&path, print_sql).await,
         Command::Check { json } => cli::check(&path, json).await,
         Command::Backfill(arguments) => cli::backfill(&path, arguments).await,
+        Command::Verify(arguments) => cli::verify(&path, arguments).await,
         Command::Repair { wait, timeout, table } => {
             cli::repair(&path, wait, std::time::Duration::from_secs(timeout), &table).await
         }

@@ -142,6 +142,18 @@ CREATE TABLE IF NOT EXISTS crossfade.backfill (
     PRIMARY KEY (number, part)
 ) WITH (fillfactor = 50);
 
+-- What verify has found, on the authority: its last look at each table, and the last one that found all equal.
+CREATE TABLE IF NOT EXISTS crossfade.verified (
+    number integer PRIMARY KEY,
+    epoch bigint NOT NULL,
+    at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    rows bigint NOT NULL,
+    different bigint NOT NULL,
+    unsettled bigint NOT NULL,
+    equal_epoch bigint,
+    equal_at timestamptz
+);
+
 -- The incarnation of this side, made anew where a crash or promotion has emptied it.
 CREATE OR REPLACE FUNCTION crossfade.incarnate() RETURNS uuid LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE

@@ -16,6 +16,7 @@ mod gone;
 pub mod install;
 pub mod link;
 mod locks;
+mod pace;
 mod payable;
 pub mod reconcile;
 pub mod repair;
@@ -23,6 +24,7 @@ pub mod rules;
 pub mod sequences;
 mod sql;
 pub mod tokens;
+pub mod verify;
 mod walk;
 
 pub use error::Error;

@@ -112,13 +112,12 @@ impl<'a> TableSql<'a> {
 
     /// Positions and columns of the asked rows, without a lock.
     pub fn look(&self, columns: &[usize]) -> String {
-        format!(
-            "SELECT q.i, {} FROM {} JOIN {} AS t ON {}",
-            self.read_columns(columns),
-            self.asked(),
-            self.only(),
-            self.matches()
-        )
+        self.look_at(&self.read_columns(columns))
+    }
+
+    /// Positions of the asked rows, and these expressions over each (relation `t`).
+    pub fn look_at(&self, expressions: &str) -> String {
+        format!("SELECT q.i, {expressions} FROM {} JOIN {} AS t ON {}", self.asked(), self.only(), self.matches())
     }
 
     /// Positions and columns of the asked rows that could be locked at once.
@@ -144,6 +143,13 @@ impl<'a> TableSql<'a> {
     /// The key's columns of relation `t`, as images carry them.
     pub fn read_key(&self) -> String {
         self.read(self.key.iter().copied())
+    }
+
+    /// The key's columns of relation `t` as an array of texts.
+    pub fn key_texts(&self) -> String {
+        let texts: Vec<String> =
+            self.key.iter().map(|&at| format!("pg_catalog.format('%s', t.{})", self.name(at))).collect();
+        format!("ARRAY[{}]", texts.join(", "))
     }
 
     /// That a row's key lies within bounds of this shape; their keys are the first parameters. And the number of the next parameter.

@@ -69,7 +69,7 @@ pub(crate) async fn leftovers(pair: &mut Pair, table: &Table) -> Result<Outcome,
 
 /// Both sides order the table's keys alike (D7): built-in types, compared by their bytes where they have a collation. An enum's order is its
 /// server's, and that of a language depends on the library that the server uses.
-async fn order_alike(pair: &mut Pair, table: &Table) -> Result<bool, Error> {
+pub(crate) async fn order_alike(pair: &mut Pair, table: &Table) -> Result<bool, Error> {
     let text = "SELECT getdatabaseencoding()::text, bool_and(a.atttypid < 16384 AND (a.attcollation = 0 OR CASE c.collprovider \
         WHEN 'c' THEN c.collcollate WHEN 'd' THEN (SELECT d.datcollate FROM pg_database d WHERE d.datname = current_database() \
         AND to_jsonb(d)->>'datlocprovider' IS DISTINCT FROM 'i') END IN ('C', 'POSIX', 'C.UTF-8', 'C.UTF8', 'C.utf8'))) \
@@ -102,7 +102,7 @@ async fn walk_authority(
     progress: &mut (dyn FnMut(u64) + Send),
     outcome: &mut Outcome,
 ) -> Result<(), Error> {
-    let mut page = Page { bounds: bounds.clone(), rows: FIRST };
+    let mut page = Page::new(bounds.clone());
     let mut done = 0;
     loop {
         if manners == Manners::GiveWay && locks::wanted(pair, table.number).await? {
@@ -146,7 +146,7 @@ async fn walk_mirror(pair: &mut Pair, table: &Table, bounds: &Bounds, outcome: &
         )));
     }
     let here = TableSql::new(table, pair.authority.side);
-    let mut page = Page { bounds: bounds.clone(), rows: FIRST };
+    let mut page = Page::new(bounds.clone());
     loop {
         let limits = (pair.settings.chunk_rows * 4, usize::MAX);
         let found = page.next(&mut pair.mirror, table, limits).await?;
@@ -165,15 +165,25 @@ async fn walk_mirror(pair: &mut Pair, table: &Table, bounds: &Bounds, outcome: &
 }
 
 /// A walk in key order, in the order of the side that is walked.
-struct Page {
+pub(crate) struct Page {
     /// What is left.
     bounds: Bounds,
     rows: usize,
 }
 
 impl Page {
+    /// Of the keys within these bounds.
+    pub(crate) fn new(bounds: Bounds) -> Page {
+        Page { bounds, rows: FIRST }
+    }
+
     /// The next keys; none at the end. `limits`: rows and bytes at most, but at least one row.
-    async fn next(&mut self, link: &mut Link, table: &Table, limits: (usize, usize)) -> Result<Vec<Values>, Error> {
+    pub(crate) async fn next(
+        &mut self,
+        link: &mut Link,
+        table: &Table,
+        limits: (usize, usize),
+    ) -> Result<Vec<Values>, Error> {
         let sql = TableSql::new(table, link.side);
         let rows = self.rows as i64;
         let mut parameters = sql.bound_parameters(&self.bounds);

@@ -1,13 +1,12 @@
 //! Backfill (D5, D6): fills the mirror with what was there before, in chunks of keys, several at once, while clients write.
 //!
 //! [`run`] gives each job a `lane` (sessions of its own), which takes tables and parts of tables until none is left. A part goes chunk by chunk: `chunk`
-//! reads it and looks again, `load` brings it to the mirror, `position` keeps where it stands and what is owed meanwhile, `pace` says
+//! reads it and looks again, `load` brings it to the mirror, `position` keeps where it stands and what is owed meanwhile, `super::pace` says
 //! how fast. What does not pass the second look is left to reconcile. docs/protocols.md, *Backfill*, says why this is right.
 
 mod chunk;
 mod lane;
 mod load;
-mod pace;
 mod position;
 mod progress;
 
@@ -18,11 +17,11 @@ use std::time::{Duration, Instant};
 
 use super::error::{Error, Meaning};
 use super::link::{Link, Pair, Settings};
+use super::pace::Pace;
 use crate::catalog::{Catalog, Table};
 use crate::config::Database;
 use crate::phase::Side;
 use lane::{Common, Lane, Ready, Taken};
-use pace::Pace;
 pub(super) use position::under_way;
 use progress::Tally;
 pub use progress::{Standing, standing};

@@ -1,9 +1,9 @@
-//! How fast a backfill may go: by the rate that was asked for, and slower when commits of either server take longer than they did.
+//! How fast a job may go: by the rate that was asked for, and slower when commits of either server take longer than they did.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// Shared by all jobs of one backfill.
+/// Shared by all workers of one job.
 pub(super) struct Pace {
     /// Rows per second at most.
     rate: Option<f64>,

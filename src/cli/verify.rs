@@ -1,0 +1,173 @@
+//! `crossfade verify`: what it is asked for, what it shows.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::{Trouble, named, what_holds};
+use crate::catalog::Table;
+use crate::config;
+use crate::migrate;
+use crate::migrate::verify::{self, Found, How, Options, Verify};
+use crate::phase::Side;
+use crate::shared::{Shared, lock};
+use crate::switch::mover;
+
+/// What the command is asked for.
+#[derive(clap::Args)]
+pub struct VerifyArguments {
+    /// These tables only (old's names).
+    #[arg(value_name = "TABLE")]
+    tables: Vec<String>,
+    /// The same, one at a time.
+    #[arg(long = "table", value_name = "TABLE")]
+    more_tables: Vec<String>,
+    /// Tables that are compared at once.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
+    jobs: u16,
+    /// Rows per second at most, over all jobs.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    rate: Option<u64>,
+    /// What differs is made equal to the authority's rows: entered as debts and paid.
+    #[arg(long)]
+    repair: bool,
+    /// One JSON document, with every row that differs.
+    #[arg(long)]
+    json: bool,
+    /// A server that says nothing for so many seconds is given up.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
+    patience: u64,
+}
+
+/// Rows that differ, of one table, that are shown to people.
+const SHOWN: usize = 20;
+
+/// `crossfade verify`: true when every table was compared, and nothing differs.
+pub async fn verify(path: &Path, arguments: VerifyArguments) -> Result<bool, Trouble> {
+    let config = config::load(path)?;
+    let holds = what_holds(&config).await?;
+    let authority = holds.phase.authority();
+    let Some(mirror) = holds.phase.mirror() else {
+        return Err(format!(
+            "phase {}: writes are not mirrored, so the sides differ by what is written now; verify in a mirrored phase",
+            holds.phase
+        )
+        .into());
+    };
+    let (catalog, whole) = mover::load_catalog(&config, authority).await?;
+    if !whole {
+        return Err(format!("{mirror} cannot be reached; nothing can be compared").into());
+    }
+    let control = Shared::database(&config, authority).connect("crossfade verify").await?;
+    // Not again where all of it is there: clients' transactions see definitions change when it is made.
+    if migrate::verify::standing(&control).await.is_err() {
+        migrate::install(&control, authority).await?;
+    }
+    let names: Vec<&String> = arguments.tables.iter().chain(&arguments.more_tables).collect();
+    let mut tables: Vec<Arc<Table>> = if names.is_empty() {
+        catalog.tables.values().cloned().collect()
+    } else {
+        names.iter().map(|name| named(&catalog, name).cloned()).collect::<Result<_, _>>()?
+    };
+    tables.sort_by_key(|table| table.label());
+    tables.dedup_by_key(|table| table.number);
+    let (tables, left_out): (Vec<_>, Vec<_>) =
+        tables.into_iter().partition(|table| table.opaque.is_none() && table.key.is_some());
+    let job = Verify {
+        authority_side: authority,
+        authority: Shared::database(&config, authority).clone(),
+        mirror: Shared::database(&config, mirror).clone(),
+        catalog: Arc::new(catalog),
+        epoch: holds.epoch,
+        first_debt: mover::draw_block(&control).await?,
+    };
+    let options = Options {
+        jobs: arguments.jobs.into(),
+        rate: arguments.rate,
+        repair: arguments.repair,
+        patience: Duration::from_secs(arguments.patience),
+    };
+    let equal = Mutex::new(left_out.is_empty());
+    let documents = Mutex::new(Vec::new());
+    for table in &left_out {
+        let why = table.opaque.clone().unwrap_or_else(|| "it has no key".to_owned());
+        if !arguments.json {
+            println!("{}: not compared: {why}", table.label());
+        }
+        lock(&documents).push(serde_json::json!({ "table": table.label(), "not_compared": why }));
+    }
+    let tell = |table: &Table, found: &Found| {
+        *lock(&equal) &= found.is_equal();
+        if arguments.json {
+            lock(&documents).push(document(table, found));
+        } else {
+            print!("{}", lines(table, found, mirror));
+        }
+    };
+    verify::run(&job, &tables, &options, &tell).await?;
+    let now = what_holds(&config).await?;
+    let equal = *lock(&equal) && now == holds;
+    if arguments.json {
+        let tables = std::mem::take(&mut *lock(&documents));
+        let document =
+            serde_json::json!({ "epoch": holds.epoch, "phase": holds.phase, "equal": equal, "tables": tables });
+        println!("{document:#}");
+    } else if now != holds {
+        println!(
+            "the phase has moved to {} meanwhile: what was found for {} says nothing about it",
+            now.phase, holds.phase
+        );
+    }
+    Ok(equal)
+}
+
+fn per_second(found: &Found) -> u64 {
+    (found.rows as f64 / found.took.as_secs_f64().max(1e-6)) as u64
+}
+
+fn shown(table: &Table, texts: &[String]) -> serde_json::Map<String, serde_json::Value> {
+    let columns = table.key.iter().flat_map(|key| &key.columns).map(|&at| table.columns[at].name.old.clone());
+    columns.zip(texts).map(|(name, text)| (name, text.as_str().into())).collect()
+}
+
+fn document(table: &Table, found: &Found) -> serde_json::Value {
+    let difference = |difference: &verify::Difference| {
+        let (how, columns) = match &difference.how {
+            How::Missing => ("missing", &[][..]),
+            How::Extra => ("extra", &[][..]),
+            How::Columns(columns) => ("changed", &columns[..]),
+        };
+        serde_json::json!({ "key": shown(table, &difference.shown), "how": how, "columns": columns })
+    };
+    serde_json::json!({
+        "table": table.label(), "rows": found.rows, "rows_per_second": per_second(found), "equal": found.is_equal(),
+        "different": found.different.iter().map(difference).collect::<Vec<_>>(),
+        "repaired": found.repaired, "owed": found.owed, "owed_as_a_whole": found.covered, "locked": found.busy,
+    })
+}
+
+fn lines(table: &Table, found: &Found, mirror: Side) -> String {
+    let mut out = format!("{}: {} rows, {} rows/s", table.label(), found.rows, per_second(found));
+    for (count, what) in [
+        (found.different.len() as u64, "differ"),
+        (found.repaired, "repaired"),
+        (found.owed, "differ and are owed"),
+        (found.covered, "differ while the table is owed as a whole: repair or backfill it first"),
+        (found.busy, "differ and were locked all the time"),
+    ] {
+        if count > 0 {
+            out += &format!(", {count} {what}");
+        }
+    }
+    out += if found.is_equal() { ", equal\n" } else { "\n" };
+    for difference in found.different.iter().take(SHOWN) {
+        let key = shown(table, &difference.shown);
+        let key: Vec<String> =
+            key.iter().map(|(name, text)| format!("{name} {}", text.as_str().unwrap_or_default())).collect();
+        out += &format!("  {}: {}\n", key.join(", "), difference.how.told(mirror));
+    }
+    if found.different.len() > SHOWN {
+        out += &format!("  and {} more (--json shows all)\n", found.different.len() - SHOWN);
+    }
+    out
+}

@@ -1,0 +1,187 @@
+//! `crossfade verify` on real servers: planted differences of every kind are named, no other is, while clients write; what is mended is equal.
+
+mod common;
+
+use std::time::Duration;
+
+use common::pair::{DATABASE, Pair};
+use common::pgbench::try_pgbench;
+use common::{Databases, Proxy};
+use serde_json::Value;
+
+/// Runs verify: its document, and its status.
+async fn verify(proxy: &Proxy, arguments: &[&str]) -> (Value, Option<i32>) {
+    let output = proxy.crossfade(&[&["verify", "--json"], arguments].concat()).await;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let document =
+        serde_json::from_str(&said).unwrap_or_else(|_| panic!("{said}{}", String::from_utf8_lossy(&output.stderr)));
+    (document, output.status.code())
+}
+
+/// `key how columns` of every row that differs of a table, sorted.
+fn differences(document: &Value, table: &str) -> Vec<String> {
+    let tables = document["tables"].as_array().expect("a list");
+    let found = tables.iter().find(|found| found["table"] == table).unwrap_or_else(|| panic!("{table}: {document:#}"));
+    let join = |value: &Value| -> String {
+        let values: Vec<&str> = match value {
+            Value::Object(map) => map.values().filter_map(Value::as_str).collect(),
+            other => other.as_array().into_iter().flatten().filter_map(Value::as_str).collect(),
+        };
+        values.join(",")
+    };
+    let line = |difference: &Value| {
+        format!(
+            "{} {} {}",
+            join(&difference["key"]),
+            difference["how"].as_str().unwrap_or_default(),
+            join(&difference["columns"])
+        )
+    };
+    let mut lines: Vec<String> =
+        found["different"].as_array().into_iter().flatten().map(|found| line(found).trim().to_owned()).collect();
+    lines.sort();
+    lines
+}
+
+const TYPES: &str = "
+CREATE TYPE mood AS ENUM ('sad', 'ok');
+CREATE TYPE pair AS (m mood, n numeric);
+";
+const COLUMNS: &str = "f float8, n numeric, j jsonb, js json, a int[], m mood, ms mood[], p pair, ts timestamptz, c char(5), b bytea, x xml, r int4range, i interval, t text";
+
+/// One row that differs in one column for each thing that a client can tell; other order of columns, other OIDs, another collation on new.
+#[tokio::test(flavor = "multi_thread")]
+async fn differences_of_every_type_are_named() {
+    let databases = Databases::start(&[]).await;
+    let mut other_order: Vec<&str> = COLUMNS.split(", ").collect();
+    other_order.reverse();
+    let table = |columns: &str, collation: &str| {
+        format!(
+            "{TYPES} CREATE TABLE v (id int PRIMARY KEY, {columns}); CREATE TABLE words (w text COLLATE {collation} PRIMARY KEY, n int)"
+        )
+    };
+    let run = async |side: &crossfade::cluster::Cluster, script: &str| {
+        side.psql(DATABASE, &format!("SET ROLE app; {script}")).await.expect(script)
+    };
+    run(&databases.old, &table(COLUMNS, "\"C\"")).await;
+    run(&databases.new, &format!("CREATE TABLE spent (k int); {}", table(&other_order.join(", "), "\"und-x-icu\"")))
+        .await;
+    run(&databases.new, "DROP TABLE spent").await;
+    let rows = r#"INSERT INTO v (id, f, n, j, js, a, m, ms, p, ts, c, b, x, r, i, t) SELECT n, 0, 1.0, '{"a": 1}', '{"a": 1}', '{1,2}', 'ok', '{sad,ok}', ROW('sad', 1.50)::pair,
+        '2026-01-02 03:04:05+00', 'ab', '\x0102', '<a>1</a>', '[1,5)', '1 day', 'text' FROM generate_series(1, 40) n;
+        INSERT INTO words SELECT chr(64 + n) || 'x', n FROM generate_series(1, 26) n; INSERT INTO words SELECT chr(96 + n), n FROM generate_series(1, 26) n"#;
+    run(&databases.old, rows).await;
+    let mut proxy = Proxy::start(databases.proxy_config("old", "")).await;
+    proxy.set_phase("dual-write").await;
+    proxy.settle().await;
+    let (document, status) = verify(&proxy, &[]).await;
+    assert_eq!((status, differences(&document, "public.v")), (Some(0), Vec::new()), "{document:#}");
+    assert_eq!(document["tables"][1]["rows"], 52);
+    run(
+        &databases.new,
+        r#"UPDATE v SET f = '-0' WHERE id = 1; UPDATE v SET f = 'NaN' WHERE id = 2; UPDATE v SET n = 1.00 WHERE id = 3; UPDATE v SET j = '{"a": 2}' WHERE id = 4;
+        UPDATE v SET js = '{"a":1}' WHERE id = 5; UPDATE v SET a = '[0:1]={1,2}' WHERE id = 6; UPDATE v SET m = 'sad' WHERE id = 7; UPDATE v SET ms = '{sad,NULL}' WHERE id = 8;
+        UPDATE v SET p = ROW('sad', 1.5) WHERE id = 9; UPDATE v SET ts = ts + interval '1 microsecond' WHERE id = 10; UPDATE v SET c = 'ab x' WHERE id = 11;
+        UPDATE v SET b = '\x01' WHERE id = 12; UPDATE v SET x = '<a>2</a>' WHERE id = 13; UPDATE v SET r = '[1,6)' WHERE id = 14; UPDATE v SET i = '24 hours' WHERE id = 15;
+        UPDATE v SET t = '' WHERE id = 16; UPDATE v SET t = NULL WHERE id = 17; DELETE FROM v WHERE id IN (18, 40); INSERT INTO v (id) VALUES (0), (99); UPDATE v SET t = 'a', n = 2 WHERE id = 19;
+        UPDATE v SET ts = '2026-01-02 05:04:05+02', j = '{"a" : 1}' WHERE id = 20;
+        DELETE FROM words WHERE w = 'b'; UPDATE words SET n = -1 WHERE w = 'Zx'; INSERT INTO words VALUES ('Äx', 1), ('zz', 2)"#,
+    )
+    .await;
+    let (document, status) = verify(&proxy, &[]).await;
+    assert_eq!(status, Some(1), "{document:#}");
+    let mut expected = vec![
+        "0 extra",
+        "99 extra",
+        "18 missing",
+        "40 missing",
+        "1 changed f",
+        "2 changed f",
+        "3 changed n",
+        "4 changed j",
+        "5 changed js",
+        "6 changed a",
+        "7 changed m",
+        "8 changed ms",
+        "9 changed p",
+        "10 changed ts",
+        "11 changed c",
+        "12 changed b",
+        "13 changed x",
+        "14 changed r",
+        "15 changed i",
+        "16 changed t",
+        "17 changed t",
+        "19 changed n,t",
+    ];
+    expected.sort_unstable();
+    assert_eq!(differences(&document, "public.v"), expected);
+    assert_eq!(differences(&document, "public.words"), ["Zx changed n", "b missing", "zz extra", "Äx extra"]);
+    let people = proxy.crossfade(&["verify", "--table", "words"]).await;
+    let people = String::from_utf8_lossy(&people.stdout).into_owned();
+    assert!(people.contains("52 rows") || people.contains("52 rows,"), "{people}");
+    assert!(people.contains("  w b: missing on new") && people.contains("  w Zx: n differ"), "{people}");
+    // What was found is mended, and nothing else is touched.
+    let (document, status) = verify(&proxy, &["--repair"]).await;
+    assert_eq!(status, Some(0), "{document:#}");
+    assert_eq!(
+        document["tables"][0]["repaired"].as_u64().unwrap() + document["tables"][1]["repaired"].as_u64().unwrap(),
+        26
+    );
+    assert_eq!(databases.assert_equal().await, 92);
+    let history = "SELECT string_agg(concat(detail->>'table', ' ', detail->>'repaired'), ', ' ORDER BY id) FROM crossfade.history WHERE event = 'verify'";
+    let history = databases.old.psql(DATABASE, history).await.expect("reads");
+    assert!(history.contains("public.v 22") && history.contains("public.words 4"), "{history}");
+    let verified = "SELECT string_agg(concat(rows, ' ', different, ' ', equal_epoch = epoch), ', ' ORDER BY number) FROM crossfade.verified";
+    assert_eq!(databases.old.psql(DATABASE, verified).await.expect("reads").trim(), "40 0 t, 52 0 t");
+}
+
+/// 8 clients insert, update, delete and bring back the same keys all the time: verify names what was planted among the rows that they leave
+/// alone, and nothing else, however often it looks.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_invented_while_clients_write() {
+    let rows = if std::env::var("CROSSFADE_PROOF").is_ok() { 1_000_000 } else { 100_000 };
+    let schema = format!(
+        "CREATE TABLE t (k int PRIMARY KEY, v text, n int); INSERT INTO t SELECT n, 'row ' || n, 0 FROM generate_series(1, {rows}) n"
+    );
+    let pair = Pair::dual_write(&schema, "").await;
+    let planted = "UPDATE t SET v = 'planted' WHERE k = 50001; DELETE FROM t WHERE k = 60001; INSERT INTO t VALUES (-1, 'planted', 0), (999999999, 'planted', 0)";
+    pair.databases.new.psql(DATABASE, planted).await.expect("plants");
+    let dir = tempfile::tempdir().expect("a directory");
+    let script = dir.path().join("script");
+    std::fs::write(
+        &script,
+        "\\set k random(1, 40)\n\\set l random(1, 3000)\nBEGIN;\nINSERT INTO t VALUES (:k, 'in', 1) ON CONFLICT (k) DO UPDATE SET n = t.n + 1, v = 'again';\nDELETE FROM t WHERE k = :l;\nCOMMIT;\n\
+         INSERT INTO t VALUES (:l, 'back', 0) ON CONFLICT DO NOTHING;\nUPDATE t SET n = n + 1 WHERE k = :k;\n",
+    )
+    .expect("writes");
+    let program = pair.databases.old.program("pgbench");
+    let seconds = if rows > 100_000 { "60" } else { "15" };
+    let script = script.to_string_lossy().into_owned();
+    let (url, arguments) = (pair.url(), ["-n", "-c", "8", "-j", "2", "-T", seconds, "-f", &script]);
+    let load = try_pgbench(&program, &url, &arguments);
+    let mut looks = 0;
+    let looking = async {
+        let begun = std::time::Instant::now();
+        while begun.elapsed() < Duration::from_secs(seconds.parse::<u64>().unwrap() - 3) {
+            let (document, status) = verify(&pair.proxy, &[]).await;
+            let found = differences(&document, "public.t");
+            assert_eq!(found, ["-1 extra", "50001 changed v", "60001 missing", "999999999 extra"], "{document:#}");
+            assert_eq!(status, Some(1));
+            println!(
+                "{} rows/s, owed {}, locked {}",
+                document["tables"][0]["rows_per_second"],
+                document["tables"][0]["owed"],
+                document["tables"][0]["locked"]
+            );
+            looks += 1;
+        }
+        let (document, status) = verify(&pair.proxy, &["--repair"]).await;
+        assert!(document["tables"][0]["repaired"] == 4 && status == Some(0), "{document:#}");
+    };
+    let (load, ()) = tokio::join!(load, looking);
+    assert!(load.expect("the load runs").transactions > 100 && looks > 1, "{looks} looks");
+    pair.settle_and_assert_equal().await;
+    let (document, status) = verify(&pair.proxy, &[]).await;
+    assert_eq!((status, differences(&document, "public.t")), (Some(0), Vec::new()), "{document:#}");
+}
