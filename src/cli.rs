@@ -2,6 +2,7 @@
 
 mod backfill;
 mod check;
+mod uninstall;
 mod verify;
 
 use std::path::Path;
@@ -21,6 +22,7 @@ use crate::switch::rows::{self, Holds, Verdict};
 
 pub use backfill::{BackfillArguments, backfill};
 pub use check::check;
+pub use uninstall::uninstall;
 pub use verify::{VerifyArguments, verify};
 
 /// Whatever a person has to be told.
@@ -182,6 +184,7 @@ pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
         let counts = migrate::debt::counts(authority, &client, other.as_ref()).await?;
         let mut tables: Vec<_> = catalog.tables.values().collect();
         tables.sort_by_key(|table| table.label());
+        let verified = migrate::verify::standing(&client).await.unwrap_or_default();
         let standing = migrate::backfill::standing(&client).await.unwrap_or_default();
         document["tables"] = tables
             .iter()
@@ -190,6 +193,10 @@ pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
                 serde_json::json!({
                     "table": table.label(), "key": table.key.is_some(), "opaque": table.opaque,
                     "backfill": standing.get(&table.number).map(|at| serde_json::json!({ "rows": at.rows, "share": at.share })),
+                    "verified": verified.get(&table.number).map(|at| serde_json::json!({
+                        "epoch": at.epoch, "at": at.at, "rows": at.rows, "different": at.different,
+                        "equal_epoch": at.equal.map(|(epoch, _)| epoch), "equal_at": at.equal.map(|(_, at)| at),
+                    })),
                     "keys_owed": debt.keys, "ranges_owed": debt.ranges, "whole_table_owed": debt.whole > 0, "tainted": debt.taints > 0, "rows_owed": debt.rows,
                 })
             })

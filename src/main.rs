@@ -49,6 +49,12 @@ enum Command {
         #[arg(long)]
         table: Vec<String>,
     },
+    /// Ends a migration: removes schema crossfade on both sides. Refuses while a phase or a proxy needs it.
+    Uninstall {
+        /// Remove it all the same.
+        #[arg(long)]
+        force: bool,
+    },
     /// Where the migration stands.
     Status {
         /// One JSON document.
@@ -87,6 +93,7 @@ async fn run(arguments: Arguments) -> ExitCode {
         Command::Repair { wait, timeout, table } => {
             cli::repair(&path, wait, std::time::Duration::from_secs(timeout), &table).await
         }
+        Command::Uninstall { force } => cli::uninstall(&path, force).await,
         Command::Status { json } => cli::status(&path, json).await,
         Command::Explain { sql } => cli::explain(&path, &sql).await,
         Command::Demo(options) => cli::demo(options).await,

@@ -262,3 +262,32 @@ async fn what_the_control_role_lacks_is_found() {
     let said = lines(&stage.findings().await);
     assert!(said.iter().any(|line| line.starts_with("error control role plain: schema crossfade")), "{said:#?}");
 }
+
+/// `uninstall` refuses while it is needed and says what would be lost; afterwards nothing of it is there.
+#[tokio::test(flavor = "multi_thread")]
+async fn uninstall_leaves_nothing_and_not_too_early() {
+    let stage = Stage::new(SCHEMA).await;
+    let mut proxy = Proxy::start(stage.databases.proxy_config("old", "")).await;
+    proxy.set_phase("dual-write").await;
+    proxy.settle().await;
+    let there = "SELECT count(*) FROM pg_namespace WHERE nspname = 'crossfade'";
+    let said = stage.run(&["uninstall"]).await;
+    let text = String::from_utf8_lossy(&said.stdout).into_owned();
+    assert!(
+        said.status.code() == Some(1)
+            && text.contains("writes are mirrored to new")
+            && text.contains("in use by")
+            && text.contains("entries of history"),
+        "{text}"
+    );
+    proxy.set_phase("old").await;
+    proxy.terminate().await;
+    assert_eq!(stage.databases.new.psql(DATABASE, there).await.expect("reads").trim(), "1");
+    let said = stage.run(&["uninstall"]).await;
+    assert!(said.status.success(), "{said:?}");
+    for side in [&stage.databases.old, &stage.databases.new] {
+        let left = "SELECT (SELECT count(*) FROM pg_namespace WHERE nspname = 'crossfade') + (SELECT count(*) FROM pg_event_trigger)";
+        assert_eq!(side.psql(DATABASE, left).await.expect("reads").trim(), "0");
+    }
+    assert_eq!(lines(&stage.findings().await), Vec::<String>::new());
+}

@@ -4,7 +4,8 @@ mod common;
 
 use std::time::Duration;
 
-use common::pair::{DATABASE, Pair};
+use common::link::{Flow, Link, Trip, Way};
+use common::pair::{CONTROL, DATABASE, Pair};
 use common::pgbench::try_pgbench;
 use common::{Databases, Proxy};
 use serde_json::Value;
@@ -184,4 +185,60 @@ async fn nothing_is_invented_while_clients_write() {
     pair.settle_and_assert_equal().await;
     let (document, status) = verify(&pair.proxy, &[]).await;
     assert_eq!((status, differences(&document, "public.t")), (Some(0), Vec::new()), "{document:#}");
+}
+
+/// The stage of the forced ones: k = 1 was changed and k = 2 deleted, and new cannot take either, since `holder` has its rows locked there.
+async fn owed() -> (Pair, tokio_postgres::Client) {
+    let schema =
+        "CREATE TABLE t (k int PRIMARY KEY, v text); INSERT INTO t SELECT n, 'row' FROM generate_series(1, 10) n";
+    let pair = Pair::dual_write(schema, "mirror: { timeout: 300ms }").await;
+    let holder = pair.databases.new.client(DATABASE).await.expect("connects");
+    holder.batch_execute("BEGIN; SELECT FROM t WHERE k IN (1, 2) FOR UPDATE").await.expect("locks");
+    let client = pair.client().await;
+    client.batch_execute("UPDATE t SET v = 'changed' WHERE k = 1").await.expect("changes");
+    client.batch_execute("DELETE FROM t WHERE k = 2").await.expect("deletes");
+    (pair, holder)
+}
+
+/// What the mirror lacks and the ledger knows of is no difference.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_on_its_way_is_no_difference() {
+    let (pair, holder) = owed().await;
+    let (document, _) = verify(&pair.proxy, &[]).await;
+    assert_eq!(differences(&document, "public.t"), Vec::<String>::new(), "{document:#}");
+    let count = |name: &str| document["tables"][0][name].as_u64().expect("a number");
+    assert!(count("owed") + count("locked") == 2 && count("owed") > 0, "{document:#}");
+    holder.batch_execute("ROLLBACK").await.expect("releases");
+    pair.settle_and_assert_equal().await;
+    let (document, status) = verify(&pair.proxy, &[]).await;
+    assert_eq!((status, document["tables"][0]["owed"].as_u64()), (Some(0), Some(0)), "{document:#}");
+}
+
+/// A deleted row is there in the first reading of the mirror; then its debt is paid and cleared; then the authority and the ledger are
+/// read, which say nothing any more. The second reading of the mirror shows that it was on its way.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_delete_that_is_paid_between_the_looks_is_no_difference() {
+    let (pair, holder) = owed().await;
+    let link = Link::to(pair.databases.old.port()).await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("crossfade.yaml");
+    let old = format!("postgres://{}:{}@127.0.0.1:{}/{DATABASE}", CONTROL.0, CONTROL.1, link.port());
+    let new = pair.databases.new.url_as(CONTROL.0, CONTROL.1, DATABASE);
+    std::fs::write(&file, format!("listen: 127.0.0.1:1\nold: {old}\nnew: {new}\nphase: dual-write\n")).expect("writes");
+    let looking = link.trip(Way::ToServer, b"SELECT q.i FROM unnest", Trip::StallBefore);
+    let running = tokio::process::Command::new(env!("CARGO_BIN_EXE_crossfade"))
+        .args(["verify", "--json", "--patience", "60", "--config"])
+        .arg(&file)
+        .stdout(std::process::Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .expect("runs");
+    looking.await.expect("the authority is about to be asked");
+    holder.batch_execute("ROLLBACK").await.expect("releases");
+    pair.proxy.settle().await;
+    link.set(Way::ToServer, Flow::Pass);
+    let output = running.wait_with_output().await.expect("ends");
+    let document: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(differences(&document, "public.t"), Vec::<String>::new(), "{document:#}");
+    assert_eq!(output.status.code(), Some(0), "{document:#}");
 }

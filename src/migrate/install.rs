@@ -1,4 +1,4 @@
-//! `crossfade install`: the schema `crossfade` on one side.
+//! `crossfade install` and `uninstall`: the schema `crossfade` on one side.
 
 use tokio_postgres::Client;
 
@@ -47,6 +47,54 @@ pub async fn install(client: &Client, side: Side) -> Result<(), Error> {
             )));
         }
         return Err(told);
+    }
+    Ok(())
+}
+
+/// What dropping schema `crossfade` on one side would lose, a line for each; none: the schema is not there.
+pub async fn kept(client: &Client, side: Side) -> Result<Option<Vec<String>>, Error> {
+    let failed = |error: tokio_postgres::Error| Error::from_driver(side, "reading schema crossfade", &error);
+    let there = "SELECT to_regnamespace('crossfade') IS NOT NULL";
+    if !client.query_one(there, &[]).await.map_err(failed)?.get::<_, bool>(0) {
+        return Ok(None);
+    }
+    let mut kept = Vec::new();
+    for (table, what) in [
+        ("ledger", "transactions whose rows the other side may lack"),
+        ("applied", "tokens of transactions whose rows are there"),
+        ("history", "entries of history"),
+        ("backfill", "positions of backfills"),
+        ("verified", "tables' verification results"),
+    ] {
+        let there = format!("SELECT to_regclass('crossfade.{table}') IS NOT NULL");
+        if !client.query_one(&there, &[]).await.map_err(failed)?.get::<_, bool>(0) {
+            continue;
+        }
+        let count = format!("SELECT count(*) FROM crossfade.{table}");
+        let count: i64 = client.query_one(&count, &[]).await.map_err(failed)?.get(0);
+        if count > 0 {
+            kept.push(format!("{count} {what}"));
+        }
+    }
+    Ok(Some(kept))
+}
+
+/// Other sessions of a proxy or a job on one side, by their names.
+pub async fn at_work(client: &Client, side: Side) -> Result<Vec<String>, Error> {
+    let text = "SELECT DISTINCT application_name FROM pg_stat_activity WHERE datname = current_database() \
+        AND application_name ~ '^crossfade' AND application_name <> 'crossfade uninstall' ORDER BY 1";
+    let rows = client.query(text, &[]).await;
+    let rows = rows.map_err(|error| Error::from_driver(side, "looking for other sessions", &error))?;
+    Ok(rows.iter().map(|row| row.get(0)).collect())
+}
+
+/// Removes schema `crossfade` and its event triggers from one side. The role must own them. Waits for no lock longer than ten seconds.
+pub async fn uninstall(client: &Client, side: Side) -> Result<(), Error> {
+    let sql = "BEGIN; SET LOCAL client_min_messages = warning; SET LOCAL lock_timeout = '10s'; \
+        DROP EVENT TRIGGER IF EXISTS crossfade_ddl; DROP EVENT TRIGGER IF EXISTS crossfade_drop; DROP SCHEMA IF EXISTS crossfade CASCADE; COMMIT";
+    if let Err(error) = client.batch_execute(sql).await {
+        let _ = client.batch_execute("ROLLBACK").await;
+        return Err(Error::from_driver(side, "removing schema crossfade", &error));
     }
     Ok(())
 }

@@ -1,0 +1,54 @@
+//! `crossfade uninstall`: the end of a migration.
+
+use std::path::Path;
+
+use super::{Trouble, what_holds};
+use crate::config;
+use crate::migrate::install;
+use crate::phase::Side;
+use crate::shared::Shared;
+
+/// `crossfade uninstall`: removes schema crossfade on both sides. False: something still needs it, and `force` is not given.
+pub async fn uninstall(path: &Path, force: bool) -> Result<bool, Trouble> {
+    let config = config::load(path)?;
+    let holds = what_holds(&config).await?;
+    let authority = holds.phase.authority();
+    let mut needed = false;
+    if let Some(mirror) = holds.phase.mirror() {
+        println!(
+            "phase {}: writes are mirrored to {mirror}, and the schema keeps what it lacks; move to old or to new first",
+            holds.phase
+        );
+        needed = true;
+    }
+    // The authority's row is the one that is believed: it goes last.
+    let mut clients = Vec::new();
+    for side in [authority.other(), authority] {
+        let client = Shared::database(&config, side).connect("crossfade uninstall").await?;
+        let at_work = install::at_work(&client, side).await?;
+        if !at_work.is_empty() {
+            println!("{side}: in use by {}: end the proxy and its jobs first", at_work.join(", "));
+            needed = true;
+        }
+        match install::kept(&client, side).await? {
+            Some(kept) if !kept.is_empty() => println!("{side}: schema crossfade holds {}", kept.join(", ")),
+            Some(_) => {}
+            None => println!("{side}: schema crossfade is not there"),
+        }
+        clients.push((side, client));
+    }
+    if needed && !force {
+        println!("nothing was removed; --force removes it all the same, and with it what is listed here");
+        return Ok(false);
+    }
+    for (side, client) in &clients {
+        install::uninstall(client, *side).await?;
+        println!("{side}: schema crossfade is removed");
+    }
+    if holds.phase.authority() == Side::New {
+        println!(
+            "new is the authority: the application's connection string must name it, since a proxy that starts now knows of no phase but its file's"
+        );
+    }
+    Ok(true)
+}
