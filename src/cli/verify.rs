@@ -108,7 +108,9 @@ pub async fn verify(path: &Path, arguments: VerifyArguments) -> Result<bool, Tro
     let now = what_holds(&config).await?;
     let equal = *lock(&equal) && now == holds;
     if arguments.json {
-        let tables = std::mem::take(&mut *lock(&documents));
+        let mut tables = std::mem::take(&mut *lock(&documents));
+        // They end in any order.
+        tables.sort_by_key(|found| found["table"].as_str().map(str::to_owned));
         let document =
             serde_json::json!({ "epoch": holds.epoch, "phase": holds.phase, "equal": equal, "tables": tables });
         println!("{document:#}");
