@@ -46,6 +46,8 @@ pub struct Metrics {
     pub taints: IntCounterVec,
     backfill_rows: IntCounterVec,
     backfill_progress: GaugeVec,
+    /// 1 while this proxy's file says another phase than holds, and nothing is done about it.
+    pub file_disagrees: IntGauge,
     /// Files that were refused.
     pub config_reload_failures: IntCounter,
     /// Statements whose plan was known.
@@ -120,6 +122,7 @@ impl Metrics {
                 r.register(Box::new(vec.clone()))?;
                 vec
             },
+            file_disagrees: gauge(r, "file_disagrees", "1 while the file says another phase than the one that holds")?,
             config_reload_failures: counter(
                 r,
                 "config_reload_failures_total",

@@ -136,6 +136,12 @@ pub struct Shared {
     pub stale: Notify,
     /// The definitions were read again.
     pub renewed: Notify,
+    /// The epoch in which a session began a transaction is over.
+    pub overtaken: Notify,
+    /// The world is that of another epoch.
+    pub learnt: Notify,
+    /// The phase that the operator has asked this proxy for, until it holds or another proxy has moved elsewhere.
+    pub intent: Mutex<Option<Phase>>,
     /// There is something to repair.
     pub owed: Notify,
     /// The file may want another phase.

@@ -27,6 +27,34 @@ CREATE TABLE IF NOT EXISTS crossfade.history (
     detail jsonb NOT NULL DEFAULT '{}'
 );
 
+-- An epoch of a phase with a mirror is an empty table crossfade.epoch_<n>, on both sides: each transaction that may write holds its ACCESS SHARE
+-- lock, and whoever moves takes it alone. Made only while the row has not passed it, and dropped in the transaction that writes a later row.
+CREATE OR REPLACE FUNCTION crossfade.open_epoch(n bigint) RETURNS void LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp SET crossfade.installing = 'on' AS $$
+BEGIN
+    IF to_regclass('crossfade.epoch_' || n) IS NOT NULL THEN
+        RETURN;
+    END IF;
+    LOCK TABLE crossfade.migration IN SHARE ROW EXCLUSIVE MODE;
+    IF EXISTS (SELECT FROM crossfade.migration WHERE epoch > n) THEN
+        RAISE EXCEPTION 'epoch % of this migration is over', n USING ERRCODE = 'undefined_table';
+    END IF;
+    EXECUTE format('CREATE TABLE IF NOT EXISTS crossfade.epoch_%s ()', n);
+    EXECUTE format('GRANT SELECT ON crossfade.epoch_%s TO PUBLIC', n);
+END $$;
+
+-- Waits for whoever holds an epoch before this one, and ends it.
+CREATE OR REPLACE FUNCTION crossfade.close_epochs(before bigint) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    epoch_table regclass;
+BEGIN
+    FOR epoch_table IN SELECT oid FROM pg_class WHERE relnamespace = 'crossfade'::regnamespace
+        AND relname ~ '^epoch_[0-9]+$' AND substr(relname, 7)::bigint < before
+    LOOP
+        EXECUTE format('DROP TABLE %s', epoch_table);
+    END LOOP;
+END $$;
+
 -- The migrating tables by number. A number is never used again.
 CREATE TABLE IF NOT EXISTS crossfade.tables (
     number integer PRIMARY KEY,
@@ -171,9 +199,14 @@ BEGIN
 END $$;
 
 -- For a client's statement that runs outside a transaction of ours (CALL, DO, VACUUM ...): registered before it runs.
-CREATE OR REPLACE FUNCTION crossfade.owe_unwrapped(debt bigint, debts bytea, reason text)
+DROP FUNCTION IF EXISTS crossfade.owe_unwrapped(bigint, bytea, text);
+CREATE OR REPLACE FUNCTION crossfade.owe_unwrapped(debt bigint, debts bytea, reason text, epoch bigint DEFAULT NULL)
 RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
+    IF epoch IS NOT NULL THEN
+        -- The debt is committed under the epoch's lock: who moves finds it, or it is refused.
+        EXECUTE format('LOCK TABLE crossfade.epoch_%s IN ACCESS SHARE MODE', epoch);
+    END IF;
     PERFORM set_config('synchronous_commit', 'local', true);
     INSERT INTO crossfade.ledger (id, holder_pid, holder_start, debts, reason)
     SELECT debt, pg_backend_pid(), (extract(epoch FROM backend_start) * 1000000)::bigint, debts, reason

@@ -24,8 +24,6 @@ use crate::wire::stream::Stream;
 
 /// The statement that asks for the open transaction's number.
 const XID: &[u8] = b"xid";
-const XID_TEXT: &[u8] = b"SELECT pg_catalog.pg_current_xact_id(), \
-    pg_catalog.pg_sequence_last_value('crossfade.version'::pg_catalog.regclass)";
 
 /// How long the next answer may take, and the clock that tells.
 #[derive(Clone, Copy)]
@@ -157,8 +155,9 @@ struct Answers {
 }
 
 impl MirrorConn {
-    /// Logs in as the control role and prepares what every transaction needs.
-    pub async fn open(db: &Database, side: Side, generation: u64) -> Result<MirrorConn, Failure> {
+    /// Logs in as the control role and prepares what every transaction needs. Each holds the lock of `epoch`, whose table is made here where it is
+    /// missing (the mirror was away when the phase moved).
+    pub async fn open(db: &Database, side: Side, generation: u64, epoch: Option<u64>) -> Result<MirrorConn, Failure> {
         let credentials = Credentials::new(db.user.clone(), db.password.as_deref());
         let parameters = [
             ("user", db.user.as_str()),
@@ -173,14 +172,15 @@ impl MirrorConn {
             conn: Conn::new(connected.stream, connected.buf),
             side,
             backend: Backend { pid: 0, start: 0, incarnation: [0; 16] },
-            statements: Statements::new(side),
+            statements: Statements::new(side, epoch),
             open: false,
             redefined: false,
             generation,
         };
         conn.until_ready().await?;
-        conn.backend = conn.identify().await?;
-        frame::parse(&mut conn.conn.out, XID, XID_TEXT, &[]);
+        conn.backend = conn.identify(epoch).await?;
+        let xid = conn.statements.xid();
+        frame::parse(&mut conn.conn.out, XID, xid.as_bytes(), &[]);
         frame::sync(&mut conn.conn.out);
         conn.until_ready().await?;
         Ok(conn)
@@ -191,11 +191,13 @@ impl MirrorConn {
         self.backend
     }
 
-    async fn identify(&mut self) -> Result<Backend, Failure> {
-        frame::query(
-            &mut self.conn.out,
-            b"SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint, replace(crossfade.incarnate()::text, '-', '') FROM pg_stat_activity WHERE pid = pg_backend_pid()",
+    async fn identify(&mut self, epoch: Option<u64>) -> Result<Backend, Failure> {
+        let open = epoch.map(|epoch| format!(", crossfade.open_epoch({epoch})")).unwrap_or_default();
+        let sql = format!(
+            "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint, replace(crossfade.incarnate()::text, '-', ''){open} \
+             FROM pg_stat_activity WHERE pid = pg_backend_pid()"
         );
+        frame::query(&mut self.conn.out, sql.as_bytes());
         let row = self.until_ready().await?.ok_or_else(|| io::Error::other("no row in pg_stat_activity"))?;
         let text = |value: Option<&Bytes>| {
             value.and_then(|v| std::str::from_utf8(v).ok().map(str::to_owned)).unwrap_or_default()
@@ -426,7 +428,8 @@ impl MirrorConn {
         frame::sync(&mut self.conn.out);
         self.until_ready().await?;
         frame::query(&mut self.conn.out, b"DEALLOCATE ALL");
-        frame::parse(&mut self.conn.out, XID, XID_TEXT, &[]);
+        let xid = self.statements.xid();
+        frame::parse(&mut self.conn.out, XID, xid.as_bytes(), &[]);
         frame::sync(&mut self.conn.out);
         self.until_ready().await?;
         self.until_ready().await?;

@@ -36,7 +36,13 @@ impl Pool {
     }
 
     /// A session. A place and a connection may take the time-out each: what was spent on waiting for a place is not the mirror's fault. `generation` is that of the catalog: statements prepared for another one are not used.
-    pub async fn lease(self: &Rc<Self>, db: &Database, generation: u64, timeout: Duration) -> Result<Lease, Failure> {
+    /// Each epoch has generations of its own.
+    pub async fn lease(
+        self: &Rc<Self>,
+        db: &Database,
+        (generation, epoch): (u64, u64),
+        timeout: Duration,
+    ) -> Result<Lease, Failure> {
         let place = tokio::time::timeout(timeout, self.places.clone().acquire_owned())
             .await
             .map_err(|_| Failure::Busy(timeout))?
@@ -50,7 +56,7 @@ impl Pool {
             };
             let conn = match idle {
                 Some(conn) => conn,
-                None => MirrorConn::open(db, self.side, generation).await?,
+                None => MirrorConn::open(db, self.side, generation, Some(epoch)).await?,
             };
             Ok(Lease { conn, pool: self.clone(), place })
         };

@@ -40,6 +40,7 @@ type Sort = (Vec<(u32, Verb, usize)>, bool);
 /// The statements of one session.
 pub(super) struct Statements {
     side: Side,
+    epoch: Option<u64>,
     rows: HashMap<(u32, Verb, usize), Known>,
     together: HashMap<Sort, Option<Known>>,
     /// How many of these are prepared.
@@ -49,13 +50,30 @@ pub(super) struct Statements {
 }
 
 impl Statements {
-    pub(super) fn new(side: Side) -> Statements {
-        Statements { side, rows: HashMap::new(), together: HashMap::new(), named: 0, token: false, key_lock: false }
+    pub(super) fn new(side: Side, epoch: Option<u64>) -> Statements {
+        Statements { side, epoch, rows: HashMap::new(), together: HashMap::new(), named: 0, token: false, key_lock: false }
     }
 
     /// The server has forgotten them all.
     pub(super) fn clear(&mut self) {
-        *self = Statements::new(self.side);
+        *self = Statements::new(self.side, self.epoch);
+    }
+
+    /// Asks for the open transaction's xid8 and the version of the definitions, under the lock of its epoch.
+    ///
+    /// LOCK TABLE wants a transaction block, which a pipeline is not. A join that can find nothing is planned away, but its table is locked like
+    /// every other that a statement names, until the transaction ends.
+    pub(super) fn xid(&self) -> String {
+        Statements::xid_of(self.epoch)
+    }
+
+    fn xid_of(epoch: Option<u64>) -> String {
+        let asked = "SELECT pg_catalog.pg_current_xact_id(), \
+            pg_catalog.pg_sequence_last_value('crossfade.version'::pg_catalog.regclass)";
+        match epoch {
+            Some(epoch) => format!("{asked} FROM (SELECT 1) AS one LEFT JOIN crossfade.epoch_{epoch} ON false"),
+            None => asked.to_owned(),
+        }
     }
 
     /// The statement for so many rows, parsed in this flight if it is new.
@@ -123,6 +141,7 @@ impl Statements {
             Some(Some(known)) => Some(known.clone()),
             Some(unprepared) => {
                 let mut statement = Statement::default();
+                let xid = Statements::xid_of(self.epoch);
                 for (at, (table, verb, rows)) in parts.into_iter().enumerate() {
                     statement.text.push_str(if at == 0 { "WITH " } else { ", " });
                     statement.text.push_str(&format!("w{at} AS ("));
@@ -139,9 +158,8 @@ impl Statements {
                     let taken = format!(", t AS (INSERT INTO crossfade.applied (token) VALUES (${number}))");
                     statement.text.push_str(&taken);
                 }
-                statement.text.push_str(
-                    " SELECT pg_catalog.pg_current_xact_id(), pg_catalog.pg_sequence_last_value('crossfade.version'::pg_catalog.regclass)",
-                );
+                statement.text.push(' ');
+                statement.text.push_str(&xid);
                 let known = parse(format!("together{}", self.named), statement, out);
                 self.named += 1;
                 Some(unprepared.insert(known).clone())

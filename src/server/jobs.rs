@@ -68,6 +68,7 @@ pub fn start(shared: &Arc<Shared>) {
     }
     tokio::spawn(refresh(shared.clone()));
     tokio::spawn(observe(shared.clone()));
+    tokio::spawn(crate::switch::learn::follow(shared.clone()));
     tokio::spawn(move_phase(shared.clone()));
 }
 
@@ -223,7 +224,7 @@ async fn probe(shared: Arc<Shared>, side: Side) {
         loop {
             let config = shared.config.load_full();
             let timeout = config.mirror.timeout;
-            let open = crate::mirror::conn::MirrorConn::open(Shared::database(&config, side), side, 0);
+            let open = crate::mirror::conn::MirrorConn::open(Shared::database(&config, side), side, 0, None);
             match tokio::time::timeout(timeout, open).await {
                 Ok(Ok(_)) => break,
                 Ok(Err(error)) => debug!(%side, %error, "the mirror is still down"),
@@ -396,6 +397,9 @@ fn reload(shared: &Shared, path: &std::path::Path) {
     match crate::config::load(path) {
         Ok(config) => {
             info!(phase = %config.phase, "the file was read again");
+            if config.phase != shared.config.load().phase {
+                *lock(&shared.intent) = Some(config.phase);
+            }
             shared.config.store(Arc::new(config));
             *lock(&shared.config_error) = None;
             shared.wanted.notify_one();
@@ -413,9 +417,13 @@ async fn move_phase(shared: Arc<Shared>) {
     let mut said = String::new();
     let mut pause = MOVE_AGAIN;
     loop {
-        let want = shared.config.load().phase;
-        if want != shared.world.load().phase {
+        let world = shared.world.load_full();
+        let wanted = *lock(&shared.intent);
+        if let Some(want) = wanted.filter(|want| *want != world.phase) {
             let _switching = shared.switching.lock().await;
+            if shared.world.load().epoch != world.epoch {
+                continue;
+            }
             match mover::step(&shared, want).await {
                 Ok(_) => {
                     said.clear();
@@ -435,11 +443,28 @@ async fn move_phase(shared: Arc<Shared>) {
                 }
             }
         } else {
-            *lock(&shared.waiting) = None;
+            lock(&shared.intent).take_if(|want| *want == world.phase);
+            disagree(&shared, &world);
         }
         tokio::select! {
             () = shared.wanted.notified() => pause = MOVE_AGAIN,
             () = tokio::time::sleep(pause) => {}
         }
     }
+}
+
+/// The file says one thing and the databases another: said, and nothing done.
+fn disagree(shared: &Shared, world: &World) {
+    let file = shared.config.load().phase;
+    let disagrees = file != world.phase && lock(&shared.intent).is_none();
+    shared.metrics.file_disagrees.set(i64::from(disagrees));
+    let says = format!(
+        "{} holds (epoch {}), as another proxy or an operator has moved it, and this file says {file}: edit `phase` here, or there",
+        world.phase, world.epoch
+    );
+    let mut waiting = lock(&shared.waiting);
+    if disagrees && waiting.as_ref() != Some(&says) {
+        warn!("{says}");
+    }
+    *waiting = disagrees.then_some(says);
 }

@@ -12,19 +12,17 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use tokio::sync::{Notify, watch};
-use tracing::{info, warn};
+use tracing::warn;
 
 use crate::auth::verifiers::Verifiers;
 use crate::catalog::{Catalog, Sides};
 use crate::config::{Config, ConfigError};
 use crate::metrics::Metrics;
-use crate::migrate;
-use crate::phase::{Phase, Side};
+use crate::phase::Phase;
 use crate::plan::cache::Plans;
 use crate::shared::{Cancels, PaidQueue, Shared, World, lock};
 use crate::switch::gate::Gate;
-use crate::switch::mover::{self, MoveError};
-use crate::switch::rows::{self, Holds, Verdict};
+use crate::switch::learn::learn;
 
 /// Why the proxy could not run.
 #[derive(Debug, thiserror::Error)]
@@ -90,6 +88,8 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
 fn share(config: Config) -> Result<Shared, RunError> {
     let verifiers = Verifiers::new(&config.users, vec![config.old.clone(), config.new.clone()]);
     let plans = Plans::new(config.limits.plan_cache);
+    // In a fleet the row says the phase, and a proxy that starts never moves it.
+    let intent = (!config.fleet).then_some(config.phase);
     let world = World { epoch: 0, phase: Phase::Old, generation: 0, catalog: Arc::new(Catalog::default()) };
     Ok(Shared {
         config: ArcSwap::from_pointee(config),
@@ -107,6 +107,9 @@ fn share(config: Config) -> Result<Shared, RunError> {
         next_debt: AtomicI64::new(1),
         stale: Notify::new(),
         renewed: Notify::new(),
+        overtaken: Notify::new(),
+        learnt: Notify::new(),
+        intent: std::sync::Mutex::new(intent),
         owed: Notify::new(),
         wanted: Notify::new(),
         ledger: Default::default(),
@@ -134,78 +137,6 @@ async fn settle_phase(shared: &Arc<Shared>, mut stopping: watch::Receiver<Stop>)
             () = tokio::time::sleep(Duration::from_secs(1)) => {}
             _ = stopping.wait_for(|stop| *stop != Stop::No) => return false,
         }
-    }
-}
-
-async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
-    let config = shared.config.load_full();
-    let old = config.old.connect("crossfade").await;
-    let new = config.new.connect("crossfade").await;
-    let row = async |client: &Result<tokio_postgres::Client, _>, side| match client {
-        Ok(client) => rows::read(client, side).await.map(Some),
-        Err(_) => Ok(None),
-    };
-    let (old_row, new_row) = (row(&old, Side::Old).await?, row(&new, Side::New).await?);
-    let verdict = rows::judge(old_row.flatten(), new_row.flatten());
-    let holds = match verdict {
-        // Without a word from old nothing is known: a row there may point anywhere.
-        Verdict::Fresh if old_row.is_none() => {
-            return Err(match old {
-                Err(error) => error.into(),
-                Ok(_) => MoveError::Closed("old cannot be reached".into()),
-            });
-        }
-        Verdict::Fresh => Holds { epoch: 0, phase: Phase::Old },
-        Verdict::Holds(holds) => holds,
-        Verdict::Unclaimed(holds) => {
-            let side = holds.phase.authority();
-            let client = Shared::database(&config, side).connect("crossfade").await?;
-            rows::write(&client, side, &config.name, holds, "claim").await?;
-            holds
-        }
-    };
-    let authority = holds.phase.authority();
-    let client = Shared::database(&config, authority).connect("crossfade").await?;
-    if holds.phase.mirror().is_some() {
-        migrate::install(&client, authority).await?;
-        if let Ok(mirror) = Shared::database(&config, authority.other()).connect("crossfade").await {
-            migrate::install(&mirror, authority.other()).await?;
-        }
-        let (catalog, whole) = mover::load_catalog(&config, authority).await?;
-        if !whole {
-            shared.health.get(authority.other()).trip();
-            shared.stale.notify_one();
-        }
-        shared.world.store(Arc::new(World {
-            epoch: holds.epoch,
-            phase: holds.phase,
-            generation: 1,
-            catalog: Arc::new(catalog),
-        }));
-    } else {
-        shared.world.store(Arc::new(World {
-            epoch: holds.epoch,
-            phase: holds.phase,
-            generation: 1,
-            catalog: Arc::new(Catalog::default()),
-        }));
-    }
-    draw_debt_numbers(shared, &client).await;
-    shared.metrics.set_phase(holds.phase, holds.epoch);
-    info!(phase = %holds.phase, epoch = holds.epoch, "this phase holds");
-    Ok(())
-}
-
-/// Numbers of debts are drawn at each start of a proxy, and again by each move. Where the schema cannot be had (a control role without rights, in
-/// phase old) the move to a phase with a mirror is the first to draw.
-pub(crate) async fn draw_debt_numbers(shared: &Shared, authority: &tokio_postgres::Client) {
-    if let Err(error) = migrate::install(authority, shared.world.load().phase.authority()).await {
-        warn!(%error, "schema crossfade is not installed; phases with a mirror need it");
-        return;
-    }
-    match mover::draw_block(authority).await {
-        Ok(block) => shared.next_debt.store(block, std::sync::atomic::Ordering::SeqCst),
-        Err(error) => warn!(%error, "no numbers for debts could be drawn"),
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
+use super::enter::refused_entry;
 use super::expect::{Done, Expected, Kind, To};
 use super::follow::commit_mirror;
 use super::prove::{Doubt, taints};
@@ -206,7 +207,7 @@ impl Session {
         Ok(())
     }
 
-    async fn roll_back_ours(&mut self) -> Result<(), End> {
+    pub(super) async fn roll_back_ours(&mut self) -> Result<(), End> {
         // No Query: it would take the client's unnamed statement away.
         self.put_ours(b"crossfade_rollback", b"ROLLBACK", &[], &[], To::Us);
         self.sync_ours().await?;
@@ -531,17 +532,21 @@ impl Session {
         let id = self.shared.debt_id();
         self.kept = Kept::default();
         let number = id.to_be_bytes();
-        let values = [Some(&number[..]), Some(&taints[..]), Some(opaque.reason.as_bytes())];
+        let epoch = (self.world.epoch as i64).to_be_bytes();
+        let values = [Some(&number[..]), Some(&taints[..]), Some(opaque.reason.as_bytes()), Some(&epoch[..])];
         self.put_ours(
             b"crossfade_unwrapped",
-            b"SELECT crossfade.owe_unwrapped($1, $2, $3)",
-            &[20, 17, 25],
+            b"SELECT crossfade.owe_unwrapped($1, $2, $3, $4)",
+            &[20, 17, 25, 20],
             &values,
             To::Us,
         );
         self.sync_ours().await?;
         if let Some(error) = self.kept.error.take() {
             let error = frame::server_error(&error[frame::HEAD..]);
+            if refused_entry(&error.code) {
+                return Err(self.overtaken_outside());
+            }
             warn!(message = %error.message, "the ledger refused a debt");
             return Err(End::Refused(Report::fatal(
                 "58000",
@@ -595,7 +600,8 @@ async fn carry_out(
             }
             let pool = worker.pools.get(mirror);
             let db = Shared::database(&config, mirror);
-            Box::new(pool.lease(db, world.generation, config.mirror.timeout).await.map_err(|failure| (None, failure))?)
+            let age = (world.generation, world.epoch);
+            Box::new(pool.lease(db, age, config.mirror.timeout).await.map_err(|failure| (None, failure))?)
         }
     };
     let backend = lease.conn.backend();

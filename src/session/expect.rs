@@ -47,8 +47,23 @@ pub enum To {
     Around(Option<Rc<Cut>>),
     /// Ours: a look of the audit.
     Audit(Look),
+    /// The lock of the epoch: ours, but for an error that does not say that the epoch is over.
+    Enter(Entered),
+    /// What will be sent again, in another epoch: dropped, with its errors.
+    Nowhere,
     /// It can only fail; the client is told this instead of the server's error.
     Refused(Rc<Report>),
+}
+
+/// What the lock of the epoch goes with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entered {
+    /// A BEGIN of ours, or a block that is open already.
+    Ours,
+    /// The client's BEGIN in front of it, whose answer was held back: it comes with the lock's.
+    Begin,
+    /// The client's BEGIN, in the same Query.
+    Together,
 }
 
 /// A look at the server's row counters.
@@ -211,6 +226,20 @@ impl Queue {
         !self.skipping
             && !self.copying
             && self.owed.iter().all(|owed| matches!(owed.kind, Kind::Parse | Kind::Bind | Kind::Describe | Kind::Close))
+    }
+
+    /// All that is owed answers what will be sent again.
+    pub fn silence(&mut self) {
+        for owed in &mut self.owed {
+            (owed.to, owed.hold) = (To::Nowhere, false);
+        }
+    }
+
+    /// Nothing that is owed ends a transaction or says that none is open.
+    pub fn is_within(&self) -> bool {
+        self.owed.iter().all(|owed| {
+            !matches!(owed.kind, Kind::Sync | Kind::Query | Kind::Call) && !matches!(owed.done, Done::End { .. })
+        })
     }
 
     /// The end of a transaction, or of prepared statements, is under way: what holds behind it is known only when it was answered.

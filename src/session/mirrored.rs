@@ -8,7 +8,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::books::{Portal, Prepared, There};
 use super::commit::Ending;
-use super::expect::{Cut, Done, Expected, Kind, To, Told, Written};
+use super::expect::{Cut, Done, Entered, Expected, Kind, To, Told, Written};
 use super::moved::{self, Bound, Sent, moves};
 use super::reading::{changes_reading, unread_plan};
 use super::{End, Session, implicit};
@@ -54,6 +54,7 @@ impl Session {
             }
             b'S' => {
                 self.unsynced = false;
+                self.bound = false;
                 self.sync(head).await?;
             }
             b'F' => {
@@ -163,6 +164,7 @@ impl Session {
             return Ok(());
         }
         self.open_block_for(&planned).await?;
+        self.bound |= !self.in_block() && !matches!(planned.facts.verb, Verb::Begin { .. });
         self.unsynced = true;
         self.queue.push(Expected::client(Kind::Bind));
         let mut binary = false;
@@ -175,7 +177,7 @@ impl Session {
             }
             _ => self.forward(head),
         }
-        let kept = matches!(planned.facts.verb, Verb::CopyFromStdin | Verb::Ddl { .. });
+        let kept = matches!(planned.facts.verb, Verb::CopyFromStdin | Verb::Ddl { .. } | Verb::Begin { .. });
         let text = self.prepared.get(&name).filter(|_| kept).and_then(|prepared| prepared.text.clone());
         self.portal_count += 1;
         let planned = Some(planned);
@@ -199,6 +201,7 @@ impl Session {
             self.settle().await?;
         }
         if self.in_block() {
+            self.enter_late(planned);
             return Ok(());
         }
         match &planned.plan {
@@ -224,6 +227,7 @@ impl Session {
     pub(super) fn begin_ours(&mut self) {
         self.put_ours(b"crossfade_begin", b"BEGIN", &[], &[], To::Nobody);
         self.ours = true;
+        self.enter(Entered::Ours, None);
     }
 
     /// Executes a statement of ours, prepared once per server session.
@@ -251,6 +255,7 @@ impl Session {
             moved::SET_NAME,
             moved::BACK_NAME,
             moved::RELEASE_NAME,
+            super::enter::BEGUN_NAME,
         ]
         .contains(&name)
             || copy_rows::AROUND.contains(&name);
@@ -360,7 +365,7 @@ impl Session {
                 self.client.inb.advance(head.total);
                 return Ok(());
             }
-            self.begun = true;
+            return self.begin_extended(head, &planned, text).await;
         }
         if matches!(planned.plan, Plan::Capture(_)) {
             done = Done::Fetched(number);

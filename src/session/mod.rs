@@ -13,6 +13,7 @@ mod copy;
 mod copy_rows;
 mod copy_stream;
 mod define;
+mod enter;
 pub mod expect;
 mod follow;
 mod implicit;
@@ -65,6 +66,8 @@ pub enum End {
     Mismatch(String),
     /// We end it, and say why.
     Refused(Report),
+    /// No end: the epoch is over, and what the client has sent since its transaction began is worked through again in the next one (`enter`).
+    Overtaken,
 }
 
 /// What was kept of the replies to our own messages.
@@ -126,6 +129,16 @@ pub struct Session {
     parameters: Vec<(Bytes, Bytes)>,
     minor: u16,
     address: Address,
+    /// Where the transaction stands in its epoch.
+    entry: enter::Entry,
+    /// The client's frames since the epoch's lock was asked for, for when they must be worked through again.
+    again: BytesMut,
+    /// All of them are there.
+    again_whole: bool,
+    /// For which the lock's statements are prepared.
+    entry_epoch: u64,
+    /// The client has bound or executed something since the last Sync, outside any block.
+    bound: bool,
     /// What BackendKeyData told the client.
     cancel_key: Option<Bytes>,
     queue: Queue,
@@ -213,6 +226,11 @@ impl Session {
             parameters: startup.parameters,
             minor: startup.minor,
             address: connected.address,
+            entry: enter::Entry::default(),
+            again: BytesMut::new(),
+            again_whole: false,
+            entry_epoch: 0,
+            bound: false,
             cancel_key: None,
             queue: Queue::default(),
             status: b'I',
@@ -270,6 +288,9 @@ impl Session {
     async fn serve(&mut self) -> Result<End, End> {
         loop {
             self.replies()?;
+            if self.entry.is_over() {
+                self.once_more().await?;
+            }
             self.spill_if_full().await;
             self.release_registered().await?;
             self.rest();
@@ -402,7 +423,8 @@ impl Session {
             self.replies()?;
             self.spill_if_full().await;
         }
-        self.copy_rest().await
+        self.copy_rest().await?;
+        if self.entry.is_over() { Err(End::Overtaken) } else { Ok(()) }
     }
 
     /// Images do not pile up beyond `limits.mirror_buffer`.
@@ -476,6 +498,7 @@ impl Session {
                 ))
             }
             End::Refused(report) => Some(report),
+            End::Overtaken => Some(enter::overtaken()),
         };
         if let Some(report) = report {
             report.put(&mut self.client.out);

@@ -64,7 +64,11 @@ impl Session {
                 }
             }
             if self.world.phase.mirror().is_some() {
-                self.mirrored(head).await?;
+                self.remember(head);
+                match self.mirrored(head).await {
+                    Err(End::Overtaken) => self.once_more().await?,
+                    done => done?,
+                }
             } else {
                 self.unmirrored(head);
             }
@@ -280,6 +284,7 @@ impl Session {
 
     /// The transaction is over; whatever was not settled is undone on the mirror.
     pub(super) fn over(&mut self) {
+        self.entry.leave();
         self.portals.clear();
         self.suspended.clear();
         self.audit = None;

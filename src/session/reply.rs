@@ -5,7 +5,7 @@ use std::rc::Rc;
 use bytes::{Buf, Bytes, BytesMut};
 use tracing::debug;
 
-use super::expect::{Cut, Done, Fit, Kind, Look, To, Told, fit};
+use super::expect::{Cut, Done, Entered, Fit, Kind, Look, To, Told, fit};
 use super::{End, Session, whole};
 use crate::catalog::Table;
 use crate::mirror::writes::{Op, RolledBack};
@@ -17,7 +17,7 @@ use crate::wire::frame::{self, HEAD};
 const STREAMED: usize = 64 * 1024;
 
 /// What happens to one frame.
-enum Verdict {
+pub(super) enum Verdict {
     /// It goes to the client as it is.
     Forward,
     /// The client does not see it.
@@ -95,8 +95,12 @@ impl Session {
             }
             b'A' => return Ok(Verdict::Forward),
             b'N' => {
-                let ours =
-                    self.queue.front().is_some_and(|owed| matches!(owed.to, To::Us | To::Nobody | To::Around(_)));
+                let ours = self.queue.front().is_some_and(|owed| {
+                    matches!(
+                        owed.to,
+                        To::Us | To::Nobody | To::Nowhere | To::Enter(Entered::Ours | Entered::Begin) | To::Around(_)
+                    )
+                });
                 return Ok(if ours { Verdict::Drop } else { Verdict::Forward });
             }
             b'K' => return Ok(self.backend_key(at, total)),
@@ -139,7 +143,9 @@ impl Session {
                 Verdict::Drop
             }
             To::Client => Verdict::Forward,
-            To::Nobody => Verdict::Drop,
+            To::Nobody | To::Nowhere => Verdict::Drop,
+            To::Enter(entered) if tag == b'C' => self.entered(entered, at, total, hold),
+            To::Enter(_) => Verdict::Drop,
             To::Us | To::Around(None) => {
                 self.keep(tag, at, total)?;
                 Verdict::Drop
@@ -193,7 +199,7 @@ impl Session {
             self.observe(since.elapsed());
         }
         match to {
-            To::Client | To::Cut(_) | To::Refused(_) if !hold => Verdict::Forward,
+            To::Client | To::Cut(_) | To::Refused(_) | To::Enter(Entered::Together) if !hold => Verdict::Forward,
             _ => Verdict::Drop,
         }
     }
@@ -231,6 +237,8 @@ impl Session {
             self.held.failed = true;
         }
         match &owed.to {
+            To::Nowhere => Verdict::Drop,
+            To::Enter(_) if self.refuses_entry(at, total) => Verdict::Drop,
             To::Us | To::Around(_) | To::Audit(Look { told: Told::Us, .. }) => {
                 self.kept.error = Some(Bytes::copy_from_slice(&self.server.inb[at..at + total]));
                 Verdict::Drop

@@ -30,7 +30,7 @@ impl Session {
             return Ok(());
         }
         self.since = Some(std::time::Instant::now());
-        self.unsynced = false;
+        (self.unsynced, self.bound) = (false, false);
         // A Query takes the place of the unnamed portal and statement.
         self.portals.remove(&b""[..]);
         self.prepared.remove(&b""[..]);
@@ -118,6 +118,9 @@ impl Session {
         }
         self.look_before(planned, Told::Nobody);
         self.copy_begins(planned, text, Told::Nobody);
+        if self.begins(planned) {
+            return self.begin_simple(text, hold);
+        }
         self.put_query(text, splice(planned).unwrap_or_default(), end);
         let to = match way(planned, false) {
             Way::Plain => To::Client,
@@ -156,11 +159,13 @@ impl Session {
                 Ok(())
             }
             _ if self.in_block() && planned.facts.verb == Verb::CopyFromStdin => {
+                self.enter_late(planned);
                 self.held = Held::default();
                 self.send(text, planned, end, true);
                 self.copy_simple(planned).await
             }
             _ if self.in_block() => {
+                self.enter_late(planned);
                 let defined = self.before_definition(planned).await?;
                 self.run_one(text, planned, end, false).await?;
                 match defined {
@@ -223,6 +228,7 @@ impl Session {
                     if !self.in_block() && !matches!(verb, Verb::Begin { .. }) {
                         self.begin_ours();
                     }
+                    self.enter_late(planned);
                     match implicit::refusal(verb).filter(|_| self.ours) {
                         Some(report) => {
                             self.put_refused(report, Kind::Query, true);

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use tokio_postgres::Client;
 use tracing::{info, warn};
 
-use super::rows::{self, Holds, RowError};
+use super::epoch;
+use super::rows::{Holds, RowError};
 use crate::catalog::{self, Catalog, CatalogError};
 use crate::config::Config;
 use crate::ledger::debts::{Debt, encode};
@@ -21,6 +22,12 @@ pub enum MoveError {
     /// A gate is closed; nobody was held.
     #[error("{0}")]
     Closed(String),
+    /// The databases have another epoch than this proxy knows: another has moved the phase.
+    #[error("another proxy has moved the phase (epoch {epoch}): this one follows")]
+    Overtaken {
+        /// Which holds now.
+        epoch: u64,
+    },
     /// Clients were held for as long as `move.pause` allows, in vain, and released.
     #[error("{0}")]
     Held(String),
@@ -63,7 +70,11 @@ impl Hands {
         for client in [&hands.old, &hands.new].into_iter().flatten() {
             // No lock of anybody's may hold the clients for longer than the pause; debts and rows are durable whatever the role's default.
             let pause = config.moves.pause.as_millis();
-            let _ = client.batch_execute(&format!("SET lock_timeout = {pause}; SET synchronous_commit = on")).await;
+            let _ = client
+                .batch_execute(&format!(
+                    "SET lock_timeout = {pause}; SET synchronous_commit = on; SET client_min_messages = error"
+                ))
+                .await;
         }
         hands
     }
@@ -72,6 +83,13 @@ impl Hands {
         match side {
             Side::Old => &self.old,
             Side::New => &self.new,
+        }
+    }
+
+    /// Whatever locks they hold.
+    async fn let_go(&self) {
+        for client in [&self.old, &self.new].into_iter().flatten() {
+            let _ = tokio::time::timeout(Duration::from_secs(1), client.batch_execute("ROLLBACK")).await;
         }
     }
 
@@ -165,18 +183,28 @@ pub async fn step(shared: &Arc<Shared>, want: Phase) -> Result<Phase, Stays> {
             migrate::install(hands.on(side)?, side).await?;
         }
         let catalog = definitions(&config, &hands, from, to, &world).await?;
-        before(shared, &hands, from, to, &catalog).await?;
+        epoch::begin(hands.on(from.authority())?, from.authority(), world.epoch).await?;
+        before(shared, &hands, (from, to), world.epoch, &catalog).await?;
         let block = match to.mirror() {
             Some(_) => Some(draw_block(hands.on(to.authority())?).await?),
             None => None,
         };
         Ok((catalog, block))
     };
-    let (catalog, block) = ready.await.map_err(|error| Stays { error, held: false })?;
+    let (catalog, block) = match ready.await {
+        Ok(ready) => ready,
+        Err(error) => {
+            if matches!(error, MoveError::Overtaken { .. }) {
+                shared.overtaken.notify_one();
+            }
+            return Err(Stays { error, held: false });
+        }
+    };
     let plan = Move { shared, config: &config, hands: &hands, from, to, catalog: &catalog, block, world: &world };
     let started = Instant::now();
     shared.gate.close();
     let outcome = plan.behind_the_gate().await;
+    hands.let_go().await;
     shared.gate.open();
     let held = started.elapsed();
     shared.metrics.move_pause_seconds.observe(held.as_secs_f64());
@@ -219,10 +247,16 @@ fn writers_on(from: Phase, to: Phase) -> Option<Side> {
 async fn before(
     shared: &Arc<Shared>,
     hands: &Hands,
-    from: Phase,
-    to: Phase,
+    (from, to): (Phase, Phase),
+    epoch: u64,
     catalog: &Catalog,
 ) -> Result<(), MoveError> {
+    let side = from.authority();
+    if let Some(holder) = epoch::foreign_holder(hands.on(side)?, epoch, &shared.cancels.pids(side)).await? {
+        return Err(MoveError::Closed(format!(
+            "{to} waits: {holder} on {side} holds the lock of the epoch's table in schema crossfade; end it, or wait for it (and exclude the schema from dumps)"
+        )));
+    }
     if let Some(side) = writers_on(from, to) {
         let ours = shared.cancels.pids(side);
         if let Some(writer) = foreign_writer(hands.on(side)?, catalog, side, &ours).await? {
@@ -274,6 +308,9 @@ impl Move<'_> {
                 shared.gate.under_way()
             )));
         }
+        if from.mirror().is_some() {
+            self.close_epoch().await?;
+        }
         // What waits inside ends at the deadline by itself and says why; the rest is bounded here: a server may be frozen.
         let Ok(prepared) = tokio::time::timeout(pause + ROW, self.prepare(deadline)).await else {
             return Err(MoveError::Held(format!(
@@ -297,6 +334,29 @@ impl Move<'_> {
             }
         }
         Ok(copies)
+    }
+
+    /// The transactions of other proxies: they end, and none begins. First on the authority: who holds its lock there may still need the mirror's.
+    async fn close_epoch(&self) -> Result<(), MoveError> {
+        let (epoch, pause) = (self.world.epoch, self.config.moves.pause);
+        for side in [self.from.authority(), self.from.authority().other()] {
+            let client = match self.hands.on(side) {
+                Ok(client) => client,
+                // It is left behind: nothing commits on a server that is down, and nothing that it has is counted on.
+                Err(_) if !needed(self.from, self.to, side) => continue,
+                Err(error) => return Err(error),
+            };
+            match tokio::time::timeout(pause + ROW, epoch::close(client, side, epoch, pause)).await {
+                Ok(closed) => closed?,
+                Err(_) => {
+                    return Err(MoveError::Held(format!(
+                        "{side} has not answered within move.pause ({pause:?}); clients were released and the phase stays {}",
+                        self.from
+                    )));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Everything up to the rows; may be given up at any point.
@@ -338,7 +398,7 @@ impl Move<'_> {
     }
 
     async fn write_row(&self, hands: &Hands, side: Side, holds: Holds, event: &str) -> Result<(), MoveError> {
-        let write = rows::write(hands.on(side)?, side, &self.config.name, holds, event);
+        let write = epoch::turn(hands.on(side)?, side, &self.config.name, holds, event);
         match tokio::time::timeout(ROW, write).await {
             Ok(written) => Ok(written?),
             Err(_) => Err(MoveError::Held(format!("{side} has not written its phase row within {ROW:?}"))),
@@ -350,6 +410,7 @@ impl Move<'_> {
     async fn settle_rows(&self, epoch: u64, error: MoveError) -> Result<(), MoveError> {
         warn!(%error, "the phase rows were not written; clients wait until it is certain which phase holds");
         let back = Holds { epoch: epoch + 1, phase: self.from };
+        self.hands.let_go().await;
         loop {
             let hands = Hands::open(self.config).await;
             if self.write_row(&hands, self.from.authority(), back, "withdrawn").await.is_ok() {

@@ -1,0 +1,76 @@
+//! The epoch as a lock in the databases: a table on each side in each phase with a mirror. Whoever may write holds it shared, on the authority from
+//! the transaction's BEGIN on, and on the mirror in the transaction that carries the images; whoever moves takes it alone, first there, then here.
+
+use std::time::Duration;
+
+use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
+
+use super::mover::MoveError;
+use super::rows::{self, Holds, RowError};
+use crate::phase::Side;
+
+/// Begins a move on the side that is authority: nobody else moves until this connection's transaction ends. Its row must still be of `epoch`.
+pub async fn begin(authority: &Client, side: Side, epoch: u64) -> Result<(), MoveError> {
+    let sql = "BEGIN; LOCK TABLE crossfade.migration IN SHARE ROW EXCLUSIVE MODE NOWAIT";
+    if let Err(error) = authority.batch_execute(sql).await {
+        if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) {
+            return Err(MoveError::Closed(format!(
+                "another proxy is moving this migration; it holds the phase row on {side}. Look at its status"
+            )));
+        }
+        return Err(error.into());
+    }
+    let holds = rows::read(authority, side).await?;
+    let found = holds.map_or(0, |holds| holds.epoch);
+    if found != epoch {
+        return Err(MoveError::Overtaken { epoch: found });
+    }
+    Ok(())
+}
+
+/// Waits until no transaction of this epoch is left on that side, and lets none begin. In the transaction that `begin` opened, or in a new one.
+pub async fn close(client: &Client, side: Side, epoch: u64, pause: Duration) -> Result<(), MoveError> {
+    client.batch_execute("BEGIN").await?;
+    let there = client
+        .query_one("SELECT pg_catalog.to_regclass($1) IS NOT NULL", &[&format!("crossfade.epoch_{epoch}")])
+        .await?;
+    if !there.get::<_, bool>(0) {
+        return Ok(());
+    }
+    let lock = format!("LOCK TABLE crossfade.epoch_{epoch} IN ACCESS EXCLUSIVE MODE");
+    match client.batch_execute(&lock).await {
+        Ok(()) => Ok(()),
+        Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => Err(MoveError::Held(format!(
+            "transactions that other proxies began on {side} have not ended within move.pause ({pause:?}); clients were released"
+        ))),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The row of a later epoch, its table, and the end of all epochs before it: in one transaction.
+pub async fn turn(client: &Client, side: Side, name: &str, holds: Holds, event: &str) -> Result<(), RowError> {
+    let failed = |error| RowError::Database { side, error };
+    // One that `begin` or `close` has opened goes on.
+    client.batch_execute("BEGIN").await.map_err(failed)?;
+    rows::write(client, side, name, holds, event).await?;
+    let epoch = holds.epoch as i64;
+    client.execute("SELECT crossfade.close_epochs($1)", &[&epoch]).await.map_err(failed)?;
+    if holds.phase.mirror().is_some() {
+        client.execute("SELECT crossfade.open_epoch($1)", &[&epoch]).await.map_err(failed)?;
+    }
+    client.batch_execute("COMMIT").await.map_err(failed)
+}
+
+/// Transactions that hold an epoch's lock for long and are no client's of a proxy: a dump, say. They would hold everybody up.
+pub async fn foreign_holder(client: &Client, epoch: u64, ours: &[i32]) -> Result<Option<String>, MoveError> {
+    let sql = "SELECT l.pid, coalesce(a.application_name, '') FROM pg_catalog.pg_locks l \
+        JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \
+        WHERE l.locktype = 'relation' AND l.relation = pg_catalog.to_regclass($1) AND l.granted AND l.pid <> ALL ($2) \
+        AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) \
+        AND (a.application_name IN ('pg_dump', 'pg_dumpall', 'pg_basebackup') \
+            OR EXISTS (SELECT FROM pg_catalog.pg_locks x WHERE x.pid = l.pid AND x.locktype = 'relation' AND x.granted \
+                AND x.database = l.database AND x.relation = pg_catalog.to_regclass('crossfade.history'))) LIMIT 1";
+    let row = client.query_opt(sql, &[&format!("crossfade.epoch_{epoch}"), &ours]).await?;
+    Ok(row.map(|row| format!("backend {} ({})", row.get::<_, i32>(0), row.get::<_, String>(1))))
+}

@@ -1,0 +1,171 @@
+//! What holds, as the databases say: learnt at the start, and whenever another proxy has moved the phase.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use tokio_postgres::Client;
+use tracing::{debug, info, warn};
+
+use super::epoch;
+use super::mover::{self, MoveError, next};
+use super::rows::{self, Holds, Verdict};
+use crate::catalog::Catalog;
+use crate::config::Config;
+use crate::migrate;
+use crate::phase::{Phase, Side};
+use crate::shared::{Shared, World, lock};
+
+/// How often the phase row is looked at. Who finds that an epoch is over looks at once.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Reads both rows, finishes a move that was cut short, and makes the world what they say. Whoever calls holds `switching`, or serves nobody yet.
+pub async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
+    let config = shared.config.load_full();
+    let world = shared.world.load_full();
+    let holds = believed(&config).await?;
+    if world.generation > 0 && holds.epoch <= world.epoch {
+        return Ok(());
+    }
+    let authority = holds.phase.authority();
+    let client = Shared::database(&config, authority).connect("crossfade").await?;
+    let catalog = if holds.phase.mirror().is_some() {
+        migrate::install(&client, authority).await?;
+        client.execute("SELECT crossfade.open_epoch($1)", &[&(holds.epoch as i64)]).await?;
+        definitions(shared, &config, &world, holds).await?
+    } else {
+        Arc::new(Catalog::default())
+    };
+    // Before any debt is written in this world: the numbers of another side's ledger may be taken in this one.
+    draw_debt_numbers(shared, &client, authority).await;
+    let generation = world.generation + 1;
+    shared.world.store(Arc::new(World { epoch: holds.epoch, phase: holds.phase, generation, catalog }));
+    shared.metrics.set_phase(holds.phase, holds.epoch);
+    info!(phase = %holds.phase, epoch = holds.epoch, "this phase holds");
+    Ok(())
+}
+
+async fn believed(config: &Config) -> Result<Holds, MoveError> {
+    let (old, new) = tokio::join!(config.old.connect("crossfade"), config.new.connect("crossfade"));
+    let row = async |client: &Result<Client, _>, side| match client {
+        Ok(client) => rows::read(client, side).await.map(Some),
+        Err(_) => Ok(None),
+    };
+    let (old_row, new_row) = (row(&old, Side::Old).await?, row(&new, Side::New).await?);
+    match rows::judge(old_row.flatten(), new_row.flatten()) {
+        // Without a word from old nothing is known: a row there may point anywhere.
+        Verdict::Fresh if old_row.is_none() => Err(match old {
+            Err(error) => error.into(),
+            Ok(_) => MoveError::Closed("old cannot be reached".into()),
+        }),
+        Verdict::Fresh => Ok(Holds { epoch: 0, phase: Phase::Old }),
+        Verdict::Holds(holds) => Ok(holds),
+        Verdict::Unclaimed(holds) => {
+            let side = holds.phase.authority();
+            let client = Shared::database(config, side).connect("crossfade").await?;
+            // Where the mover is still alive this waits for it, and then changes nothing.
+            let pause = config.moves.pause.as_millis();
+            client.batch_execute(&format!("SET lock_timeout = {pause}; SET client_min_messages = error")).await?;
+            epoch::turn(&client, side, &config.name, holds, "claim").await?;
+            Ok(holds)
+        }
+    }
+}
+
+/// Definitions of a phase with a mirror. From one such phase to another they stay what they are: clients wait meanwhile.
+async fn definitions(
+    shared: &Arc<Shared>,
+    config: &Config,
+    world: &World,
+    holds: Holds,
+) -> Result<Arc<Catalog>, MoveError> {
+    let authority = holds.phase.authority();
+    if world.phase.mirror().is_some() {
+        shared.stale.notify_one();
+        return Ok(world.catalog.clone());
+    }
+    if let Ok(mirror) = Shared::database(config, authority.other()).connect("crossfade").await {
+        migrate::install(&mirror, authority.other()).await?;
+    }
+    let (catalog, whole) = mover::load_catalog(config, authority).await?;
+    if !whole {
+        shared.health.get(authority.other()).trip();
+        shared.stale.notify_one();
+    }
+    Ok(Arc::new(catalog))
+}
+
+/// Numbers of debts are drawn at each start of a proxy, and again by each move. Where the schema cannot be had (a control role without rights, in
+/// phase old) the move to a phase with a mirror is the first to draw.
+async fn draw_debt_numbers(shared: &Shared, authority: &Client, side: Side) {
+    if let Err(error) = migrate::install(authority, side).await {
+        warn!(%error, "schema crossfade is not installed; phases with a mirror need it");
+        return;
+    }
+    match mover::draw_block(authority).await {
+        Ok(block) => shared.next_debt.store(block, Ordering::SeqCst),
+        Err(error) => warn!(%error, "no numbers for debts could be drawn"),
+    }
+}
+
+/// Follows what other proxies do: looks at the row of the side that is authority, now and then and whenever a session was overtaken.
+pub async fn follow(shared: Arc<Shared>) {
+    let mut eye: Option<(Side, Client)> = None;
+    loop {
+        tokio::select! {
+            () = shared.overtaken.notified() => {}
+            () = tokio::time::sleep(LOOK) => {}
+        }
+        match moved_on(&shared, &mut eye).await {
+            Ok(false) => {}
+            Ok(true) => {
+                if let Err(error) = go_along(&shared).await {
+                    warn!(%error, "another proxy has moved the phase, and what holds now cannot be learnt yet");
+                }
+            }
+            Err(error) => {
+                debug!(%error, "the phase row cannot be read");
+                eye = None;
+                // The side that was authority may be gone for good.
+                if let Err(error) = go_along(&shared).await {
+                    debug!(%error, "nor can the other");
+                }
+                tokio::time::sleep(LOOK).await;
+            }
+        }
+    }
+}
+
+async fn moved_on(shared: &Shared, eye: &mut Option<(Side, Client)>) -> Result<bool, MoveError> {
+    let world = shared.world.load_full();
+    let side = world.phase.authority();
+    if eye.as_ref().is_none_or(|(known, client)| *known != side || client.is_closed()) {
+        let config = shared.config.load_full();
+        *eye = Some((side, Shared::database(&config, side).connect("crossfade follow").await?));
+    }
+    let Some((_, client)) = eye else { return Ok(false) };
+    let row = tokio::time::timeout(Duration::from_secs(5), rows::read(client, side)).await;
+    let holds = row.map_err(|_| MoveError::Closed(format!("{side} does not answer")))??;
+    Ok(holds.is_some_and(|holds| holds.epoch > world.epoch))
+}
+
+async fn go_along(shared: &Arc<Shared>) -> Result<(), MoveError> {
+    let _switching = shared.switching.lock().await;
+    let before = shared.world.load_full();
+    learn(shared).await?;
+    let now = shared.world.load_full();
+    if now.epoch == before.epoch {
+        return Ok(());
+    }
+    shared.learnt.notify_waiters();
+    shared.call();
+    shared.owed.notify_one();
+    let mut intent = lock(&shared.intent);
+    if let Some(wanted) = *intent
+        && next(before.phase, wanted) != now.phase
+    {
+        *intent = None;
+        warn!(phase = %now.phase, epoch = now.epoch, %wanted, "another proxy has moved the phase: what this file asked for is dropped");
+    }
+    Ok(())
+}

@@ -1,0 +1,185 @@
+//! Several proxies in front of one migration: whatever one of them does or does not notice, no two transactions write under different authorities.
+
+mod common;
+
+use std::time::Duration;
+
+use common::pair::{APP, CONTROL, DATABASE};
+use common::{Databases, Proxy, until};
+use crossfade::cluster::processes::{Signal, signal};
+use tokio_postgres::{Client, NoTls};
+
+const SCHEMA: &str = "CREATE TABLE notes (id int PRIMARY KEY, phase text NOT NULL DEFAULT '')";
+
+async fn connect(url: &str) -> Client {
+    let (client, connection) = tokio_postgres::connect(url, NoTls).await.expect("connects");
+    tokio::spawn(async move { drop(connection.await) });
+    client
+}
+
+async fn client(proxy: &Proxy) -> Client {
+    connect(&proxy.url_as(APP.0, APP.1, DATABASE)).await
+}
+
+/// Two proxies of one fleet, in dual-write. Nothing is owed.
+async fn fleet(more: &str) -> (Databases, Proxy, Proxy) {
+    let databases = Databases::start(&[]).await;
+    databases.run_on_both(SCHEMA).await;
+    let mut first = Proxy::start(databases.proxy_config("old", more)).await;
+    first.set_phase("dual-write").await;
+    first.settle().await;
+    let second = Proxy::start(databases.proxy_config("old", &format!("fleet: true\n{more}"))).await;
+    assert!(second.holds("dual-write").await, "a fleet's proxy goes by the row, not by its file");
+    (databases, first, second)
+}
+
+/// Ids of rows that one side has and the other lacks.
+async fn only_on_one(databases: &Databases) -> Vec<String> {
+    let read = "SELECT id FROM notes ORDER BY id";
+    let old = databases.old.psql(DATABASE, read).await.unwrap();
+    let new = databases.new.psql(DATABASE, read).await.unwrap();
+    let (old, new): (Vec<&str>, Vec<&str>) = (old.lines().collect(), new.lines().collect());
+    let lacks = |left: &[&str], right: &[&str]| -> Vec<String> {
+        left.iter().filter(|id| !right.contains(id)).map(|id| (*id).to_owned()).collect()
+    };
+    [lacks(&old, &new), lacks(&new, &old)].concat()
+}
+
+#[tokio::test]
+async fn a_proxy_whose_file_lags_follows_the_row_and_its_clients_see_no_error() {
+    let (databases, mut first, second) = fleet("").await;
+    let (a, b) = (client(&first).await, client(&second).await);
+    b.batch_execute("SET application_name = 'kept'; PREPARE put AS INSERT INTO notes VALUES ($1, 'sql')")
+        .await
+        .unwrap();
+    let put = b.prepare("INSERT INTO notes VALUES ($1, $2)").await.expect("prepares");
+    let mut id = 0;
+    for phase in ["new-primary", "dual-read", "new-primary", "dual-write"] {
+        first.set_phase(phase).await;
+        // No wait: what the other proxy does not know yet, the databases tell it. In each way of beginning a transaction.
+        id += 10;
+        b.batch_execute(&format!("INSERT INTO notes VALUES ({id}, '{phase}')")).await.expect("a Query of its own");
+        first.set_phase(if phase == "new-primary" { "dual-write" } else { "new-primary" }).await;
+        b.execute(&put, &[&(id + 1), &phase]).await.expect("a prepared statement");
+        first.set_phase(phase).await;
+        b.batch_execute(&format!("BEGIN; INSERT INTO notes VALUES ({}, ''); COMMIT", id + 2)).await.expect("a text");
+        first.set_phase(if phase == "new-primary" { "dual-write" } else { "new-primary" }).await;
+        b.batch_execute("BEGIN ISOLATION LEVEL SERIALIZABLE -- a block").await.expect("a block");
+        b.execute(&put, &[&(id + 3), &phase]).await.expect("in a block");
+        let level = b.query_one("SELECT current_setting('transaction_isolation')", &[]).await.unwrap();
+        assert_eq!(level.get::<_, String>(0), "serializable", "BEGIN is repeated with its options");
+        b.batch_execute("COMMIT").await.expect("commits");
+        first.set_phase(phase).await;
+        let begin = b.prepare("START TRANSACTION").await.expect("prepares");
+        first.set_phase(if phase == "new-primary" { "dual-write" } else { "new-primary" }).await;
+        b.execute(&begin, &[]).await.expect("a prepared BEGIN");
+        b.execute(&put, &[&(id + 4), &phase]).await.expect("in its block");
+        b.batch_execute("COMMIT").await.expect("commits");
+        b.batch_execute("DO $$ BEGIN INSERT INTO notes VALUES (0, ''); DELETE FROM notes WHERE id = 0; END $$")
+            .await
+            .unwrap();
+        let name = b.query_one("SELECT current_setting('application_name')", &[]).await.unwrap();
+        assert_eq!(name.get::<_, String>(0), "kept");
+        a.batch_execute(&format!("INSERT INTO notes VALUES ({}, '')", id + 5)).await.expect("on the mover's side");
+        first.settle().await;
+        databases.assert_equal().await;
+    }
+    assert_eq!(only_on_one(&databases).await, Vec::<String>::new());
+    let rows = databases.old.psql(DATABASE, "SELECT count(*) FROM notes").await.unwrap();
+    assert_eq!(rows.trim(), "24");
+    until("the file's disagreement shows", async || second.metrics("crossfade_file_disagrees").await == 1.0).await;
+    let (_, status) = second.http("/status").await.expect("answers");
+    assert!(status.contains("this file says old"), "{status}");
+}
+
+#[tokio::test]
+async fn a_frozen_proxy_cannot_write_in_an_epoch_that_is_over() {
+    let (databases, mut first, second) = fleet("move: { pause: 1s }").await;
+    let (inside, outside) = (client(&second).await, client(&second).await);
+    outside.batch_execute("SELECT 1").await.unwrap();
+    inside.batch_execute("BEGIN; INSERT INTO notes VALUES (1, 'frozen')").await.unwrap();
+    signal(Signal::Freeze, &[second.pid()]);
+    first.request_phase("new-primary");
+    // Its transaction is waited for, in vain, and clients are released.
+    until("the move says for whom it waits", async || {
+        let status = first.http("/status").await.map(|(_, status)| status).unwrap_or_default();
+        status.contains("transactions that other proxies began on old have not ended")
+    })
+    .await;
+    assert!(first.holds("dual-write").await);
+    let writer = client(&first).await;
+    writer.batch_execute("INSERT INTO notes VALUES (2, 'released')").await.expect("goes on");
+    // Who is frozen outside of any transaction holds nothing up.
+    let pids = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE state = 'idle in transaction' AND usename = 'app'";
+    databases.old.psql(DATABASE, pids).await.unwrap();
+    first.request_phase("dual-write");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    first.set_phase("new-primary").await;
+    writer.batch_execute("INSERT INTO notes VALUES (3, 'new')").await.expect("new is authority");
+    signal(Signal::Continue, &[second.pid()]);
+    assert!(inside.batch_execute("COMMIT").await.is_err(), "its epoch is over");
+    outside.batch_execute("INSERT INTO notes VALUES (4, 'thawed')").await.expect("where new is authority");
+    first.settle().await;
+    assert_eq!(only_on_one(&databases).await, Vec::<String>::new());
+    let rows = databases.new.psql(DATABASE, "SELECT string_agg(id::text, ' ' ORDER BY id) FROM notes").await.unwrap();
+    assert_eq!(rows.trim(), "2 3 4");
+}
+
+/// Interleaving 10: what lets go of advisory locks does not let go of the epoch's.
+#[tokio::test]
+async fn no_reset_lets_go_of_the_epoch() {
+    let (databases, mut first, second) = fleet("move: { pause: 1s }").await;
+    let held = "SELECT count(*) FROM pg_locks l JOIN pg_class c ON c.oid = l.relation WHERE c.relname LIKE 'epoch%' AND l.mode = 'AccessShareLock' AND l.granted";
+    let b = client(&second).await;
+    for (begin, reset) in [
+        ("BEGIN", "SELECT pg_advisory_unlock_all()"),
+        ("BEGIN", "CLOSE ALL; UNLISTEN *; RESET ALL"),
+        ("BEGIN", "SAVEPOINT a; ROLLBACK TO a"),
+        ("BEGIN; SET TRANSACTION ISOLATION LEVEL REPEATABLE READ", "SELECT 1"),
+        (
+            "BEGIN READ ONLY; SET TRANSACTION READ WRITE; INSERT INTO notes VALUES (98)",
+            "DELETE FROM notes WHERE id = 98",
+        ),
+        ("BEGIN; INSERT INTO notes VALUES (99); COMMIT AND CHAIN; DELETE FROM notes WHERE id = 99", "SELECT 1"),
+    ] {
+        b.batch_execute(begin).await.expect(begin);
+        b.batch_execute(reset).await.expect(reset);
+        let count = databases.old.psql(DATABASE, held).await.unwrap();
+        assert_eq!(count.trim(), "1", "{begin}; {reset}");
+        b.batch_execute("COMMIT").await.expect("commits");
+    }
+    assert_eq!(databases.old.psql(DATABASE, held).await.unwrap().trim(), "0");
+    b.batch_execute("BEGIN; INSERT INTO notes VALUES (1); SELECT pg_advisory_unlock_all()").await.unwrap();
+    first.request_phase("new-primary");
+    until("the move waits", async || {
+        let status = first.http("/status").await.map(|(_, status)| status).unwrap_or_default();
+        status.contains("transactions that other proxies began")
+    })
+    .await;
+    b.batch_execute("COMMIT").await.expect("was waited for");
+    b.batch_execute("DISCARD ALL").await.expect("resets");
+    until("moved", async || second.holds("new-primary").await).await;
+    b.batch_execute("INSERT INTO notes VALUES (2)").await.expect("goes on");
+    first.settle().await;
+    databases.assert_equal().await;
+}
+
+#[tokio::test]
+async fn a_dump_that_holds_the_epoch_is_named_at_once() {
+    let (databases, mut first, _second) = fleet("").await;
+    let dump = connect(&databases.old.url_as(CONTROL.0, CONTROL.1, DATABASE)).await;
+    dump.batch_execute("SET application_name = 'pg_dump'; BEGIN").await.unwrap();
+    let tables = dump.query("SELECT relname::text FROM pg_class WHERE relname LIKE 'epoch%'", &[]).await.unwrap();
+    assert_eq!(tables.len(), 1, "one epoch, one table");
+    let lock = format!("LOCK TABLE crossfade.{} IN ACCESS SHARE MODE", tables[0].get::<_, String>(0));
+    dump.batch_execute(&lock).await.unwrap();
+    first.request_phase("new-primary");
+    until("it is named", async || {
+        let status = first.http("/status").await.map(|(_, status)| status).unwrap_or_default();
+        status.contains("(pg_dump) on old holds the lock")
+    })
+    .await;
+    assert_eq!(first.metrics("crossfade_move_pause_seconds_count").await, 1.0, "nobody was held for it");
+    dump.batch_execute("COMMIT").await.unwrap();
+    until("moved", async || first.holds("new-primary").await).await;
+}
