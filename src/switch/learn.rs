@@ -117,21 +117,21 @@ pub async fn follow(shared: Arc<Shared>) {
             () = tokio::time::sleep(LOOK) => {}
         }
         match moved_on(&shared, &mut eye).await {
-            Ok(false) => {}
-            Ok(true) => {
-                if let Err(error) = go_along(&shared).await {
-                    warn!(%error, "another proxy has moved the phase, and what holds now cannot be learnt yet");
-                }
-            }
+            Ok(false) => continue,
+            Ok(true) => {}
             Err(error) => {
                 debug!(%error, "the phase row cannot be read");
                 eye = None;
-                // The side that was authority may be gone for good.
-                if let Err(error) = go_along(&shared).await {
-                    debug!(%error, "nor can the other");
-                }
                 tokio::time::sleep(LOOK).await;
             }
+        }
+        // A move of our own may have been under way.
+        let _switching = shared.switching.lock().await;
+        // The side that was authority may be gone for good: then the other is asked.
+        if moved_on(&shared, &mut eye).await.unwrap_or(true)
+            && let Err(error) = go_along(&shared).await
+        {
+            debug!(%error, "what holds now cannot be learnt yet");
         }
     }
 }
@@ -149,8 +149,8 @@ async fn moved_on(shared: &Shared, eye: &mut Option<(Side, Client)>) -> Result<b
     Ok(holds.is_some_and(|holds| holds.epoch > world.epoch))
 }
 
+/// Another proxy has moved the phase.
 async fn go_along(shared: &Arc<Shared>) -> Result<(), MoveError> {
-    let _switching = shared.switching.lock().await;
     let before = shared.world.load_full();
     learn(shared).await?;
     let now = shared.world.load_full();
