@@ -20,6 +20,7 @@ use crate::mirror::pool::Pool;
 use crate::phase::{Phase, Side};
 use crate::plan::cache::Plans;
 use crate::switch::bell::Bells;
+use crate::switch::fleet::Registry;
 use crate::switch::gate::Gate;
 
 /// What holds at a moment: a transaction sees one world from its first statement to its end.
@@ -142,6 +143,8 @@ pub struct Shared {
     pub learnt: Notify,
     /// The phase that the operator has asked this proxy for, until it holds or another proxy has moved elsewhere.
     pub intent: Mutex<Option<Phase>>,
+    /// This proxy among others.
+    pub registry: Registry,
     /// There is something to repair.
     pub owed: Notify,
     /// The file may want another phase.

@@ -183,3 +183,87 @@ async fn a_dump_that_holds_the_epoch_is_named_at_once() {
     dump.batch_execute("COMMIT").await.unwrap();
     until("moved", async || first.holds("new-primary").await).await;
 }
+
+/// Two proxies of one fleet, in phase old.
+async fn fleet_in_old(more: &str) -> (Databases, Proxy, Proxy) {
+    let databases = Databases::start(&[]).await;
+    databases.run_on_both(SCHEMA).await;
+    let first = Proxy::start(databases.proxy_config("old", more)).await;
+    let second = Proxy::start(databases.proxy_config("old", &format!("fleet: true\n{more}"))).await;
+    (databases, first, second)
+}
+
+/// In phase old transactions take no lock: a proxy that hears of the move holds its clients and says that it is still.
+#[tokio::test]
+async fn a_phase_without_a_mirror_is_left_when_every_proxy_is_still() {
+    let (databases, mut first, second) = fleet_in_old("move: { pause: 2s }").await;
+    let (inside, outside) = (client(&second).await, client(&second).await);
+    inside.batch_execute("BEGIN; SELECT 1").await.unwrap();
+    first.request_phase("dual-write");
+    let waits = format!("the proxy that listens on 127.0.0.1:{} has transactions", second.port());
+    until("the move names who holds it", async || {
+        first.http("/status").await.is_some_and(|(_, status)| status.contains(&waits))
+    })
+    .await;
+    inside.batch_execute("INSERT INTO notes VALUES (1, 'old'); COMMIT").await.expect("was waited for");
+    outside.batch_execute("INSERT INTO notes VALUES (2, 'released')").await.expect("goes on");
+    // It is not tried again at once: clients were held in vain.
+    first.request_phase("old");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    first.set_phase("dual-write").await;
+    for id in 3..20 {
+        let through = if id % 2 == 0 { &inside } else { &outside };
+        through.batch_execute(&format!("INSERT INTO notes VALUES ({id}, 'dual-write')")).await.expect("no error");
+    }
+    first.settle().await;
+    assert_eq!(only_on_one(&databases).await, Vec::<String>::new());
+    assert!(second.holds("dual-write").await);
+}
+
+/// Interleaving: a proxy is frozen in the middle of a transaction that has written nothing; the phase leaves old; it wakes up and writes.
+#[tokio::test]
+async fn a_frozen_proxy_cannot_write_unmirrored_after_old_was_left() {
+    let (databases, mut first, second) = fleet_in_old("").await;
+    let (inside, idle) = (client(&second).await, client(&second).await);
+    idle.batch_execute("SELECT 1").await.unwrap();
+    inside.batch_execute("BEGIN; SELECT 1").await.unwrap();
+    signal(Signal::Freeze, &[second.pid()]);
+    first.set_phase("dual-write").await;
+    first.settle().await;
+    signal(Signal::Continue, &[second.pid()]);
+    assert!(inside.batch_execute("INSERT INTO notes VALUES (1, 'frozen')").await.is_err(), "its session was ended");
+    let _ = idle.batch_execute("INSERT INTO notes VALUES (2, 'idle')").await;
+    let late = client(&second).await;
+    late.batch_execute("INSERT INTO notes VALUES (3, 'late')").await.expect("a new session learns what holds");
+    first.settle().await;
+    assert_eq!(only_on_one(&databases).await, Vec::<String>::new());
+    assert!(second.holds("dual-write").await);
+}
+
+#[tokio::test]
+async fn of_two_operators_one_wins_and_the_other_is_told() {
+    let (databases, mut first, mut second) = fleet("").await;
+    first.request_phase("new-primary");
+    second.request_phase("dual-read");
+    until("both have come to rest", async || {
+        let mut at_rest = true;
+        for proxy in [&first, &second] {
+            let (_, status) = proxy.http("/status").await.expect("answers");
+            let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");
+            at_rest &= status["epoch"].as_u64() > Some(1)
+                && (status["phase"] == status["wanted"]
+                    || status["waiting_for"].to_string().contains("this file says"));
+        }
+        at_rest
+    })
+    .await;
+    let row = "SELECT phase FROM crossfade.migration ORDER BY epoch DESC";
+    let held = databases.old.psql(DATABASE, row).await.unwrap();
+    until("both know it", async || first.holds(held.trim()).await && second.holds(held.trim()).await).await;
+    for (id, proxy) in [(1, &first), (2, &second)] {
+        let client = client(proxy).await;
+        client.batch_execute(&format!("INSERT INTO notes VALUES ({id}, '')")).await.expect("goes on");
+    }
+    first.settle().await;
+    databases.assert_equal().await;
+}

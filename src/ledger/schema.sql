@@ -55,6 +55,28 @@ BEGIN
     END LOOP;
 END $$;
 
+-- Proxies, and the server sessions of each; on the side that is authority. `pid`, `start`: the connection that stands for the proxy. `heard`, `still`: the
+-- epoch whose end it has heard of, and of which it has no transaction under way and begins none. Nothing here outlives a crash, nor need it.
+CREATE UNLOGGED TABLE IF NOT EXISTS crossfade.proxies (
+    id text PRIMARY KEY,
+    listen text NOT NULL,
+    pid integer NOT NULL,
+    start timestamptz,
+    heard bigint,
+    still bigint
+);
+CREATE UNLOGGED TABLE IF NOT EXISTS crossfade.sessions (pid integer PRIMARY KEY, start timestamptz, proxy text NOT NULL);
+
+-- A move out of a phase without a mirror that is about to begin, as long as this backend lives.
+CREATE UNLOGGED TABLE IF NOT EXISTS crossfade.announced (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    epoch bigint NOT NULL,
+    phase text NOT NULL,
+    pid integer NOT NULL,
+    start timestamptz,
+    proxy text NOT NULL
+);
+
 -- The migrating tables by number. A number is never used again.
 CREATE TABLE IF NOT EXISTS crossfade.tables (
     number integer PRIMARY KEY,

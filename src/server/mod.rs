@@ -107,6 +107,7 @@ fn share(config: Config) -> Result<Shared, RunError> {
         next_debt: AtomicI64::new(1),
         stale: Notify::new(),
         renewed: Notify::new(),
+        registry: crate::switch::fleet::Registry::new(),
         overtaken: Notify::new(),
         learnt: Notify::new(),
         intent: std::sync::Mutex::new(intent),

@@ -9,7 +9,7 @@
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::expect::{Done, Entered, Expected, Kind, To};
 use super::reply::Verdict;
@@ -295,5 +295,39 @@ impl Session {
         (self.again, self.again_whole) = (first, true);
         self.enter(Entered::Begin, Some(text));
         Ok(())
+    }
+
+    /// Before its first transaction a server session is entered among those of this proxy: where no lock is taken, that is how it can be stopped. It learns
+    /// which epoch holds, and waits until this proxy knows that one.
+    pub(super) async fn make_known(&mut self) -> Result<(), End> {
+        if self.cancel_key.is_none() {
+            // The server's greeting says who it is.
+            self.settle().await?;
+        }
+        let key = self.cancel_key.as_ref().and_then(|key| self.shared.cancels.get(key)).map(|(_, _, key)| key);
+        let Some(pid) = key.and_then(|key| Some(i32::from_be_bytes(key.get(..4)?.try_into().ok()?))) else {
+            return Ok(());
+        };
+        let config = self.shared.config.load_full();
+        self.known = true;
+        match self.shared.registry.enter(&config, self.side, pid).await {
+            Ok(Some(epoch)) => self.reach(epoch).await,
+            Ok(None) => Ok(()),
+            Err(error) if config.fleet => Err(End::Refused(Report::fatal(
+                "57P03",
+                format!("crossfade cannot enter this session among those of the {} database: {error}", self.side),
+                "Connect again in a moment; look at `crossfade status`.",
+            ))),
+            Err(error) => {
+                warn!(side = %self.side, %error, "a session is not known to other proxies, if there are any");
+                Ok(())
+            }
+        }
+    }
+
+    /// Waits until this proxy knows that epoch, or a later one.
+    async fn reach(&self, epoch: u64) -> Result<(), End> {
+        let known = self.shared.world.load().epoch;
+        if known < epoch { self.next_epoch(known, false).await } else { Ok(()) }
     }
 }

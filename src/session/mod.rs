@@ -129,6 +129,8 @@ pub struct Session {
     parameters: Vec<(Bytes, Bytes)>,
     minor: u16,
     address: Address,
+    /// The server session is entered among those of this proxy.
+    known: bool,
     /// Where the transaction stands in its epoch.
     entry: enter::Entry,
     /// The client's frames since the epoch's lock was asked for, for when they must be worked through again.
@@ -226,6 +228,7 @@ impl Session {
             parameters: startup.parameters,
             minor: startup.minor,
             address: connected.address,
+            known: false,
             entry: enter::Entry::default(),
             again: BytesMut::new(),
             again_whole: false,

@@ -91,23 +91,33 @@ impl Session {
             // A stream of changes has no end that a move could wait for.
             Some(Aside::Replication) => return self.may_replicate(),
         };
-        let pass = match gate.try_enter() {
-            Some(pass) => pass,
-            None => gate.clone().enter().await.ok_or_else(ending)?,
-        };
-        self.pass = Some(pass);
-        if self.aside.is_some() {
-            return Ok(());
-        }
-        let current = self.shared.world.load();
-        if !Arc::ptr_eq(&current, &self.world) {
+        let gate = gate.clone();
+        loop {
+            if !self.known && self.aside.is_none() {
+                self.make_known().await?;
+            }
+            let pass = match gate.try_enter() {
+                Some(pass) => pass,
+                None => gate.clone().enter().await.ok_or_else(ending)?,
+            };
+            self.pass = Some(pass);
+            if self.aside.is_some() {
+                return Ok(());
+            }
+            let current = self.shared.world.load();
+            if Arc::ptr_eq(&current, &self.world) {
+                return Ok(());
+            }
             self.world = current.clone();
             drop(current);
-            if self.world.phase.authority() != self.side {
-                self.carry_over().await?;
+            if self.world.phase.authority() == self.side {
+                return Ok(());
             }
+            self.carry_over().await?;
+            // It is another server session now, which nobody knows.
+            self.known = false;
+            self.pass = None;
         }
-        Ok(())
     }
 
     /// The frame may be passed on before it is here whole.

@@ -8,6 +8,7 @@ use tokio_postgres::Client;
 use tracing::{debug, info, warn};
 
 use super::epoch;
+use super::fleet::{self, Seen};
 use super::mover::{self, MoveError, next};
 use super::rows::{self, Holds, Verdict};
 use crate::catalog::Catalog;
@@ -18,6 +19,12 @@ use crate::shared::{Shared, World, lock};
 
 /// How often the phase row is looked at. Who finds that an epoch is over looks at once.
 const LOOK: Duration = Duration::from_millis(250);
+
+/// ... and while clients are held for another proxy's move.
+const STILL: Duration = Duration::from_millis(20);
+
+/// A side that does not answer for so long is taken for gone.
+const SILENT: Duration = Duration::from_secs(10);
 
 /// Reads both rows, finishes a move that was cut short, and makes the world what they say. Whoever calls holds `switching`, or serves nobody yet.
 pub async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
@@ -108,45 +115,90 @@ async fn draw_debt_numbers(shared: &Shared, authority: &Client, side: Side) {
     }
 }
 
-/// Follows what other proxies do: looks at the row of the side that is authority, now and then and whenever a session was overtaken.
+/// Looks at the side that is authority, now and then and whenever a session was overtaken.
+#[derive(Default)]
+struct Follower {
+    eye: Option<(Side, Client)>,
+    /// The gate is closed: another proxy has announced the end of this epoch.
+    still: Option<u64>,
+}
+
+/// Follows other proxies for as long as this one runs.
 pub async fn follow(shared: Arc<Shared>) {
-    let mut eye: Option<(Side, Client)> = None;
+    let mut follower = Follower::default();
     loop {
         tokio::select! {
             () = shared.overtaken.notified() => {}
-            () = tokio::time::sleep(LOOK) => {}
+            () = tokio::time::sleep(if follower.still.is_some() { STILL } else { LOOK }) => {}
         }
-        match moved_on(&shared, &mut eye).await {
-            Ok(false) => continue,
-            Ok(true) => {}
+        let quiet = |seen: &Seen| seen.epoch <= shared.world.load().epoch && !seen.announced;
+        match follower.look(&shared).await {
+            Ok(seen) if follower.still.is_none() && seen.as_ref().is_none_or(quiet) => continue,
+            Ok(_) => {}
             Err(error) => {
                 debug!(%error, "the phase row cannot be read");
-                eye = None;
+                follower.eye = None;
                 tokio::time::sleep(LOOK).await;
             }
         }
         // A move of our own may have been under way.
         let _switching = shared.switching.lock().await;
-        // The side that was authority may be gone for good: then the other is asked.
-        if moved_on(&shared, &mut eye).await.unwrap_or(true)
-            && let Err(error) = go_along(&shared).await
-        {
-            debug!(%error, "what holds now cannot be learnt yet");
+        if let Err(error) = follower.act(&shared).await {
+            debug!(%error, "what other proxies do cannot be followed yet");
+            follower.eye = None;
         }
     }
 }
 
-async fn moved_on(shared: &Shared, eye: &mut Option<(Side, Client)>) -> Result<bool, MoveError> {
-    let world = shared.world.load_full();
-    let side = world.phase.authority();
-    if eye.as_ref().is_none_or(|(known, client)| *known != side || client.is_closed()) {
-        let config = shared.config.load_full();
-        *eye = Some((side, Shared::database(&config, side).connect("crossfade follow").await?));
+impl Follower {
+    async fn look(&mut self, shared: &Shared) -> Result<Option<Seen>, MoveError> {
+        let side = shared.world.load().phase.authority();
+        if self.eye.as_ref().is_none_or(|(known, client)| *known != side || client.is_closed()) {
+            let config = shared.config.load_full();
+            let eye = Shared::database(&config, side).connect("crossfade follow").await?;
+            fleet::appear(shared, &eye).await?;
+            self.eye = Some((side, eye));
+        }
+        let Some((_, eye)) = &self.eye else { return Ok(None) };
+        let seen = tokio::time::timeout(SILENT, fleet::look(shared, eye)).await;
+        seen.map_err(|_| MoveError::Closed(format!("{side} does not answer")))?
     }
-    let Some((_, client)) = eye else { return Ok(false) };
-    let row = tokio::time::timeout(Duration::from_secs(5), rows::read(client, side)).await;
-    let holds = row.map_err(|_| MoveError::Closed(format!("{side} does not answer")))??;
-    Ok(holds.is_some_and(|holds| holds.epoch > world.epoch))
+
+    async fn act(&mut self, shared: &Arc<Shared>) -> Result<(), MoveError> {
+        let before = shared.world.load_full();
+        let seen = match self.look(shared).await {
+            Ok(seen) => seen.unwrap_or_default(),
+            // The side that was authority may be gone for good: then the other is asked.
+            Err(_) => return go_along(shared).await,
+        };
+        if seen.epoch > before.epoch {
+            go_along(shared).await?;
+        } else if seen.announced && self.still.is_none() {
+            let Some((_, eye)) = &self.eye else { return Ok(()) };
+            if fleet::fall_still(shared, eye, seen.epoch).await? {
+                self.still = Some(seen.epoch);
+            }
+            return Ok(());
+        }
+        if self.still.is_some() && !(seen.announced && self.still == Some(seen.epoch)) {
+            self.stir(shared).await?;
+        }
+        Ok(())
+    }
+
+    /// The gate opens once nobody counts on it, and in the world that holds then.
+    async fn stir(&mut self, shared: &Arc<Shared>) -> Result<(), MoveError> {
+        self.look(shared).await?;
+        if let Some((_, eye)) = &self.eye {
+            fleet::stir(shared, eye).await?;
+        }
+        if self.look(shared).await?.is_some_and(|seen| seen.epoch > shared.world.load().epoch) {
+            go_along(shared).await?;
+        }
+        self.still = None;
+        shared.gate.open();
+        Ok(())
+    }
 }
 
 /// Another proxy has moved the phase.

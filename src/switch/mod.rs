@@ -2,6 +2,7 @@
 
 pub mod bell;
 pub mod epoch;
+pub mod fleet;
 pub mod gate;
 pub mod learn;
 pub mod mover;

@@ -8,6 +8,7 @@ use tokio_postgres::Client;
 use tracing::{info, warn};
 
 use super::epoch;
+use super::fleet::{self, Announcement};
 use super::rows::{Holds, RowError};
 use crate::catalog::{self, Catalog, CatalogError};
 use crate::config::Config;
@@ -200,11 +201,31 @@ pub async fn step(shared: &Arc<Shared>, want: Phase) -> Result<Phase, Stays> {
             return Err(Stays { error, held: false });
         }
     };
-    let plan = Move { shared, config: &config, hands: &hands, from, to, catalog: &catalog, block, world: &world };
+    let announcement = match from.mirror().is_none() && to.mirror().is_some() {
+        true => {
+            let announced = fleet::announce(shared, &config, from.authority(), world.epoch, to).await;
+            Some(announced.map_err(|error| Stays { error, held: true })?)
+        }
+        false => None,
+    };
+    let plan = Move {
+        shared,
+        config: &config,
+        hands: &hands,
+        from,
+        to,
+        catalog: &catalog,
+        block,
+        world: &world,
+        announcement: &announcement,
+    };
     let started = Instant::now();
     shared.gate.close();
     let outcome = plan.behind_the_gate().await;
     hands.let_go().await;
+    if let Some(announcement) = announcement {
+        announcement.end().await;
+    }
     shared.gate.open();
     let held = started.elapsed();
     shared.metrics.move_pause_seconds.observe(held.as_secs_f64());
@@ -294,6 +315,8 @@ struct Move<'a> {
     /// The first of the numbers for debts on the side that will be authority.
     block: Option<i64>,
     world: &'a World,
+    /// Where other proxies hold no locks: they know.
+    announcement: &'a Option<Announcement>,
 }
 
 impl Move<'_> {
@@ -362,6 +385,9 @@ impl Move<'_> {
     /// Everything up to the rows; may be given up at any point.
     async fn prepare(&self, deadline: Instant) -> Result<Vec<KeylessCopy>, MoveError> {
         let (from, to) = (self.from, self.to);
+        if let Some(announcement) = self.announcement {
+            announcement.fence(self.hands.on(from.authority())?, deadline).await?;
+        }
         if let Some(side) = writers_on(from, to) {
             writers_gone(self.hands.on(side)?, self.catalog, side, deadline).await?;
         }

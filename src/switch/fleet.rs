@@ -1,0 +1,227 @@
+//! Several proxies: who they are, which server sessions are theirs, and how those that take no lock are brought to a stop.
+//!
+//! In a phase without a mirror a transaction pays nothing, and so holds no lock of any epoch. Whoever leaves such a phase announces it; each proxy holds
+//! its clients' next transactions, lets those under way end, and says that it is still. Sessions of a proxy that does not hear are terminated. Each server
+//! session is entered here before its first transaction, under a lock that the mover takes exclusively: one that comes later learns the new epoch.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio_postgres::error::SqlState;
+use tokio_postgres::{Client, Statement};
+use tracing::{debug, warn};
+
+use super::mover::MoveError;
+use crate::config::Config;
+use crate::phase::{Phase, Side};
+use crate::shared::Shared;
+
+/// How long a proxy may take to hear of a move. It looks four times a second.
+const HEARS: Duration = Duration::from_secs(2);
+
+/// How often the mover looks who is still.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// A server session of this proxy: its backend ($1), this proxy ($2). Returns the epoch that holds once it stands there.
+const ENTER: &str = "INSERT INTO crossfade.sessions AS s (pid, start, proxy) \
+    SELECT pid, backend_start, $2 FROM pg_catalog.pg_stat_activity WHERE pid = $1 \
+    ON CONFLICT (pid) DO UPDATE SET start = excluded.start, proxy = excluded.proxy \
+    RETURNING coalesce((SELECT epoch FROM crossfade.migration), 0)";
+
+/// This proxy among others.
+#[derive(Default)]
+pub struct Registry {
+    /// Random, of this process.
+    id: String,
+    open: tokio::sync::Mutex<Option<(Side, Arc<Client>, Statement)>>,
+}
+
+impl Registry {
+    /// Of a process that has just begun.
+    pub fn new() -> Registry {
+        Registry { id: format!("{:032x}", rand::random::<u128>()), open: tokio::sync::Mutex::default() }
+    }
+
+    /// Enters a server session, before its first transaction. Gives the epoch that holds; None: no schema is installed there, so that nobody can move.
+    pub async fn enter(&self, config: &Config, side: Side, pid: i32) -> Result<Option<u64>, String> {
+        let known = self.open.lock().await.clone().filter(|(of, client, _)| *of == side && !client.is_closed());
+        let (client, statement) = match known {
+            Some((_, client, statement)) => (client, statement),
+            None => {
+                let client = Shared::database(config, side).connect("crossfade sessions").await;
+                let client = Arc::new(client.map_err(|error| error.to_string())?);
+                let settings = "SET synchronous_commit = off";
+                client.batch_execute(settings).await.map_err(|error| error.to_string())?;
+                let statement = match client.prepare(ENTER).await {
+                    Ok(statement) => statement,
+                    Err(error) if missing(&error) => return Ok(None),
+                    Err(error) => return Err(error.to_string()),
+                };
+                *self.open.lock().await = Some((side, client.clone(), statement.clone()));
+                (client, statement)
+            }
+        };
+        match client.query_opt(&statement, &[&pid, &self.id]).await {
+            Ok(row) => Ok(row.map(|row| row.get::<_, i64>(0) as u64)),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+}
+
+/// No schema `crossfade` is there, or not for this role.
+fn missing(error: &tokio_postgres::Error) -> bool {
+    let code = error.code();
+    [SqlState::UNDEFINED_TABLE, SqlState::INVALID_SCHEMA_NAME, SqlState::INSUFFICIENT_PRIVILEGE]
+        .iter()
+        .any(|of| code == Some(of))
+}
+
+/// What a proxy sees of the others on the side that is authority.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Which holds there.
+    pub epoch: u64,
+    /// Another proxy is about to leave this epoch.
+    pub announced: bool,
+}
+
+/// Stands for this proxy on the side that is authority. With its connection it is gone.
+pub async fn appear(shared: &Shared, eye: &Client) -> Result<(), MoveError> {
+    let listen = shared.config.load().listen.to_string();
+    let sql = "INSERT INTO crossfade.proxies AS p (id, listen, pid, start) \
+        SELECT $1, $2, pid, backend_start FROM pg_catalog.pg_stat_activity WHERE pid = pg_catalog.pg_backend_pid() \
+        ON CONFLICT (id) DO UPDATE SET pid = excluded.pid, start = excluded.start, heard = NULL, still = NULL";
+    let gone = "DELETE FROM crossfade.sessions s WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity a \
+        WHERE a.pid = s.pid AND a.backend_start IS NOT DISTINCT FROM s.start)";
+    match eye.execute(sql, &[&shared.registry.id, &listen]).await {
+        Ok(_) => {}
+        Err(error) if missing(&error) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    }
+    eye.execute(gone, &[]).await?;
+    Ok(())
+}
+
+/// Looks at the phase row, and whether somebody has announced a move. None: nothing is installed.
+pub async fn look(shared: &Shared, eye: &Client) -> Result<Option<Seen>, MoveError> {
+    let sql = "SELECT coalesce(m.epoch, 0), EXISTS (SELECT FROM crossfade.announced v JOIN pg_catalog.pg_stat_activity a ON a.pid = v.pid \
+        WHERE v.epoch = coalesce(m.epoch, 0) AND a.backend_start IS NOT DISTINCT FROM v.start AND v.proxy <> $1) \
+        FROM (SELECT 1) AS one LEFT JOIN crossfade.migration m ON true";
+    match eye.query_one(sql, &[&shared.registry.id]).await {
+        Ok(row) => Ok(Some(Seen { epoch: row.get::<_, i64>(0) as u64, announced: row.get(1) })),
+        Err(error) if missing(&error) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Another has announced a move: no transaction of this proxy begins, and once none is under way it says so. False: they have not ended in time, and
+/// clients are released.
+pub async fn fall_still(shared: &Shared, eye: &Client, epoch: u64) -> Result<bool, MoveError> {
+    let (id, epoch) = (&shared.registry.id, epoch as i64);
+    eye.execute("UPDATE crossfade.proxies SET heard = $2 WHERE id = $1", &[id, &epoch]).await?;
+    shared.gate.close();
+    let pause = shared.config.load().moves.pause;
+    if tokio::time::timeout(pause, shared.gate.drained()).await.is_err() {
+        shared.gate.open();
+        return Ok(false);
+    }
+    eye.execute("UPDATE crossfade.proxies SET still = $2 WHERE id = $1", &[id, &epoch]).await?;
+    Ok(true)
+}
+
+/// Takes it back. A mover that counts on it is waited for: it has this proxy's row locked until its own transaction ends.
+pub async fn stir(shared: &Shared, eye: &Client) -> Result<(), MoveError> {
+    let sql = "UPDATE crossfade.proxies SET heard = NULL, still = NULL WHERE id = $1";
+    eye.execute(sql, &[&shared.registry.id]).await?;
+    Ok(())
+}
+
+/// A move out of a phase without a mirror, announced to all proxies.
+pub struct Announcement {
+    client: Client,
+    side: Side,
+    me: String,
+    epoch: i64,
+}
+
+/// Announces it, and waits until each proxy that hears is still.
+pub async fn announce(
+    shared: &Shared,
+    config: &Config,
+    side: Side,
+    epoch: u64,
+    to: Phase,
+) -> Result<Announcement, MoveError> {
+    let client = Shared::database(config, side).connect("crossfade announces").await?;
+    let sql = "INSERT INTO crossfade.announced (epoch, phase, pid, start, proxy) \
+        SELECT $1, $2, pid, backend_start, $3 FROM pg_catalog.pg_stat_activity WHERE pid = pg_catalog.pg_backend_pid() \
+        ON CONFLICT (one) DO UPDATE SET epoch = excluded.epoch, phase = excluded.phase, pid = excluded.pid, start = excluded.start, proxy = excluded.proxy";
+    let me = shared.registry.id.clone();
+    let epoch = epoch as i64;
+    client.execute(sql, &[&epoch, &to.name(), &me]).await?;
+    let announcement = Announcement { client, side, me, epoch };
+    announcement.stillness(config.moves.pause).await?;
+    Ok(announcement)
+}
+
+impl Announcement {
+    async fn stillness(&self, pause: Duration) -> Result<(), MoveError> {
+        let since = Instant::now();
+        let sql = "SELECT p.listen, coalesce(p.heard = $1, false), coalesce(p.still = $1, false) FROM crossfade.proxies p \
+            JOIN pg_catalog.pg_stat_activity a ON a.pid = p.pid AND a.backend_start IS NOT DISTINCT FROM p.start WHERE p.id <> $2";
+        loop {
+            let rows = self.client.query(sql, &[&self.epoch, &self.me]).await?;
+            let waits = rows.iter().find(|row| {
+                let (heard, still): (bool, bool) = (row.get(1), row.get(2));
+                !still && (heard || since.elapsed() < HEARS)
+            });
+            let Some(waits) = waits else { return Ok(()) };
+            if since.elapsed() > pause.max(HEARS) {
+                return Err(MoveError::Held(format!(
+                    "the proxy that listens on {} has transactions that have not ended within move.pause ({pause:?}); clients were released",
+                    waits.get::<_, String>(0)
+                )));
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// In the move's transaction on that side (`mover`): from here on no proxy takes back that it is still, and no session is entered. Sessions of proxies
+    /// that are not still are terminated.
+    pub async fn fence(&self, mover: &Client, deadline: Instant) -> Result<(), MoveError> {
+        mover.batch_execute("LOCK TABLE crossfade.sessions IN EXCLUSIVE MODE").await?;
+        let sql = "SELECT id FROM crossfade.proxies WHERE still = $1 FOR SHARE";
+        let rows = mover.query(sql, &[&self.epoch]).await?;
+        let mut spared: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+        spared.push(self.me.clone());
+        let sql = "SELECT s.pid, pg_catalog.pg_terminate_backend(s.pid) FROM crossfade.sessions s JOIN pg_catalog.pg_stat_activity a ON a.pid = s.pid \
+            AND a.backend_start IS NOT DISTINCT FROM s.start WHERE s.proxy <> ALL ($1)";
+        let mut said = false;
+        loop {
+            let found = self.client.query(sql, &[&spared]).await?;
+            if found.is_empty() {
+                return Ok(());
+            }
+            if !std::mem::replace(&mut said, true) {
+                warn!(side = %self.side, sessions = found.len(), "a proxy does not hear of the move: its sessions are terminated");
+            }
+            if Instant::now() > deadline {
+                return Err(MoveError::Held(format!(
+                    "backend {} on {} is of a proxy that does not answer, and has not ended; clients were released",
+                    found[0].get::<_, i32>(0),
+                    self.side
+                )));
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+    }
+
+    /// The move is over, or was given up.
+    pub async fn end(self) {
+        let sql = "DELETE FROM crossfade.announced WHERE proxy = $1";
+        if let Err(error) = self.client.execute(sql, &[&self.me]).await {
+            // With its connection it means nothing.
+            debug!(%error, "the announcement was not taken back");
+        }
+    }
+}
