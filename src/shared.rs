@@ -157,6 +157,8 @@ pub struct Shared {
     pub ready: AtomicBool,
     /// Why the last file was refused.
     pub config_error: Mutex<Option<String>>,
+    /// Why this proxy cannot follow another one's move.
+    pub behind: Mutex<Option<String>>,
     /// Why the phase is not yet what the file says.
     pub waiting: Mutex<Option<String>>,
 }

@@ -157,6 +157,10 @@ async fn no_reset_lets_go_of_the_epoch() {
     })
     .await;
     b.batch_execute("COMMIT").await.expect("was waited for");
+    // It is not tried again at once: clients were held in vain. But whoever edits the file means it.
+    first.request_phase("dual-write");
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    first.request_phase("new-primary");
     b.batch_execute("DISCARD ALL").await.expect("resets");
     until("moved", async || second.holds("new-primary").await).await;
     b.batch_execute("INSERT INTO notes VALUES (2)").await.expect("goes on");
@@ -264,6 +268,43 @@ async fn of_two_operators_one_wins_and_the_other_is_told() {
         let client = client(proxy).await;
         client.batch_execute(&format!("INSERT INTO notes VALUES ({id}, '')")).await.expect("goes on");
     }
+    first.settle().await;
+    databases.assert_equal().await;
+}
+
+/// Interleaving 14: a proxy whose file defines other tables would leave the writes of some unmirrored. It serves nobody, and says why.
+#[tokio::test]
+async fn a_proxy_whose_file_defines_other_tables_does_not_write() {
+    let databases = Databases::start(&[]).await;
+    databases.run_on_both(&format!("{SCHEMA}; CREATE TABLE other (id int PRIMARY KEY)")).await;
+    let mut first = Proxy::start(databases.proxy_config("old", "")).await;
+    let mut second = Proxy::start(databases.proxy_config("old", "fleet: true\nexcept: [public.notes]")).await;
+    let writer = client(&second).await;
+    writer
+        .batch_execute("INSERT INTO notes VALUES (1, 'old')")
+        .await
+        .expect("in old the definition is nobody's matter");
+    first.set_phase("dual-write").await;
+    let waiting = tokio::spawn(async move {
+        let written = writer.batch_execute("INSERT INTO notes VALUES (2, 'waits')").await;
+        written.map(|()| writer)
+    });
+    until("it says why", async || {
+        let (_, status) = second.http("/status").await.expect("answers");
+        status.contains("this file defines other tables") && status.contains("not public.notes")
+    })
+    .await;
+    assert!(!waiting.is_finished(), "what it would not mirror it does not pass on");
+    // The same list, and it goes along; the client has only waited.
+    second.set_more("fleet: true");
+    let writer = waiting.await.unwrap().expect("no error");
+    writer.batch_execute("INSERT INTO notes VALUES (3, 'mirrored')").await.expect("goes on");
+    first.settle().await;
+    databases.assert_equal().await;
+    // While writes are mirrored it stays what it is.
+    second.set_more("fleet: true\nexcept: [public.notes]");
+    until("the file is refused", async || second.metrics("crossfade_config_reload_failures_total").await == 1.0).await;
+    writer.batch_execute("INSERT INTO notes VALUES (4, 'mirrored')").await.expect("goes on");
     first.settle().await;
     databases.assert_equal().await;
 }

@@ -71,6 +71,34 @@ pub struct Config {
     pub log: Log,
 }
 
+impl Config {
+    /// What migrates: tables, where they go, and how their columns do. The same text says the same, in whatever order the file has it.
+    pub fn definition(&self) -> String {
+        let mut lines: Vec<String> = self.except.iter().map(|name| format!("not {name}")).collect();
+        match &self.tables {
+            None => lines.push("every table".to_owned()),
+            Some(rules) => lines.extend(rules.iter().map(TableRule::definition)),
+        }
+        lines.sort();
+        lines.dedup();
+        lines.join("\n")
+    }
+}
+
+impl TableRule {
+    fn definition(&self) -> String {
+        let mut line = format!("table {} to {}", self.name, self.to.as_ref().unwrap_or(&self.name));
+        for (name, rule) in &self.columns {
+            line.push_str(&match rule {
+                ColumnRule::Renamed(new) => format!(", {name} to {new}"),
+                ColumnRule::Dropped => format!(", not {name}"),
+                ColumnRule::Expression { new, sql } => format!(", {name} to {new} as {sql}"),
+            });
+        }
+        line
+    }
+}
+
 /// One side's database: a libpq URL, taken apart.
 #[derive(Clone, PartialEq)]
 pub struct Database {

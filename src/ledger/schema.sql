@@ -19,6 +19,8 @@ CREATE TABLE IF NOT EXISTS crossfade.migration (
     authority text NOT NULL,
     changed timestamptz NOT NULL DEFAULT clock_timestamp()
 );
+-- What migrates, as the file of the proxy that moved says: proxies of other files refuse to serve while writes are mirrored.
+ALTER TABLE crossfade.migration ADD COLUMN IF NOT EXISTS definition text;
 CREATE TABLE IF NOT EXISTS crossfade.history (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     at timestamptz NOT NULL DEFAULT clock_timestamp(),

@@ -56,6 +56,7 @@ pub fn state(shared: &Shared) -> serde_json::Value {
         "epoch": world.epoch,
         "wanted": config.phase,
         "waiting_for": *lock(&shared.waiting),
+        "cannot_follow": *lock(&shared.behind),
         "config_error": *lock(&shared.config_error),
         "clients": shared.metrics.clients.get(),
         "transactions": shared.gate.under_way(),

@@ -394,7 +394,21 @@ pub async fn follow(shared: Arc<Shared>, path: PathBuf) {
 
 /// Reads the file again; a bad one changes nothing.
 fn reload(shared: &Shared, path: &std::path::Path) {
+    let refuse = |error: String| {
+        shared.metrics.config_reload_failures.inc();
+        error!(%error, "the file is not used; what was read before stays in force");
+        *lock(&shared.config_error) = Some(error);
+    };
     match crate::config::load(path) {
+        Ok(config)
+            if shared.world.load().phase.mirror().is_some()
+                && config.definition() != shared.config.load().definition() =>
+        {
+            refuse(
+                "what migrates (`tables`, `except`) cannot change while writes are mirrored: go back to old first"
+                    .to_owned(),
+            );
+        }
         Ok(config) => {
             info!(phase = %config.phase, "the file was read again");
             if config.phase != shared.config.load().phase {
@@ -404,11 +418,7 @@ fn reload(shared: &Shared, path: &std::path::Path) {
             *lock(&shared.config_error) = None;
             shared.wanted.notify_one();
         }
-        Err(error) => {
-            shared.metrics.config_reload_failures.inc();
-            error!(%error, "the file is not used; what was read before stays in force");
-            *lock(&shared.config_error) = Some(error.to_string());
-        }
+        Err(error) => refuse(error.to_string()),
     }
 }
 

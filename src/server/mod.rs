@@ -117,6 +117,7 @@ fn share(config: Config) -> Result<Shared, RunError> {
         switching: tokio::sync::Mutex::new(()),
         ready: std::sync::atomic::AtomicBool::new(false),
         config_error: Default::default(),
+        behind: Default::default(),
         waiting: Default::default(),
     })
 }

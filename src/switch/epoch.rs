@@ -10,8 +10,9 @@ use super::mover::MoveError;
 use super::rows::{self, Holds, RowError};
 use crate::phase::Side;
 
-/// Begins a move on the side that is authority: nobody else moves until this connection's transaction ends. Its row must still be of `epoch`.
-pub async fn begin(authority: &Client, side: Side, epoch: u64) -> Result<(), MoveError> {
+/// Begins a move on the side that is authority: nobody else moves until this connection's transaction ends. Its row must still be of `epoch`, and while
+/// writes are mirrored say what this proxy's file says (`definition`).
+pub async fn begin(authority: &Client, side: Side, epoch: u64, definition: Option<&str>) -> Result<(), MoveError> {
     let sql = "BEGIN; LOCK TABLE crossfade.migration IN SHARE ROW EXCLUSIVE MODE NOWAIT";
     if let Err(error) = authority.batch_execute(sql).await {
         if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) {
@@ -26,7 +27,27 @@ pub async fn begin(authority: &Client, side: Side, epoch: u64) -> Result<(), Mov
     if found != epoch {
         return Err(MoveError::Overtaken { epoch: found });
     }
-    Ok(())
+    match definition {
+        Some(definition) => same(authority, side, definition).await,
+        None => Ok(()),
+    }
+}
+
+/// While writes are mirrored what migrates stays what it is: a proxy of another file would not mirror the same tables.
+pub async fn same(authority: &Client, side: Side, definition: &str) -> Result<(), MoveError> {
+    let Some(known) = rows::definition(authority, side).await? else { return Ok(()) };
+    if known == definition {
+        return Ok(());
+    }
+    let differs = |a: &str, b: &str| a.lines().find(|line| !b.lines().any(|other| other == *line)).map(str::to_owned);
+    Err(MoveError::Closed(format!(
+        "this file defines other tables than the migration has: {}. Clients are not served by it; make `tables` and `except` the same in all files, or go back to old first",
+        match (differs(definition, &known), differs(&known, definition)) {
+            (Some(ours), _) => format!("here is {ours:?}"),
+            (None, Some(theirs)) => format!("there is {theirs:?}"),
+            (None, None) => "in another order".to_owned(),
+        }
+    )))
 }
 
 /// Waits until no transaction of this epoch is left on that side, and lets none begin. In the transaction that `begin` opened, or in a new one.
@@ -49,7 +70,13 @@ pub async fn close(client: &Client, side: Side, epoch: u64, pause: Duration) -> 
 }
 
 /// The row of a later epoch, its table, and the end of all epochs before it: in one transaction.
-pub async fn turn(client: &Client, side: Side, name: &str, holds: Holds, event: &str) -> Result<(), RowError> {
+pub async fn turn(
+    client: &Client,
+    side: Side,
+    name: (&str, Option<&str>),
+    holds: Holds,
+    event: &str,
+) -> Result<(), RowError> {
     let failed = |error| RowError::Database { side, error };
     // One that `begin` or `close` has opened goes on.
     client.batch_execute("BEGIN").await.map_err(failed)?;

@@ -38,6 +38,7 @@ pub async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
     let client = Shared::database(&config, authority).connect("crossfade").await?;
     let catalog = if holds.phase.mirror().is_some() {
         migrate::install(&client, authority).await?;
+        epoch::same(&client, authority, &config.definition()).await?;
         client.execute("SELECT crossfade.open_epoch($1)", &[&(holds.epoch as i64)]).await?;
         definitions(shared, &config, &world, holds).await?
     } else {
@@ -73,7 +74,7 @@ async fn believed(config: &Config) -> Result<Holds, MoveError> {
             // Where the mover is still alive this waits for it, and then changes nothing.
             let pause = config.moves.pause.as_millis();
             client.batch_execute(&format!("SET lock_timeout = {pause}; SET client_min_messages = error")).await?;
-            epoch::turn(&client, side, &config.name, holds, "claim").await?;
+            epoch::turn(&client, side, (&config.name, None), holds, "claim").await?;
             Ok(holds)
         }
     }
@@ -142,10 +143,19 @@ pub async fn follow(shared: Arc<Shared>) {
             }
         }
         // A move of our own may have been under way.
-        let _switching = shared.switching.lock().await;
-        if let Err(error) = follower.act(&shared).await {
-            debug!(%error, "what other proxies do cannot be followed yet");
+        let switching = shared.switching.lock().await;
+        let failed = follower.act(&shared).await.err().map(|error| error.to_string());
+        drop(switching);
+        if let Some(error) = &failed {
             follower.eye = None;
+            if *lock(&shared.behind) != failed {
+                warn!(%error, "another proxy has moved the phase, and this one cannot follow yet");
+            }
+        }
+        let again = failed.is_some();
+        *lock(&shared.behind) = failed;
+        if again {
+            tokio::time::sleep(LOOK * 2).await;
         }
     }
 }

@@ -184,7 +184,9 @@ pub async fn step(shared: &Arc<Shared>, want: Phase) -> Result<Phase, Stays> {
             migrate::install(hands.on(side)?, side).await?;
         }
         let catalog = definitions(&config, &hands, from, to, &world).await?;
-        epoch::begin(hands.on(from.authority())?, from.authority(), world.epoch).await?;
+        let definition = from.mirror().map(|_| config.definition());
+        let side = from.authority();
+        epoch::begin(hands.on(side)?, side, world.epoch, definition.as_deref()).await?;
         before(shared, &hands, (from, to), world.epoch, &catalog).await?;
         let block = match to.mirror() {
             Some(_) => Some(draw_block(hands.on(to.authority())?).await?),
@@ -424,7 +426,9 @@ impl Move<'_> {
     }
 
     async fn write_row(&self, hands: &Hands, side: Side, holds: Holds, event: &str) -> Result<(), MoveError> {
-        let write = epoch::turn(hands.on(side)?, side, &self.config.name, holds, event);
+        let definition = self.config.definition();
+        let name = (self.config.name.as_str(), Some(definition.as_str()));
+        let write = epoch::turn(hands.on(side)?, side, name, holds, event);
         match tokio::time::timeout(ROW, write).await {
             Ok(written) => Ok(written?),
             Err(_) => Err(MoveError::Held(format!("{side} has not written its phase row within {ROW:?}"))),

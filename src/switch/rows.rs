@@ -82,6 +82,12 @@ pub async fn read(client: &Client, side: Side) -> Result<Option<Holds>, RowError
     Ok(Some(Holds { epoch: row.get::<_, i64>(0) as u64, phase }))
 }
 
+/// What migrates, as the row of that side says; None: it does not say. The schema is installed there.
+pub async fn definition(client: &Client, side: Side) -> Result<Option<String>, RowError> {
+    let row = client.query_opt("SELECT definition FROM crossfade.migration", &[]).await;
+    Ok(row.map_err(|error| RowError::Database { side, error })?.and_then(|row| row.get(0)))
+}
+
 /// What the two rows say together. `None` in `rows` stands for a side that has no row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -110,17 +116,23 @@ pub fn judge(old: Option<Holds>, new: Option<Holds>) -> Verdict {
 }
 
 /// Writes the row of one side, with an entry in its history; flushed when it returns. A row of a higher epoch stays: what comes late (a statement
-/// that was given up, another proxy) never takes a phase back.
-pub async fn write(client: &Client, side: Side, name: &str, holds: Holds, event: &str) -> Result<(), RowError> {
+/// that was given up, another proxy) never takes a phase back. No `definition`: the one that stands there stays.
+pub async fn write(
+    client: &Client,
+    side: Side,
+    (name, definition): (&str, Option<&str>),
+    holds: Holds,
+    event: &str,
+) -> Result<(), RowError> {
     let epoch = holds.epoch as i64;
     let sql = "WITH row AS ( \
-            INSERT INTO crossfade.migration AS m (one, name, epoch, phase, authority) VALUES (true, $1, $2, $3, $4) \
-            ON CONFLICT (one) DO UPDATE SET name = $1, epoch = $2, phase = $3, authority = $4, changed = clock_timestamp() \
+            INSERT INTO crossfade.migration AS m (one, name, epoch, phase, authority, definition) VALUES (true, $1, $2, $3, $4, $6) \
+            ON CONFLICT (one) DO UPDATE SET name = $1, epoch = $2, phase = $3, authority = $4, definition = coalesce($6, m.definition), changed = clock_timestamp() \
             WHERE m.epoch <= $2 RETURNING epoch) \
         INSERT INTO crossfade.history (epoch, event, detail) SELECT $2, $5, jsonb_build_object('phase', $3::text, 'authority', $4::text) FROM row";
     let phase = holds.phase;
-    let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 5] =
-        [&name, &epoch, &phase.name(), &phase.authority().name(), &event];
+    let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 6] =
+        [&name, &epoch, &phase.name(), &phase.authority().name(), &event, &definition];
     let written = async {
         client.batch_execute("SET synchronous_commit = on").await?;
         client.execute(sql, &parameters).await
