@@ -9,7 +9,8 @@ use common::{Databases, Proxy, until};
 use crossfade::cluster::processes::{Signal, signal};
 use tokio_postgres::{Client, NoTls};
 
-const SCHEMA: &str = "CREATE TABLE notes (id int PRIMARY KEY, phase text NOT NULL DEFAULT '')";
+/// The column `port` says which server has executed the client's statement: a default is evaluated there, and goes to the mirror as a value.
+const SCHEMA: &str = "CREATE TABLE notes (id int PRIMARY KEY, phase text NOT NULL DEFAULT '', port int NOT NULL DEFAULT current_setting('port')::int)";
 
 async fn connect(url: &str) -> Client {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await.expect("connects");
@@ -75,7 +76,7 @@ async fn a_proxy_whose_file_lags_follows_the_row_and_its_clients_see_no_error() 
         b.execute(&begin, &[]).await.expect("a prepared BEGIN");
         b.execute(&put, &[&(id + 4), &phase]).await.expect("in its block");
         b.batch_execute("COMMIT").await.expect("commits");
-        b.batch_execute("DO $$ BEGIN INSERT INTO notes VALUES (0, ''); DELETE FROM notes WHERE id = 0; END $$")
+        b.batch_execute("DO $$ BEGIN INSERT INTO notes VALUES (0, '', 1); DELETE FROM notes WHERE id = 0; END $$")
             .await
             .unwrap();
         let name = b.query_one("SELECT current_setting('application_name')", &[]).await.unwrap();
@@ -83,6 +84,12 @@ async fn a_proxy_whose_file_lags_follows_the_row_and_its_clients_see_no_error() 
         a.batch_execute(&format!("INSERT INTO notes VALUES ({}, '')", id + 5)).await.expect("on the mover's side");
         first.settle().await;
         databases.assert_equal().await;
+        let ports = format!("SELECT port FROM notes WHERE id BETWEEN {id} AND {} ORDER BY id", id + 5);
+        let ports = databases.old.psql(DATABASE, &ports).await.unwrap();
+        let (new, old) = (databases.new.port().to_string(), databases.old.port().to_string());
+        let [here, there] = if phase == "new-primary" { [&new, &old] } else { [&old, &new] };
+        let expected = [here, there, here, there, there, there].map(String::as_str);
+        assert_eq!(ports.lines().collect::<Vec<_>>(), expected, "each where its authority was");
     }
     assert_eq!(only_on_one(&databases).await, Vec::<String>::new());
     let rows = databases.old.psql(DATABASE, "SELECT count(*) FROM notes").await.unwrap();
