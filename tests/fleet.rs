@@ -148,6 +148,10 @@ async fn no_reset_lets_go_of_the_epoch() {
             "DELETE FROM notes WHERE id = 98",
         ),
         ("BEGIN; INSERT INTO notes VALUES (99); COMMIT AND CHAIN; DELETE FROM notes WHERE id = 99", "SELECT 1"),
+        (
+            "BEGIN; COMMIT AND CHAIN; SAVEPOINT a; INSERT INTO notes VALUES (97); ROLLBACK TO a",
+            "INSERT INTO notes VALUES (97); DELETE FROM notes WHERE id = 97",
+        ),
     ] {
         b.batch_execute(begin).await.expect(begin);
         b.batch_execute(reset).await.expect(reset);

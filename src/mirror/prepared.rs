@@ -51,7 +51,15 @@ pub(super) struct Statements {
 
 impl Statements {
     pub(super) fn new(side: Side, epoch: Option<u64>) -> Statements {
-        Statements { side, epoch, rows: HashMap::new(), together: HashMap::new(), named: 0, token: false, key_lock: false }
+        Statements {
+            side,
+            epoch,
+            rows: HashMap::new(),
+            together: HashMap::new(),
+            named: 0,
+            token: false,
+            key_lock: false,
+        }
     }
 
     /// The server has forgotten them all.

@@ -40,8 +40,8 @@ pub(super) enum Entry {
     Out,
     /// The lock was asked for.
     Asked(Asked),
-    /// It holds the lock, to its end.
-    In,
+    /// It holds the lock, to its end; or, where it was asked for `late`, perhaps no longer than to the next ROLLBACK TO.
+    In { late: bool },
     /// The epoch is over, or somebody moves the phase. `wait`: in which case the lock may be had a moment later.
     Over { asked: Asked, wait: bool },
 }
@@ -51,6 +51,8 @@ pub(super) enum Entry {
 pub(super) struct Asked {
     /// Nothing of this transaction was seen by the client before.
     repeatable: bool,
+    /// The block was open already, and may have savepoints.
+    late: bool,
     /// The client was in the middle of a pipeline.
     unsynced: bool,
     /// The text of the client's BEGIN, where that came as an Execute.
@@ -95,7 +97,10 @@ impl Session {
     /// Before a frame is worked through: until the epoch's lock is held, it may have to be once more.
     pub(super) fn remember(&mut self, head: Head) {
         match self.entry {
-            Entry::In | Entry::Over { .. } => return,
+            Entry::In { .. } | Entry::Over { .. } => {
+                self.again_whole = false;
+                return;
+            }
             Entry::Out => (self.again_whole, _) = (true, self.again.clear()),
             Entry::Asked(_) => {}
         }
@@ -119,7 +124,7 @@ impl Session {
             }
         }
         let repeatable = !self.bound && (entered == Entered::Ours || begin.is_some());
-        self.entry = Entry::Asked(Asked { repeatable, unsynced: self.unsynced, begin, answer: None });
+        self.entry = Entry::Asked(Asked { repeatable, unsynced: self.unsynced, begin, ..Asked::default() });
         let name = if entered == Entered::Ours { NAME } else { BEGUN_NAME };
         self.put_ours(name, lock(epoch).as_bytes(), &[], &[], To::Enter(entered));
     }
@@ -127,11 +132,18 @@ impl Session {
     /// A block that holds no lock yet (it was READ ONLY, or follows on COMMIT AND CHAIN) comes to a statement that may write. Where the epoch is over by
     /// then, the session ends: the client has seen a part of this transaction.
     pub(super) fn enter_late(&mut self, planned: &Planned) {
-        let out = matches!(self.entry, Entry::Out) && self.in_block() && self.status != b'E';
-        if out && planned.plan != Plan::Pass && !self.queue.skipping() {
+        // In a savepoint the lock goes with it: it is asked for by each such statement again.
+        let out = match &self.entry {
+            Entry::Out => true,
+            Entry::Asked(asked) => asked.late,
+            Entry::In { late } => *late,
+            Entry::Over { .. } => false,
+        };
+        let block = self.in_block() && self.status != b'E' && !self.queue.skipping();
+        if out && block && planned.plan != Plan::Pass {
             self.enter(Entered::Ours, None);
             if let Entry::Asked(asked) = &mut self.entry {
-                asked.repeatable = false;
+                (asked.repeatable, asked.late) = (false, true);
             }
         }
     }
@@ -191,7 +203,12 @@ impl Session {
             }
             return Verdict::Drop;
         }
-        let Entry::Asked(asked) = std::mem::replace(&mut self.entry, Entry::In) else { return Verdict::Drop };
+        let Entry::Asked(asked) = std::mem::take(&mut self.entry) else {
+            // Asked for once more.
+            self.entry = if self.in_block() { Entry::In { late: true } } else { Entry::Out };
+            return Verdict::Drop;
+        };
+        self.entry = Entry::In { late: asked.late };
         self.again = BytesMut::new();
         match asked.answer {
             Some(answer) if hold => {
