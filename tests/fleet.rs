@@ -319,3 +319,34 @@ async fn a_proxy_whose_file_defines_other_tables_does_not_write() {
     first.settle().await;
     databases.assert_equal().await;
 }
+
+/// The mover cannot write its claim, and withdraws; the other proxy has seen the pointer, and finishes the move. One of the two, never both.
+#[tokio::test]
+async fn a_move_is_withdrawn_or_finished_by_another_and_never_both() {
+    let (databases, mut first, second) = fleet("").await;
+    let obstacle = "CREATE FUNCTION crossfade.refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.4); RAISE ''not now''; END';
+        CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON crossfade.migration FOR EACH ROW EXECUTE FUNCTION crossfade.refuse()";
+    databases.new.psql(DATABASE, obstacle).await.unwrap();
+    let mut clients = Vec::new();
+    for (number, proxy) in [&first, &second].into_iter().enumerate() {
+        let client = client(proxy).await;
+        clients.push(tokio::spawn(async move {
+            for id in 0..150 {
+                let id = number * 1000 + id;
+                client.batch_execute(&format!("INSERT INTO notes VALUES ({id}, '')")).await.expect("no error");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }));
+    }
+    first.request_phase("new-primary");
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    databases.new.psql(DATABASE, "DROP TRIGGER refuse ON crossfade.migration").await.unwrap();
+    until("moved in the end", async || first.holds("new-primary").await && second.holds("new-primary").await).await;
+    for client in clients {
+        client.await.expect("no error");
+    }
+    first.settle().await;
+    databases.assert_equal().await;
+    let rows = databases.new.psql(DATABASE, "SELECT count(*) FROM notes").await.unwrap();
+    assert_eq!(rows.trim(), "300");
+}

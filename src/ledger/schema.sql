@@ -21,6 +21,8 @@ CREATE TABLE IF NOT EXISTS crossfade.migration (
 );
 -- What migrates, as the file of the proxy that moved says: proxies of other files refuse to serve while writes are mirrored.
 ALTER TABLE crossfade.migration ADD COLUMN IF NOT EXISTS definition text;
+-- Of a pointer: somebody is about to write the claim. From then on the move cannot be withdrawn.
+ALTER TABLE crossfade.migration ADD COLUMN IF NOT EXISTS taken boolean NOT NULL DEFAULT false;
 CREATE TABLE IF NOT EXISTS crossfade.history (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     at timestamptz NOT NULL DEFAULT clock_timestamp(),

@@ -70,6 +70,11 @@ async fn believed(config: &Config) -> Result<Holds, MoveError> {
         Verdict::Holds(holds) => Ok(holds),
         Verdict::Unclaimed(holds) => {
             let side = holds.phase.authority();
+            let losing = Shared::database(config, side.other()).connect("crossfade").await?;
+            migrate::install(&losing, side.other()).await?;
+            if !rows::take(&losing, side.other(), holds).await? {
+                return Err(MoveError::Overtaken { epoch: holds.epoch });
+            }
             let client = Shared::database(config, side).connect("crossfade").await?;
             // Where the mover is still alive this waits for it, and then changes nothing.
             let pause = config.moves.pause.as_millis();

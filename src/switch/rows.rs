@@ -115,6 +115,17 @@ pub fn judge(old: Option<Holds>, new: Option<Holds>) -> Verdict {
     }
 }
 
+/// Before the claim of a move that another process has cut short: from now on nobody withdraws it. The pointer stands on `side`. False: it does not any more.
+pub async fn take(client: &Client, side: Side, pointer: Holds) -> Result<bool, RowError> {
+    let epoch = pointer.epoch as i64;
+    let sql = "UPDATE crossfade.migration SET taken = true WHERE epoch = $1 AND authority = $2";
+    let taken = async {
+        client.batch_execute("SET synchronous_commit = on").await?;
+        client.execute(sql, &[&epoch, &pointer.phase.authority().name()]).await
+    };
+    Ok(taken.await.map_err(|error| RowError::Database { side, error })? == 1)
+}
+
 /// Writes the row of one side, with an entry in its history; flushed when it returns. A row of a higher epoch stays: what comes late (a statement
 /// that was given up, another proxy) never takes a phase back. No `definition`: the one that stands there stays.
 pub async fn write(
@@ -127,8 +138,9 @@ pub async fn write(
     let epoch = holds.epoch as i64;
     let sql = "WITH row AS ( \
             INSERT INTO crossfade.migration AS m (one, name, epoch, phase, authority, definition) VALUES (true, $1, $2, $3, $4, $6) \
-            ON CONFLICT (one) DO UPDATE SET name = $1, epoch = $2, phase = $3, authority = $4, definition = coalesce($6, m.definition), changed = clock_timestamp() \
-            WHERE m.epoch <= $2 RETURNING epoch) \
+            ON CONFLICT (one) DO UPDATE SET name = $1, epoch = $2, phase = $3, authority = $4, definition = coalesce($6, m.definition), changed = clock_timestamp(), \
+            taken = m.taken AND m.epoch = $2 \
+            WHERE m.epoch <= $2 AND NOT (m.taken AND $5 = 'withdrawn') RETURNING epoch) \
         INSERT INTO crossfade.history (epoch, event, detail) SELECT $2, $5, jsonb_build_object('phase', $3::text, 'authority', $4::text) FROM row";
     let phase = holds.phase;
     let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 6] =
