@@ -1,0 +1,6 @@
+//! What it must withstand.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod hidden;
