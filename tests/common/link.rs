@@ -237,13 +237,13 @@ async fn pump(
             return socket2::SockRef::from(to.as_ref()).shutdown(std::net::Shutdown::Write);
         }
         let bytes = &buffer[..length];
-        let mut struck = None;
         releases.mark_unchanged();
-        match strike(shared, way, &mut seen, bytes, armed) {
+        let struck = strike(shared, way, &mut seen, bytes, armed);
+        match struck {
             // A link that is gone holds nothing.
             Some(Trip::HoldBefore) => drop(releases.changed().await),
             Some(Trip::CutBefore) => return Err(io::ErrorKind::ConnectionReset.into()),
-            other => struck = other,
+            _ => {}
         }
         if passes(&mut flow).await {
             write_all(to, bytes).await?;

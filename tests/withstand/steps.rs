@@ -206,18 +206,20 @@ async fn i06_the_proxy_dies_at_every_step_and_its_message_comes_late() {
     all((0..STEPS.len()).map(|step| (step, Dies::Proxy, Message::Late))).await;
 }
 
+/// Of all steps, or of these where there is no time for more.
+fn some(dies: Dies, steps: &[usize]) -> impl Iterator<Item = (usize, Dies, Message)> {
+    let steps = if proof() { (0..STEPS.len()).collect() } else { steps.to_vec() };
+    steps.into_iter().map(move |step| (step, dies, Message::Lost))
+}
+
 /// Interleaving 6: the authority dies with COMMIT under way, answered and not; the mirror with its own.
 #[tokio::test]
 async fn i06_a_server_dies_at_a_step() {
-    let every = if proof() { 1 } else { 2 };
-    let of = |dies, first: usize| (first..STEPS.len()).step_by(every).map(move |step| (step, dies, Message::Lost));
-    all(of(Dies::Authority, 1).chain(of(Dies::Mirror, 0))).await;
+    all(some(Dies::Authority, &[1, 4, 5, 6, 10]).chain(some(Dies::Mirror, &[2, 3, 6, 7, 8, 9]))).await;
 }
 
 /// Interleaving 6: two of them at once.
 #[tokio::test]
 async fn i06_the_proxy_and_a_server_die_at_once() {
-    let every = if proof() { 1 } else { 3 };
-    let of = |dies, first: usize| (first..STEPS.len()).step_by(every).map(move |step| (step, dies, Message::Lost));
-    all(of(Dies::ProxyAndAuthority, 2).chain(of(Dies::ProxyAndMirror, 0))).await;
+    all(some(Dies::ProxyAndAuthority, &[4, 5, 6]).chain(some(Dies::ProxyAndMirror, &[2, 5, 7, 9]))).await;
 }
