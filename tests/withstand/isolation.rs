@@ -9,6 +9,7 @@ use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
 
 use crate::Stage;
+use crate::common::pair::{CONTROL, DATABASE};
 use crate::common::{Pair, proof, until};
 
 const ACCOUNTS: i32 = 10;
@@ -65,7 +66,7 @@ async fn sum_stays(level: &'static str) {
     let retries = tries.load(Ordering::Relaxed) - 6 * u64::try_from(transfers).expect("positive");
     assert!(retries > 0, "{level}: nobody met anybody");
     assert_eq!(pair.settle_and_assert_equal().await, u64::try_from(ACCOUNTS).expect("positive"));
-    let sum = pair.databases.new.psql(crate::common::pair::DATABASE, "SELECT sum(balance) FROM accounts").await;
+    let sum = pair.databases.new.psql(DATABASE, "SELECT sum(balance) FROM accounts").await;
     assert_eq!(sum.expect("reads").trim(), "1000", "{level}");
     assert_eq!(pair.proxy.metrics("crossfade_mirror_failures_total").await, 0.0, "{level}: nothing was repaired");
 }
@@ -84,7 +85,11 @@ async fn serializable_transfers_keep_the_sum() {
 /// never meets a deadlock; nor may it here, while the way to new is cut again and again and everything is repaired.
 #[tokio::test]
 async fn i16_opposite_orders_of_application_and_repair() {
-    let stage = Stage::start(SCHEMA, "mirror: { timeout: 500ms }").await;
+    let mut stage = Stage::start(SCHEMA, "mirror: { timeout: 500ms }").await;
+    // Of two that wait for each other it is the application's session that looks for a deadlock, and would be ended.
+    let patient = format!("ALTER ROLE {} SET deadlock_timeout = '1min'", CONTROL.0);
+    stage.pair.databases.old.psql("postgres", &patient).await.expect("sets");
+    stage.pair.proxy.restart().await;
     let stop = Arc::new(AtomicBool::new(false));
     let done = Arc::new(AtomicU64::new(0));
     let mut clients = Vec::new();
@@ -99,6 +104,8 @@ async fn i16_opposite_orders_of_application_and_repair() {
                 for id in (0..ACCOUNTS).rev().filter(|id| (id + round) % 3 != 0) {
                     let update = "UPDATE accounts SET balance = balance + 1 WHERE id = $1";
                     client.execute(update, &[&id]).await.expect("it never fails without a proxy");
+                    // So that repair comes in between.
+                    tokio::time::sleep(Duration::from_millis(10)).await;
                 }
                 client.batch_execute("COMMIT").await.expect("it never fails without a proxy");
                 done.fetch_add(1, Ordering::Relaxed);
