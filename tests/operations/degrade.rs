@@ -107,6 +107,7 @@ async fn best_effort_writes_both_without_a_ledger_unless_it_failed() {
     pair.settle_and_assert_equal().await;
 }
 
+/// Interleaving 6: the mirror crashes after it has answered COMMIT and before the flush.
 #[tokio::test]
 async fn a_mirror_that_crashes_before_its_flush_loses_nothing() {
     // The mirror does not flush by itself for a while, so that a crash loses what it has answered (C3, C7).
@@ -141,6 +142,7 @@ async fn a_mirror_that_crashes_before_its_flush_loses_nothing() {
     eprintln!("{lost} rows were lost by the mirror's crashes and came back");
 }
 
+/// Interleavings 6 and 7: a crash of the authority, also where clients or their role have turned `synchronous_commit` off.
 #[tokio::test]
 async fn an_authority_that_crashes_under_load_leaves_both_sides_equal() {
     for asynchronous in [false, true] {

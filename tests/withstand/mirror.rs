@@ -78,7 +78,7 @@ const FILE_BYTES: u64 = 20 << 20;
 async fn limit_files(pair: &Pair, bytes: &str) {
     let new = &pair.databases.new;
     for pid in processes::of(&new.data()) {
-        let limit = format!("COPY (SELECT) TO PROGRAM 'prlimit --pid {pid} --fsize={bytes}:unlimited'");
+        let limit = format!("COPY (SELECT WHERE false) TO PROGRAM 'prlimit --pid {pid} --fsize={bytes}:unlimited'");
         let limited = new.psql(DATABASE, &limit).await;
         // A session may have ended since.
         assert!(limited.is_ok() || !processes::of(&new.data()).contains(&pid), "{limited:?}");
