@@ -174,7 +174,7 @@ async fn an_authority_that_crashes_under_load_leaves_both_sides_equal() {
                     tokio::spawn(until_it_breaks(pair.url(), first, count.clone()))
                 })
                 .collect();
-            // All of them are at it.
+            // They are at it.
             until("rows are acknowledged", async || count.load(Ordering::Relaxed) > 20).await;
             pair.databases.old.kill9();
             for writer in writers {
