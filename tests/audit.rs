@@ -1,4 +1,4 @@
-//! Writes that no image shows, in `dual-write`: the audit before COMMIT finds which tables they wrote, by name, and no other.
+//! Writes that no image shows, in `dual-write` (interleaving 11): the audit before COMMIT finds which tables they wrote, by name, and no other.
 
 mod common;
 

@@ -40,7 +40,8 @@ WITH schemas AS MATERIALIZED (
     FROM pg_catalog.pg_rewrite r JOIN relations c ON c.oid = r.ev_class
     UNION ALL
     SELECT pg_catalog.hashtextextended(pg_catalog.concat_ws('|', 'function', p.oid, p.proname, p.pronamespace, p.provolatile, p.prolang, p.xmin), 0)
-    FROM pg_catalog.pg_proc p JOIN schemas s ON s.oid = p.pronamespace
+    FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_namespace n ON n.oid = p.pronamespace
+    WHERE n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname !~ '^pg_(toast|temp)'
     UNION ALL
     SELECT pg_catalog.hashtextextended(pg_catalog.concat_ws('|', 'type', t.oid, t.typname, t.typnamespace, t.typtype, t.typbasetype, t.typsend, t.typreceive, t.typrelid), 0)
     FROM pg_catalog.pg_type t JOIN schemas s ON s.oid = t.typnamespace

@@ -255,6 +255,8 @@ pub struct Catalog {
     pub writing_functions: Sides<HashSet<String>>,
     /// Names of all functions outside pg_catalog; bare names.
     pub functions: Sides<HashSet<String>>,
+    /// Other names that may stand where a function's does: those of the system's functions, of types (a cast) and of what the grammar knows.
+    pub callable: Sides<HashSet<String>>,
     /// Bare names of partitions of migrating tables: their columns may stand in another order than their root's.
     pub partition_names: Sides<HashSet<String>>,
     /// By number: the tables that inherit from this one (INHERITS, not partitions), on either side: a write to it may reach their rows.

@@ -91,6 +91,7 @@ pub(super) fn catalog(
         encoding: Sides::of(|side| servers.get(side).encoding.clone()),
         version: Sides::of(|side| servers.get(side).version),
         functions: Sides::of(|side| servers.get(side).functions.clone()),
+        callable: Sides::of(|side| servers.get(side).callable.clone()),
         writing_functions: Sides::of(|side| servers.get(side).writing_functions.clone()),
         one_sided,
         ..Catalog::default()

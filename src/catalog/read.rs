@@ -91,6 +91,7 @@ pub(super) struct Server {
     /// Tables whose defaults or checks call a function that may write.
     pub calling: HashSet<u32>,
     pub functions: HashSet<String>,
+    pub callable: HashSet<String>,
     pub writing_functions: HashSet<String>,
     /// Views that call a function that may write, themselves.
     pub writing_views: HashSet<u32>,
@@ -105,11 +106,12 @@ const USER_SCHEMA: &str =
     "n.nspname NOT IN ('pg_catalog', 'information_schema', 'crossfade') AND n.nspname !~ '^pg_(toast|temp)'";
 
 /// Functions that may write. C functions of extensions do not, but for those that run SQL text or reach large objects. An aggregate
-/// is marked immutable whatever its transition function does.
+/// is marked immutable whatever its transition function does. Those of schema crossfade are of users as well: what a role of that name makes
+/// without naming a schema comes to stand there.
 const WRITING: &str = "
     SELECT p.oid, p.proname FROM pg_proc p JOIN pg_language l ON l.oid = p.prolang
     WHERE p.pronamespace NOT IN ('pg_catalog'::regnamespace, 'information_schema'::regnamespace)
-      AND p.pronamespace IS DISTINCT FROM to_regnamespace('crossfade') AND l.lanname <> 'internal' AND p.provolatile <> 'i'
+      AND l.lanname <> 'internal' AND p.provolatile <> 'i'
       AND NOT (l.lanname = 'c' AND p.proname !~ '^(dblink|lo_|xpath_table|check_foreign_key)' AND EXISTS (SELECT FROM pg_depend d
                WHERE d.classid = 'pg_proc'::regclass AND d.objid = p.oid AND d.deptype = 'e'))
     UNION
@@ -136,6 +138,7 @@ pub(super) async fn server(client: &Client) -> Result<Server, Error> {
         inherits: pairs(client, "SELECT inhparent, inhrelid FROM pg_inherits").await?,
         calling: calling(client).await?,
         functions,
+        callable: callable(client, version).await?,
         writing_functions,
         writing_views: writing_views(client).await?,
         view_reads: pairs(client, VIEW_READS).await?,
@@ -328,12 +331,27 @@ async fn functions(client: &Client) -> Result<(HashSet<String>, HashSet<String>)
     let query = format!(
         "WITH writing AS MATERIALIZED ({WRITING})
          SELECT p.proname::text, bool_or(w.oid IS NOT NULL) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-         LEFT JOIN writing w ON w.oid = p.oid WHERE {USER_SCHEMA} GROUP BY 1"
+         LEFT JOIN writing w ON w.oid = p.oid WHERE n.nspname NOT IN ('pg_catalog', 'information_schema') AND n.nspname !~ '^pg_temp' GROUP BY 1"
     );
     let rows = client.query(&query, &[]).await?;
     let all = rows.iter().map(|row| row.get(0)).collect();
     let writing = rows.iter().filter(|row| row.get(1)).map(|row| row.get(0)).collect();
     Ok((all, writing))
+}
+
+/// Parts of the grammar that are written like calls, and the version that they came with.
+const GRAMMAR: &[(u32, &[&str])] = &[
+    (160_000, &["json_array", "json_arrayagg", "json_objectagg"]),
+    (170_000, &["json", "json_exists", "json_query", "json_scalar", "json_serialize", "json_table", "json_value"]),
+];
+
+/// Names that are written like a function's and are no user's: the system's functions, and types (a cast).
+async fn callable(client: &Client, version: u32) -> Result<HashSet<String>, Error> {
+    let query = "SELECT p.proname::text FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+                 WHERE n.nspname IN ('pg_catalog', 'information_schema') UNION SELECT t.typname::text FROM pg_type t WHERE t.typelem = 0";
+    let there = client.query(query, &[]).await?;
+    let grammar = GRAMMAR.iter().filter(|(since, _)| version >= *since).flat_map(|(_, names)| *names);
+    Ok(there.iter().map(|row| row.get(0)).chain(grammar.map(|name| name.to_string())).collect())
 }
 
 const VIEW_READS: &str = "SELECT DISTINCT r.ev_class, d.refobjid FROM pg_rewrite r JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid

@@ -1,10 +1,8 @@
 -- Schema crossfade, the same on both sides. Every statement may be run again.
 CREATE SCHEMA IF NOT EXISTS crossfade;
-GRANT USAGE ON SCHEMA crossfade TO PUBLIC;
 
 -- One random uuid. PostgreSQL empties an unlogged table in crash recovery and at promotion, and keeps it in a clean restart.
 CREATE UNLOGGED TABLE IF NOT EXISTS crossfade.incarnation (id uuid NOT NULL);
-GRANT SELECT ON crossfade.incarnation TO PUBLIC;
 
 -- A commit that wrote nothing flushes nothing: the flushing transaction writes here.
 CREATE TABLE IF NOT EXISTS crossfade.flush (one boolean PRIMARY KEY DEFAULT true CHECK (one), n bigint NOT NULL) WITH (fillfactor = 10);
@@ -110,7 +108,6 @@ CREATE TABLE IF NOT EXISTS crossfade.ledger (
     error text
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000, autovacuum_vacuum_insert_threshold = -1, autovacuum_analyze_threshold = 1000000);
 -- Any role's transaction may owe: see src/ledger/owe.rs.
-GRANT INSERT (id, carrier_xid, carrier_pid, carrier_start, carrier_incarnation, debts, reason) ON crossfade.ledger TO PUBLIC;
 
 -- On the mirror: tokens of transactions that inserted into tables without a key, so that such a debt is never paid twice.
 CREATE TABLE IF NOT EXISTS crossfade.applied (token uuid PRIMARY KEY, at timestamptz NOT NULL DEFAULT clock_timestamp());
@@ -119,7 +116,6 @@ CREATE TABLE IF NOT EXISTS crossfade.applied (token uuid PRIMARY KEY, at timesta
 -- setval is no transaction's, two DDLs may come at once, and neither may bring back a number that was. Read by pg_sequence_last_value, whatever
 -- the reader's snapshot. (nextval would change the lastval() of the session that runs the DDL.)
 CREATE SEQUENCE IF NOT EXISTS crossfade.version;
-GRANT SELECT ON SEQUENCE crossfade.version TO PUBLIC;
 SELECT setval('crossfade.version', 1) WHERE pg_sequence_last_value('crossfade.version') IS NULL;
 
 -- Whoever has changed definitions and not committed yet holds a lock on it: ROW EXCLUSIVE where each change stands behind a lock on its table,
@@ -244,3 +240,25 @@ CREATE OR REPLACE FUNCTION crossfade.release_unwrapped(debt bigint)
 RETURNS void LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
     UPDATE crossfade.ledger SET holder_pid = NULL, holder_start = NULL WHERE id = debt AND holder_pid = pg_backend_pid();
 $$;
+
+-- What everyone may. Granted where it is missing only: GRANT is DDL and names no schema, so `note_ddl` gives another version for it, and
+-- each start of a proxy would leave those plans unproven that others made before.
+DO $$
+DECLARE
+    wanted text;
+BEGIN
+    IF NOT has_schema_privilege('public', 'crossfade', 'USAGE') THEN
+        GRANT USAGE ON SCHEMA crossfade TO PUBLIC;
+    END IF;
+    IF NOT has_table_privilege('public', 'crossfade.incarnation', 'SELECT') THEN
+        GRANT SELECT ON crossfade.incarnation TO PUBLIC;
+    END IF;
+    IF NOT has_sequence_privilege('public', 'crossfade.version', 'SELECT') THEN
+        GRANT SELECT ON SEQUENCE crossfade.version TO PUBLIC;
+    END IF;
+    FOREACH wanted IN ARRAY '{id,carrier_xid,carrier_pid,carrier_start,carrier_incarnation,debts,reason}'::text[] LOOP
+        IF NOT has_column_privilege('public', 'crossfade.ledger', wanted, 'INSERT') THEN
+            EXECUTE format('GRANT INSERT (%I) ON crossfade.ledger TO PUBLIC', wanted);
+        END IF;
+    END LOOP;
+END $$;

@@ -104,10 +104,12 @@ impl View<'_> {
         let writes = |function: &Name| {
             let of_users = || self.catalog.writing_functions.get(self.side).contains(&function.name);
             let built_in = || WRITING_BUILT_IN.contains(&function.name.as_str());
+            let known = self.catalog.functions.get(self.side).contains(&function.name);
             match function.schema.as_deref() {
                 Some("pg_catalog") => built_in(),
                 // pg_temp, or made since the catalog was loaded.
-                Some(_) if !self.catalog.functions.get(self.side).contains(&function.name) => true,
+                Some(_) if !known => true,
+                None if !known && !self.catalog.callable.get(self.side).contains(&function.name) => true,
                 Some(_) => of_users(),
                 None => built_in() || of_users(),
             }

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -47,9 +48,14 @@ pub enum Trip {
     StallBefore,
     /// Stalls this way on all connections, after the bytes were written.
     StallAfter,
+    /// Holds these bytes, and what comes behind them on this connection, until [`Link::release`]. Others go on.
+    HoldBefore,
 }
 
 struct Tripwire {
+    number: u64,
+    /// Only on a connection to whose server these bytes went before.
+    behind: Option<Vec<u8>>,
     way: Way,
     pattern: Vec<u8>,
     trip: Trip,
@@ -62,7 +68,11 @@ struct Shared {
     to_client: watch::Sender<Flow>,
     /// Counts the cuts: a connection ends when it changes.
     cuts: watch::Sender<u64>,
+    /// Counts the releases: what is held goes on when it changes.
+    releases: watch::Sender<u64>,
     tripwire: Mutex<Option<Tripwire>>,
+    /// So many were there.
+    tripwires: AtomicU64,
 }
 
 impl Shared {
@@ -89,7 +99,9 @@ impl Link {
             to_server: watch::Sender::new(Flow::Pass),
             to_client: watch::Sender::new(Flow::Pass),
             cuts: watch::Sender::new(0),
+            releases: watch::Sender::new(0),
             tripwire: Mutex::new(None),
+            tripwires: AtomicU64::new(0),
         };
         let lease = PortLease::take().expect("a free port for the link");
         let mut link = Link { lease, shared: Arc::new(shared), listening: None };
@@ -143,8 +155,23 @@ impl Link {
 
     /// Waits once for bytes that go by (also split over two reads), and strikes. The answer comes when it has struck.
     pub fn trip(&self, way: Way, pattern: &[u8], trip: Trip) -> oneshot::Receiver<()> {
+        self.arm(None, way, pattern, trip)
+    }
+
+    /// The same, on a connection to whose server the bytes `behind` went before, and only behind them.
+    pub fn trip_behind(&self, behind: &[u8], way: Way, pattern: &[u8], trip: Trip) -> oneshot::Receiver<()> {
+        self.arm(Some(behind.to_owned()), way, pattern, trip)
+    }
+
+    /// What is held goes on its way.
+    pub fn release(&self) {
+        self.shared.releases.send_modify(|releases| *releases += 1);
+    }
+
+    fn arm(&self, behind: Option<Vec<u8>>, way: Way, pattern: &[u8], trip: Trip) -> oneshot::Receiver<()> {
         let (struck, answer) = oneshot::channel();
-        let tripwire = Tripwire { way, pattern: pattern.to_owned(), trip, struck };
+        let number = self.shared.tripwires.fetch_add(1, Ordering::Relaxed) + 1;
+        let tripwire = Tripwire { number, behind, way, pattern: pattern.to_owned(), trip, struck };
         *self.shared.tripwire.lock().expect("no panic under the lock") = Some(tripwire);
         answer
     }
@@ -169,10 +196,12 @@ async fn carry(client: TcpStream, shared: Arc<Shared>) {
         drop(stream.set_nodelay(true));
     }
     let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
+    // The tripwire for which `behind` has gone by here.
+    let armed = AtomicU64::new(0);
     let both = async {
         tokio::try_join!(
-            pump(from_client, &to_server, Way::ToServer, &shared),
-            pump(from_server, &to_client, Way::ToClient, &shared)
+            pump(from_client, &to_server, Way::ToServer, &shared, &armed),
+            pump(from_server, &to_client, Way::ToClient, &shared, &armed)
         )
     };
     let cut = tokio::select! {
@@ -191,7 +220,14 @@ fn reset_on_close(stream: &TcpStream) {
 }
 
 /// Carries one way until the end of the stream; an error means that the connection is to be reset.
-async fn pump(mut from: OwnedReadHalf, to: &OwnedWriteHalf, way: Way, shared: &Shared) -> io::Result<()> {
+async fn pump(
+    mut from: OwnedReadHalf,
+    to: &OwnedWriteHalf,
+    way: Way,
+    shared: &Shared,
+    armed: &AtomicU64,
+) -> io::Result<()> {
+    let mut releases = shared.releases.subscribe();
     let mut flow = shared.flow(way).subscribe();
     let mut buffer = vec![0; 64 * 1024];
     let mut seen = Vec::new();
@@ -201,9 +237,13 @@ async fn pump(mut from: OwnedReadHalf, to: &OwnedWriteHalf, way: Way, shared: &S
             return socket2::SockRef::from(to.as_ref()).shutdown(std::net::Shutdown::Write);
         }
         let bytes = &buffer[..length];
-        let struck = strike(shared, way, &mut seen, bytes);
-        if struck == Some(Trip::CutBefore) {
-            return Err(io::ErrorKind::ConnectionReset.into());
+        releases.mark_unchanged();
+        let struck = strike(shared, way, &mut seen, bytes, armed);
+        match struck {
+            // A link that is gone holds nothing.
+            Some(Trip::HoldBefore) => drop(releases.changed().await),
+            Some(Trip::CutBefore) => return Err(io::ErrorKind::ConnectionReset.into()),
+            _ => {}
         }
         if passes(&mut flow).await {
             write_all(to, bytes).await?;
@@ -249,14 +289,31 @@ async fn write_all(to: &OwnedWriteHalf, mut bytes: &[u8]) -> io::Result<()> {
 }
 
 /// Looks for the tripwire's pattern in what came by on this connection; takes the wire down when it strikes.
-fn strike(shared: &Shared, way: Way, seen: &mut Vec<u8>, bytes: &[u8]) -> Option<Trip> {
+fn strike(shared: &Shared, way: Way, seen: &mut Vec<u8>, bytes: &[u8], armed: &AtomicU64) -> Option<Trip> {
     let mut tripwire = shared.tripwire.lock().expect("no panic under the lock");
-    let Some(wire) = tripwire.as_ref().filter(|wire| wire.way == way) else {
+    let Some(wire) = tripwire.as_ref() else {
         seen.clear();
         return None;
     };
     seen.extend_from_slice(bytes);
-    if seen.windows(wire.pattern.len()).any(|window| window == wire.pattern) {
+    if let Some(behind) = wire.behind.as_ref().filter(|_| armed.load(Ordering::Relaxed) != wire.number) {
+        match find(seen, behind) {
+            Some(at) if way == Way::ToServer => {
+                armed.store(wire.number, Ordering::Relaxed);
+                seen.drain(..at + behind.len());
+            }
+            // What might be the beginning stays.
+            _ => {
+                seen.drain(..seen.len().saturating_sub(behind.len() - 1));
+                return None;
+            }
+        }
+    }
+    if way != wire.way {
+        seen.clear();
+        return None;
+    }
+    if find(seen, &wire.pattern).is_some() {
         seen.clear();
         let wire = tripwire.take()?;
         // Before the answer: whoever has it may open the way again at once.
@@ -270,4 +327,8 @@ fn strike(shared: &Shared, way: Way, seen: &mut Vec<u8>, bytes: &[u8]) -> Option
     // What might be the pattern's beginning stays.
     seen.drain(..seen.len().saturating_sub(wire.pattern.len() - 1));
     None
+}
+
+fn find(bytes: &[u8], pattern: &[u8]) -> Option<usize> {
+    bytes.windows(pattern.len()).position(|window| window == pattern)
 }

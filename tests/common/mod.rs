@@ -9,6 +9,7 @@
 pub mod compare;
 pub mod copy;
 pub mod link;
+pub mod load;
 pub mod pair;
 pub mod pgbench;
 pub mod proxy;
@@ -23,6 +24,11 @@ pub use proxy::{Proxy, ProxyConfig};
 
 /// How long anything that must happen may take: long, since machines are slow now and then, and no test times anything.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// True before a release: everything longer.
+pub fn proof() -> bool {
+    std::env::var_os("CROSSFADE_PROOF").is_some()
+}
 
 /// Waits until a condition holds, looking every 10 ms.
 ///
