@@ -465,7 +465,11 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
+        let segment = processes::shared_memory(&self.data());
         self.kill9();
+        if let Some(segment) = segment {
+            processes::release(&segment);
+        }
         drop(fs::remove_dir_all(&self.dir));
         self.watchdog.release();
     }

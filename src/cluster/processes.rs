@@ -86,6 +86,20 @@ pub fn kill_all(data: &Path) {
     }
 }
 
+/// The server's segment of System V shared memory, by which it knows that it is the only one on its data. It outlives a SIGKILL, and a machine
+/// has some thousands of them at most.
+pub fn shared_memory(data: &Path) -> Option<String> {
+    let lock = fs::read_to_string(data.join("postmaster.pid")).ok()?;
+    // The seventh line: its key and its id.
+    Some(lock.lines().nth(6)?.split_whitespace().nth(1)?.to_owned())
+}
+
+/// Gives it back, once the server is gone.
+pub fn release(segment: &str) {
+    let quiet = || std::process::Stdio::null();
+    drop(std::process::Command::new("ipcrm").args(["-m", segment]).stdout(quiet()).stderr(quiet()).status());
+}
+
 /// Freezes all processes of a server.
 pub fn freeze_all(data: &Path) {
     let mut frozen = Vec::new();

@@ -31,8 +31,7 @@ CREATE TABLE IF NOT EXISTS crossfade.history (
 
 -- An epoch of a phase with a mirror is an empty table crossfade.epoch_<n>, on both sides: each transaction that may write holds its ACCESS SHARE
 -- lock, and whoever moves takes it alone. Made only while the row has not passed it, and dropped in the transaction that writes a later row.
-CREATE OR REPLACE FUNCTION crossfade.open_epoch(n bigint) RETURNS void LANGUAGE plpgsql
-    SET search_path = pg_catalog, pg_temp SET crossfade.installing = 'on' AS $$
+CREATE OR REPLACE FUNCTION crossfade.open_epoch(n bigint) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
     IF to_regclass('crossfade.epoch_' || n) IS NOT NULL THEN
         RETURN;
@@ -42,7 +41,10 @@ BEGIN
         RAISE EXCEPTION 'epoch % of this migration is over', n USING ERRCODE = 'undefined_table';
     END IF;
     EXECUTE format('CREATE TABLE IF NOT EXISTS crossfade.epoch_%s ()', n);
+    -- For `note_ddl`. (A SET clause of the function would need a superuser.)
+    PERFORM set_config('crossfade.installing', 'on', true);
     EXECUTE format('GRANT SELECT ON crossfade.epoch_%s TO PUBLIC', n);
+    PERFORM set_config('crossfade.installing', 'off', true);
 END $$;
 
 -- Waits for whoever holds an epoch before this one, and ends it.
