@@ -10,7 +10,7 @@ const SCHEMA: &str = "
     CREATE TABLE log (what text);
     CREATE TABLE seen (what text PRIMARY KEY);
     CREATE TABLE secrets (id int PRIMARY KEY, body text);
-    CREATE TABLE late (id int PRIMARY KEY DEFERRABLE, body text);
+    CREATE TABLE deferred (id int PRIMARY KEY DEFERRABLE, body text);
     CREATE FUNCTION log_it(w text) RETURNS void LANGUAGE sql VOLATILE AS $$ INSERT INTO seen VALUES (w) $$;";
 
 /// Clients need no password, servers get it.
@@ -227,8 +227,8 @@ async fn a_deferrable_key_stays_one_row_when_a_commit_is_late() {
     // The mirror's COMMIT of the first row waits for a lock that the test holds.
     let slow = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN \
         IF NEW.body = 'first' THEN PERFORM pg_advisory_xact_lock(77); END IF; RETURN NULL; END $$; \
-        CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON late DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slow(); \
-        ALTER TABLE late ENABLE ALWAYS TRIGGER slow";
+        CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON deferred DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION slow(); \
+        ALTER TABLE deferred ENABLE ALWAYS TRIGGER slow";
     on(&pair.databases.new, slow).await;
     let version = "SELECT last_value FROM crossfade.version";
     common::until("the proxy knows the trigger", async || {
@@ -242,17 +242,17 @@ async fn a_deferrable_key_stays_one_row_when_a_commit_is_late() {
     let held = pair.databases.new.client(common::pair::DATABASE).await.expect("connects");
     held.batch_execute("SELECT pg_advisory_lock(77)").await.expect("locks");
     let (first, second) = (pair.client().await, pair.client().await);
-    first.batch_execute("INSERT INTO late VALUES (1, 'first')").await.expect("is committed on old");
+    first.batch_execute("INSERT INTO deferred VALUES (1, 'first')").await.expect("is committed on old");
     common::until("the mirror's COMMIT waits", async || {
         let waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 77 AND NOT granted";
         on(&pair.databases.new, waits).await == "1"
     })
     .await;
     let writing =
-        tokio::spawn(async move { second.batch_execute("UPDATE late SET body = 'second' WHERE id = 1").await });
+        tokio::spawn(async move { second.batch_execute("UPDATE deferred SET body = 'second' WHERE id = 1").await });
     tokio::time::sleep(std::time::Duration::from_millis(500)).await;
     held.batch_execute("SELECT pg_advisory_unlock(77)").await.expect("unlocks");
     writing.await.expect("ends").expect("updates");
     pair.settle_and_assert_equal().await;
-    assert_eq!(on(&pair.databases.new, "SELECT body FROM late").await, "second");
+    assert_eq!(on(&pair.databases.new, "SELECT body FROM deferred").await, "second");
 }
