@@ -34,7 +34,7 @@ pub async fn install(client: &Client, side: Side) -> Result<(), Error> {
     }
     // Concurrent runs would collide in the system catalogs.
     let sql = format!(
-        "BEGIN; SET LOCAL client_min_messages = warning; SET LOCAL search_path = pg_catalog; SET LOCAL crossfade.installing = on; \
+        "BEGIN; SET LOCAL client_min_messages = warning; SET LOCAL search_path = pg_catalog; \
          SELECT pg_advisory_xact_lock(hashtextextended('crossfade.install', 0)); {SCHEMA_SQL}; SELECT crossfade.incarnate(); COMMIT"
     );
     if let Err(error) = client.batch_execute(&sql).await {
