@@ -303,21 +303,25 @@ impl Session {
                 _ => Verdict::Drop,
             },
             b'D' => {
-                let frame = self.server.inb[payload].to_vec();
-                let (count, kept, hidden) = frame::cut_row(&frame).map_err(wrong)?;
+                // Out of the session while its row is read, instead of a copy: rows may be large, and there may be many.
+                let inb = std::mem::take(&mut self.server.inb);
+                let (count, kept, hidden) = frame::cut_row(&inb[payload]).map_err(wrong)?;
                 if let Some(hidden) = hidden {
                     self.capture(cut, hidden);
                 }
-                if cut.capture.returning {
-                    let mut row = BytesMut::with_capacity(kept.len() + 8);
-                    frame::put(&mut row, b'D', |out| {
-                        bytes::BufMut::put_i16(out, count - 1);
-                        out.extend_from_slice(kept);
-                    });
-                    Verdict::Replace(row)
-                } else {
-                    Verdict::Drop
-                }
+                let verdict = match cut.capture.returning {
+                    true => {
+                        let mut row = BytesMut::with_capacity(kept.len() + 8);
+                        frame::put(&mut row, b'D', |out| {
+                            bytes::BufMut::put_i16(out, count - 1);
+                            out.extend_from_slice(kept);
+                        });
+                        Verdict::Replace(row)
+                    }
+                    false => Verdict::Drop,
+                };
+                self.server.inb = inb;
+                verdict
             }
             b'C' if hold => {
                 self.held.complete = Some(Bytes::copy_from_slice(&self.server.inb[at..at + total]));

@@ -22,7 +22,7 @@ const SCHEMA: &str = "CREATE TABLE notes (id int PRIMARY KEY, body text);
     INSERT INTO witness VALUES (1, 0);";
 
 /// The most that the proxy may hold, whatever it is sent: the settings' buffers for a few sessions, and what a build without optimisation takes.
-const MEMORY_MAX: u64 = 256 << 20;
+const MEMORY_MAX: u64 = 200 << 20;
 
 /// Two servers that ask for no password, the proxy before them, and a session that must not notice anything.
 struct Stage {
