@@ -1,5 +1,6 @@
 //! What all sessions and jobs of one proxy share, handed to them as a value.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
@@ -212,13 +213,15 @@ pub struct Worker {
     pub bells: Bells,
     /// Limits their waits.
     pub clock: Clock,
+    /// Taints of all tables, as the ledger holds them, in this generation of definitions: each transaction has them at hand.
+    pub taints: RefCell<(u64, Bytes)>,
 }
 
 impl Worker {
     /// With so many mirror sessions at most on each side.
     pub fn new(shared: Arc<Shared>, connections: usize) -> Worker {
         let pools = Sides { old: Pool::new(Side::Old, connections), new: Pool::new(Side::New, connections) };
-        Worker { shared, pools, bells: Bells::default(), clock: Clock::default() }
+        Worker { shared, pools, bells: Bells::default(), clock: Clock::default(), taints: RefCell::default() }
     }
 }
 

@@ -10,7 +10,7 @@ use tracing::{debug, warn};
 use super::enter::refused_entry;
 use super::expect::{Done, Expected, Kind, To};
 use super::follow::commit_mirror;
-use super::prove::{Doubt, taints};
+use super::prove::Doubt;
 use super::{Carry, End, Held, Kept, Session};
 use crate::clock::Late;
 use crate::config::Commit;
@@ -325,7 +325,7 @@ impl Session {
 
     /// `best-effort`: only the question whether the plans were those of the definitions that hold.
     fn put_proof(&mut self, id: i64, version: i64) {
-        let unproven = taints(self.world.catalog.tables.keys().copied());
+        let unproven = self.worker.all_tainted(&self.world);
         let (id, version) = (id.to_be_bytes(), version.to_be_bytes());
         let values = [Some(&id[..]), Some(&version[..]), Some(&unproven[..])];
         self.put_ours(PROVE_NAME, PROVE.as_bytes(), &PROVE_TYPES, &values, To::Us);
@@ -346,7 +346,7 @@ impl Session {
         let pid = backend.map(|backend| backend.pid.to_be_bytes());
         let start = backend.map(|backend| backend.start.to_be_bytes());
         let incarnation = backend.map(|backend| backend.incarnation);
-        let unproven = version.map(|_| taints(self.world.catalog.tables.keys().copied()));
+        let unproven = version.map(|_| self.worker.all_tainted(&self.world));
         let version = version.map(i64::to_be_bytes);
         let values = [
             Some(&id[..]),

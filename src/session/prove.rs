@@ -21,7 +21,7 @@ use crate::ledger::debts::{Debt, decode, encode};
 use crate::mirror::conn::Carrier;
 use crate::mirror::pool::Lease;
 use crate::phase::Side;
-use crate::shared::{Shared, World};
+use crate::shared::{Shared, Worker, World};
 
 /// How long the definitions of one version are waited for, once the mirror's transaction is given up.
 const LATE: Duration = Duration::from_secs(30);
@@ -145,8 +145,19 @@ impl Doubt {
     }
 }
 
+impl Worker {
+    /// Taints of all tables of this world, for the ledger.
+    pub(super) fn all_tainted(&self, world: &World) -> Bytes {
+        let mut known = self.taints.borrow_mut();
+        if known.0 != world.generation {
+            *known = (world.generation, taints(world.catalog.tables.keys().copied()));
+        }
+        known.1.clone()
+    }
+}
+
 /// Taints of these tables, for the ledger.
-pub(super) fn taints(tables: impl Iterator<Item = u32>) -> Bytes {
+fn taints(tables: impl Iterator<Item = u32>) -> Bytes {
     let mut out = BytesMut::new();
     tables.for_each(|table| encode(&Debt::Taint { table }, &mut out));
     out.freeze()

@@ -4,7 +4,7 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use bytes::BytesMut;
+use bytes::{BufMut, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::stream::Stream;
@@ -53,8 +53,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Conn<S> {
             return Poll::Pending;
         }
         // A frame that is larger than one read is read in larger steps.
-        self.inb.reserve(if self.inb.len() >= READ { READ * 4 } else { READ });
-        let polled = tokio_util::io::poll_read_buf(Pin::new(&mut self.stream), cx, &mut self.inb);
+        let additional = if self.inb.len() >= READ { READ * 4 } else { READ };
+        self.inb.reserve(additional);
+        // Not whatever the buffer has room for: the limits of what a session holds are looked at between reads.
+        let mut room = BufMut::limit(&mut self.inb, additional);
+        let polled = tokio_util::io::poll_read_buf(Pin::new(&mut self.stream), cx, &mut room);
         self.closed = matches!(polled, Poll::Ready(Ok(0) | Err(_)));
         polled
     }
@@ -129,4 +132,22 @@ pub fn pass(from: &mut BytesMut, to: &mut BytesMut, count: usize) {
     }
     to.extend_from_slice(&from[..count]);
     bytes::Buf::advance(from, count);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt;
+
+    /// Buffers change places (`pass`), so that one with much room comes to be read into: what it then takes must not depend on that room.
+    #[tokio::test]
+    async fn a_read_takes_no_more_than_asked_for() {
+        let (mut far, near) = tokio::io::duplex(1 << 20);
+        far.write_all(&vec![b'x'; 1 << 20]).await.expect("fits");
+        let mut conn = Conn::new(near, BytesMut::with_capacity(4 << 20));
+        conn.fill().await.expect("reads");
+        assert_eq!(conn.inb.len(), READ);
+        conn.fill().await.expect("reads");
+        assert_eq!(conn.inb.len(), READ + READ * 4);
+    }
 }
