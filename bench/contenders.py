@@ -285,6 +285,22 @@ class MirrorDown(Crossfade):
         self.way.stop()
 
 
+def make(options, name, old, new, directory):
+    """A contender by its name. Those that only write old share a database; those that write both have one each."""
+    path = os.path.join(directory, name.replace(" ", "-"))
+    makers = {
+        "direct": lambda: Direct(old, "single"),
+        "raw-relay": lambda: RawRelay(old, "single", path, options.relay),
+        "pgbouncer": lambda: PgBouncer(old, "single", path),
+        "crossfade old": lambda: Crossfade(old, new, "single", path, options.crossfade, "old"),
+        "pgpool": lambda: Pgpool(old, new, "pgpool", path, 64),
+        "crossfade dual-write": lambda: Crossfade(old, new, "dual", path, options.crossfade, "dual-write"),
+        "crossfade mirror down": lambda: MirrorDown(old, new, "down", path, options.crossfade, options.relay),
+        "by hand": lambda: ByHand(old, new, "hand", path, options.relay, options.crossfade),
+    }
+    return makers[name]()
+
+
 def debt(gauges):
     """Everything that is not known to be equal on both sides. Infinite where it cannot be known."""
     if not gauges:
