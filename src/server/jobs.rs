@@ -12,7 +12,7 @@ use tracing::{debug, error, info, warn};
 
 use super::Stop;
 use crate::catalog::{definitions, fingerprint};
-use crate::ledger::clear::{ClearError, Clearing, flush_and_clear};
+use crate::ledger::clear::{self, ClearError, Clearing, flush_and_clear};
 use crate::migrate::repair::Repair;
 use crate::migrate::{self, Pair};
 use crate::phase::Side;
@@ -22,6 +22,9 @@ use crate::switch::renew::renew;
 
 /// How often debts that were paid are cleared.
 const CLEAR: Duration = Duration::from_millis(200);
+
+/// How often a ledger that was cleared is vacuumed.
+const VACUUM: Duration = Duration::from_secs(10);
 
 /// How long after a closed gate a move is tried again; and after one that held clients in vain.
 const MOVE_AGAIN: Duration = Duration::from_secs(1);
@@ -102,13 +105,18 @@ impl Hands {
 /// Debts whose mirror transactions have answered COMMIT: one flushed commit on the mirror, then their ledger rows go, in batches.
 async fn clear(shared: Arc<Shared>) {
     let mut hands = Hands::default();
+    let mut vacuumed = Instant::now();
+    let mut room = false;
     loop {
         tokio::time::sleep(CLEAR).await;
         // While a batch is under way the queue is not empty: the end of the proxy waits for it.
         shared.paid.carrying.fetch_add(1, Ordering::SeqCst);
         let cleared = match shared.paid.take() {
             paid if paid.is_empty() => Ok(()),
-            paid => clear_batch(&shared, &mut hands, paid).await,
+            paid => {
+                room = true;
+                clear_batch(&shared, &mut hands, paid).await
+            }
         };
         let failed = cleared.is_err();
         if let Err((rest, error)) = cleared {
@@ -120,6 +128,13 @@ async fn clear(shared: Arc<Shared>) {
         shared.paid.carrying.fetch_sub(1, Ordering::SeqCst);
         if failed {
             tokio::time::sleep(CLEAR * 2).await;
+        } else if room && vacuumed.elapsed() > VACUUM {
+            (room, vacuumed) = (false, Instant::now());
+            if let Ok(Some((authority, _))) = hands.get(&shared, "crossfade clear").await
+                && let Err(error) = clear::vacuum(authority).await
+            {
+                debug!(%error, "the ledger could not be vacuumed");
+            }
         }
     }
 }
