@@ -2,6 +2,7 @@
 
 mod backfill;
 mod check;
+mod sweep;
 mod uninstall;
 mod verify;
 
@@ -22,6 +23,7 @@ use crate::switch::rows::{self, Holds, Verdict};
 
 pub use backfill::{BackfillArguments, backfill};
 pub use check::check;
+pub use sweep::{SweepArguments, sweep};
 pub use uninstall::uninstall;
 pub use verify::{VerifyArguments, verify};
 

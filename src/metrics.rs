@@ -46,6 +46,18 @@ pub struct Metrics {
     pub taints: IntCounterVec,
     backfill_rows: IntCounterVec,
     backfill_progress: GaugeVec,
+    /// Bytes of write-ahead log that a server keeps for the sweep's slot, by side.
+    pub sweep_retained_bytes: IntGaugeVec,
+    /// Bytes of write-ahead log of the authority that have not been swept, while this proxy sweeps.
+    pub sweep_behind_bytes: IntGauge,
+    /// Changes of migrating tables that this proxy has swept.
+    pub sweep_changes: IntCounter,
+    /// Keys that this proxy's sweep has entered as debts.
+    pub sweep_owed: IntCounter,
+    /// Taints that this proxy's sweep has cleared.
+    pub sweep_taints_cleared: IntCounter,
+    /// Slots that were given up: what is written before the next one begins is not swept.
+    pub sweep_lost: IntCounter,
     /// 1 while this proxy's file says another phase than holds, and nothing is done about it.
     pub file_disagrees: IntGauge,
     /// Files that were refused.
@@ -122,6 +134,17 @@ impl Metrics {
                 r.register(Box::new(vec.clone()))?;
                 vec
             },
+            sweep_retained_bytes: gauges(
+                r,
+                "sweep_retained_bytes",
+                "Bytes of write-ahead log that a server keeps for the sweep's slot",
+                &["side"],
+            )?,
+            sweep_behind_bytes: gauge(r, "sweep_behind_bytes", "Bytes of write-ahead log that were not swept yet")?,
+            sweep_changes: counter(r, "sweep_changes_total", "Changes of migrating tables that were swept")?,
+            sweep_owed: counter(r, "sweep_owed_keys_total", "Keys that a sweep has entered as debts")?,
+            sweep_taints_cleared: counter(r, "sweep_taints_cleared_total", "Taints that a sweep has cleared")?,
+            sweep_lost: counter(r, "sweep_lost_total", "Slots that were given up")?,
             file_disagrees: gauge(r, "file_disagrees", "1 while the file says another phase than the one that holds")?,
             config_reload_failures: counter(
                 r,

@@ -16,6 +16,7 @@ use crate::catalog::{Catalog, Sides};
 use crate::clock::Clock;
 use crate::config::{Config, Database};
 use crate::metrics::Metrics;
+use crate::migrate::sweep::AtWork;
 use crate::mirror::health::Health;
 use crate::mirror::pool::Pool;
 use crate::phase::{Phase, Side};
@@ -150,6 +151,8 @@ pub struct Shared {
     pub owed: Notify,
     /// The file may want another phase.
     pub wanted: Notify,
+    /// This proxy's sweep, while it is at work.
+    pub sweep: Arc<AtWork>,
     /// A control connection to the ledger of a side, for debts that say more than is owed.
     pub ledger: tokio::sync::Mutex<Option<(Side, tokio_postgres::Client)>>,
     /// Held by whoever changes the world.

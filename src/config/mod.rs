@@ -61,6 +61,8 @@ pub struct Config {
     pub federate: bool,
     /// Continuous verification.
     pub verify: Verify,
+    /// Change capture as a safety net.
+    pub sweep: Sweep,
     /// What is asked of new before it becomes authority.
     pub expect: Expect,
     /// Roles that may use the admin console; default: the control role of old's URL.
@@ -249,6 +251,24 @@ pub enum Backfill {
 pub struct Verify {
     /// The share of rows verified all the time. Default 0%.
     pub continuous: Share,
+}
+
+/// Change capture as a safety net.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Sweep {
+    /// The proxy sweeps. Default false.
+    #[serde(deserialize_with = "units::flag")]
+    pub follow: bool,
+    /// Bytes of write-ahead log that a server may keep for a slot; past it the slot is dropped. Default 10 GiB.
+    #[serde(deserialize_with = "units::size")]
+    pub retain: usize,
+}
+
+impl Default for Sweep {
+    fn default() -> Sweep {
+        Sweep { follow: false, retain: 10 << 30 }
+    }
 }
 
 /// What `check` and the gates ask of new before it becomes authority. None: nothing is asked.

@@ -11,8 +11,8 @@ use serde::de::Deserializer;
 use super::locate::{Step, duplicate, locate, path_text};
 use super::tables::qualified;
 use super::{
-    AuthMethod, Commit, Config, Database, Expect, Limits, Log, Mirror, Move, OtherDatabases, TableRule, Tls, User,
-    Verify, env, units,
+    AuthMethod, Commit, Config, Database, Expect, Limits, Log, Mirror, Move, OtherDatabases, Sweep, TableRule, Tls,
+    User, Verify, env, units,
 };
 use crate::phase::Phase;
 
@@ -122,6 +122,8 @@ struct RawConfig {
     federate: bool,
     #[serde(default)]
     verify: Verify,
+    #[serde(default)]
+    sweep: Sweep,
     admins: Option<Vec<String>>,
     #[serde(default)]
     expect: Expect,
@@ -165,6 +167,7 @@ fn finish(raw: RawConfig) -> Config {
         fence: raw.fence,
         federate: raw.federate,
         verify: raw.verify,
+        sweep: raw.sweep,
         expect: raw.expect,
         limits: raw.limits,
         log: raw.log,

@@ -73,6 +73,8 @@ pub fn start(shared: &Arc<Shared>) {
     tokio::spawn(observe(shared.clone()));
     tokio::spawn(crate::switch::learn::follow(shared.clone()));
     tokio::spawn(move_phase(shared.clone()));
+    tokio::spawn(super::sweep::follow(shared.clone()));
+    tokio::spawn(super::sweep::watch(shared.clone()));
 }
 
 /// The two control connections of a job, opened anew where they were lost or the authority has changed.
@@ -228,6 +230,7 @@ async fn open_repair(shared: &Shared, mirror: Side) -> Result<Repair, Box<dyn st
     let pair = Pair::new(mirror.other(), authority, second, migrate::Settings::default()).await?;
     let mut repair = Repair::new(pair, world.catalog.clone());
     repair.leaves_backfills = Some(BACKFILL);
+    repair.leaves_taints = Some(shared.sweep.clone());
     Ok(repair)
 }
 

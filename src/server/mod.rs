@@ -4,6 +4,7 @@ pub mod http;
 mod jobs;
 mod listen;
 mod logins;
+pub mod sweep;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -113,6 +114,7 @@ fn share(config: Config) -> Result<Shared, RunError> {
         intent: std::sync::Mutex::new(intent),
         owed: Notify::new(),
         wanted: Notify::new(),
+        sweep: Default::default(),
         ledger: Default::default(),
         switching: tokio::sync::Mutex::new(()),
         ready: std::sync::atomic::AtomicBool::new(false),

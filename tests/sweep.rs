@@ -1,0 +1,277 @@
+//! `crossfade sweep` on real servers: what goes around the proxy is found and repaired, taints are spent without a walk, slots do not fill disks.
+
+mod common;
+
+use common::link::{Link, Trip, Way};
+use common::pair::{CONTROL, DATABASE, Pair};
+use common::{Databases, Proxy, until};
+
+const LOGICAL: &[(&str, &str)] = &[("wal_level", "logical")];
+const FOLLOW: &str = "sweep: { follow: true }";
+
+/// Two servers whose logs can be decoded, in `dual-write`, nothing owed.
+async fn dual_write(schema: &str, more: &str) -> Pair {
+    let databases = Databases::start(LOGICAL).await;
+    databases.run_on_both(schema).await;
+    let mut proxy = Proxy::start(databases.proxy_config("old", more)).await;
+    proxy.set_phase("dual-write").await;
+    proxy.settle().await;
+    let pair = Pair { proxy, databases };
+    if more.contains("follow: true") {
+        until("the sweep follows", async || {
+            pair.proxy.log().matches("the sweep follows").count() > 0 && slot(&pair).await
+        })
+        .await;
+    }
+    pair
+}
+
+/// The sweep reads a slot of old.
+async fn slot(pair: &Pair) -> bool {
+    let text = "SELECT count(*) FROM pg_replication_slots WHERE confirmed_flush_lsn IS NOT NULL";
+    pair.databases.old.psql(DATABASE, text).await.expect("reads").trim() == "1"
+}
+
+/// Writes around the proxy, as the application's role.
+async fn around(pair: &Pair, script: &str) {
+    let script = format!("SET ROLE app;\n{script}");
+    pair.databases.old.psql(DATABASE, &script).await.unwrap_or_else(|error| panic!("{script}: {error}"));
+}
+
+/// All that was written by now is swept: what the command said, and its status.
+async fn sweep(proxy: &Proxy) -> (String, Option<i32>) {
+    let output = proxy.crossfade(&["sweep"]).await;
+    let said = [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned()).join("");
+    (said, output.status.code())
+}
+
+async fn swept(pair: &Pair) -> String {
+    let (said, status) = sweep(&pair.proxy).await;
+    assert_eq!(status, Some(0), "{said}");
+    said
+}
+
+async fn on_new(pair: &Pair, sql: &str) -> String {
+    pair.databases.new.psql(DATABASE, sql).await.expect(sql).trim().to_owned()
+}
+
+const EVERYTHING: &str = "
+CREATE TYPE mood AS ENUM ('sad', 'ok');
+CREATE TABLE t (k int PRIMARY KEY, v text);
+CREATE TABLE words (w text, n numeric, m mood, d date, PRIMARY KEY (w, n, m, d), v text);
+CREATE TABLE lists (k int[] PRIMARY KEY, v text);
+CREATE TABLE parent (id bigint PRIMARY KEY);
+CREATE TABLE child (id bigint PRIMARY KEY, parent bigint REFERENCES parent ON DELETE CASCADE ON UPDATE CASCADE);
+CREATE TABLE parts (k int, v text, PRIMARY KEY (k)) PARTITION BY RANGE (k);
+CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (0) TO (100);
+CREATE TABLE \"Parts 2\" PARTITION OF parts FOR VALUES FROM (100) TO (200);
+CREATE TABLE audited (k int PRIMARY KEY, v text);
+CREATE TABLE audit (id uuid DEFAULT gen_random_uuid() PRIMARY KEY, k int);
+CREATE TABLE emptied (k int PRIMARY KEY);
+CREATE TABLE rewritten (k int PRIMARY KEY, n int);
+CREATE TABLE bare (k text COLLATE \"C\" NOT NULL UNIQUE, v text);
+CREATE TABLE \"Odd 'name'\" (\"a \"\"b\" text PRIMARY KEY, v text);
+CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN INSERT INTO audit (k) VALUES (NEW.k); RETURN NULL; END';
+CREATE TRIGGER noted AFTER INSERT OR UPDATE ON audited FOR EACH ROW EXECUTE FUNCTION note();
+CREATE FUNCTION add(at int) RETURNS int LANGUAGE sql AS 'INSERT INTO t VALUES (at, ''by a function'') RETURNING k';
+CREATE PROCEDURE twice(at int) LANGUAGE plpgsql AS 'BEGIN INSERT INTO t VALUES (at, ''one''); COMMIT; INSERT INTO t VALUES (at + 1, ''two''); END';
+INSERT INTO t SELECT n, 'row ' || n FROM generate_series(1, 200) n;
+INSERT INTO words SELECT 'w' || n, n, 'ok', '2026-01-01', 'x' FROM generate_series(1, 20) n;
+INSERT INTO lists VALUES ('{1,2}', 'a'), ('{3}', 'b');
+INSERT INTO parent SELECT generate_series(1, 20);
+INSERT INTO child SELECT n, n FROM generate_series(1, 20) n;
+INSERT INTO parts SELECT n, 'x' FROM generate_series(1, 150) n;
+INSERT INTO emptied SELECT generate_series(1, 10);
+INSERT INTO rewritten SELECT n, n FROM generate_series(1, 10) n;
+INSERT INTO bare SELECT 'b' || n, 'x' FROM generate_series(1, 10) n;
+INSERT INTO \"Odd 'name'\" VALUES ('it''s', 'x'), ('\\', 'y');
+";
+
+/// Every kind of write that the proxy does not see, in types of keys that are written in every way.
+#[tokio::test(flavor = "multi_thread")]
+async fn writes_around_the_proxy_are_repaired() {
+    let pair = dual_write(EVERYTHING, FOLLOW).await;
+    for script in [
+        "INSERT INTO t VALUES (1001, 'it''s \\ new'); UPDATE t SET v = NULL WHERE k = 1; DELETE FROM t WHERE k = 2; UPDATE t SET k = 2002 WHERE k = 3;",
+        "BEGIN; UPDATE t SET k = -k WHERE k BETWEEN 10 AND 20; SAVEPOINT a; DELETE FROM t; ROLLBACK TO a; INSERT INTO t VALUES (10, 'back'); COMMIT;",
+        "UPDATE words SET v = 'around', n = n + 0.50 WHERE n < 5; DELETE FROM words WHERE n = 6; INSERT INTO words VALUES ('q''\"\\ {,}', -1.50, 'sad', '1999-12-31', ''), ('NULL', 'NaN', 'ok', 'infinity', NULL);",
+        "UPDATE lists SET v = 'c' WHERE k = '{3}'; INSERT INTO lists VALUES ('{7,NULL}', 'd'); DELETE FROM lists WHERE k = '{1,2}';",
+        "DELETE FROM parent WHERE id = 1; UPDATE parent SET id = 100 WHERE id = 2;",
+        "UPDATE parts SET v = 'y' WHERE k % 10 = 0; UPDATE parts SET k = k + 100 WHERE k < 5; DELETE FROM parts WHERE k = 9; INSERT INTO parts VALUES (0, 'new');",
+        "INSERT INTO audited VALUES (1, 'a'), (2, 'b'); UPDATE audited SET v = 'c';",
+        "DO $$ BEGIN FOR n IN 300..309 LOOP INSERT INTO t VALUES (n, 'do'); END LOOP; END $$; SELECT add(400); CALL twice(500);",
+        "MERGE INTO t USING (VALUES (600), (5)) AS s (k) ON t.k = s.k WHEN MATCHED THEN UPDATE SET v = 'merged' WHEN NOT MATCHED THEN INSERT VALUES (s.k, 'merged');",
+        "WITH gone AS (DELETE FROM t WHERE k = 6 RETURNING k) INSERT INTO t SELECT k + 700, 'moved' FROM gone; COPY t FROM STDIN;\n801\tcopied\n802\t\\N\n\\.\n",
+        "TRUNCATE emptied; INSERT INTO emptied VALUES (77);",
+        "ALTER TABLE rewritten ALTER n TYPE int USING n * 10;",
+        "UPDATE bare SET k = 'other' WHERE k = 'b1'; DELETE FROM bare WHERE k = 'b2'; INSERT INTO bare VALUES ('b11', 'new');",
+        "UPDATE \"Odd 'name'\" SET v = 'z'; DELETE FROM \"Odd 'name'\" WHERE v = 'q'; INSERT INTO \"Odd 'name'\" VALUES ('''''', 'q'), ('\"', 'r');",
+    ] {
+        around(&pair, script).await;
+    }
+    swept(&pair).await;
+    assert!(pair.settle_and_assert_equal().await > 300);
+    assert_eq!(on_new(&pair, "SELECT n FROM rewritten WHERE k = 7").await, "70");
+    let log = pair.proxy.log();
+    assert!(
+        log.contains("public.bare: its replica identity on old does not hold its key"),
+        "it is said what sweep lacks"
+    );
+    assert!(log.contains("no key says where: the whole table is owed table=public.emptied"), "{log}");
+    // What goes through the proxy is not owed again, also where no key can be read.
+    let before = pair.proxy.log().matches("no key says where").count();
+    let client = pair.client().await;
+    client
+        .batch_execute(
+            "TRUNCATE emptied; UPDATE bare SET v = 'through', k = k || 'x'; DELETE FROM bare WHERE k = 'b3x'",
+        )
+        .await
+        .expect("writes");
+    swept(&pair).await;
+    pair.settle_and_assert_equal().await;
+    assert_eq!(pair.proxy.log().matches("no key says where").count(), before, "proxied writes are known");
+}
+
+/// A partition that nobody has told of, rows in it, and one that is taken away.
+#[tokio::test(flavor = "multi_thread")]
+async fn partitions_that_come_and_go_around_the_proxy_are_followed() {
+    let schema = "CREATE TABLE parts (k int PRIMARY KEY, v text) PARTITION BY RANGE (k); CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (0) TO (100); \
+        INSERT INTO parts SELECT n, 'x' FROM generate_series(1, 90) n";
+    let pair = dual_write(schema, FOLLOW).await;
+    let more = "CREATE TABLE parts_2 PARTITION OF parts FOR VALUES FROM (100) TO (200)";
+    around(&pair, &format!("{more}; INSERT INTO parts SELECT n, 'y' FROM generate_series(100, 150) n")).await;
+    pair.databases.new.psql(DATABASE, &format!("SET ROLE app; {more}")).await.expect("on new, too");
+    around(&pair, "UPDATE parts SET v = 'z' WHERE k > 140; DELETE FROM parts WHERE k = 101; UPDATE parts SET k = k + 100 WHERE k < 5").await;
+    swept(&pair).await;
+    pair.settle_and_assert_equal().await;
+}
+
+/// Interleaving: a statement out of sight taints; the sweep passes its transaction; the taint is spent. A row that differs and that no write
+/// has touched stays different: no walk has cleared the taint.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_taint_is_spent_without_a_walk() {
+    let pair = dual_write(EVERYTHING, FOLLOW).await;
+    on_new(&pair, "UPDATE t SET v = 'planted' WHERE k = 99").await;
+    let client = pair.client().await;
+    let before = pair.proxy.metrics("crossfade_taints_total").await;
+    client.batch_execute("SELECT add(900)").await.expect("a function writes");
+    client.batch_execute("DO $$ BEGIN UPDATE t SET v = 'by do' WHERE k = 50; END $$").await.expect("a block writes");
+    client.batch_execute("CALL twice(910)").await.expect("a procedure writes");
+    client
+        .batch_execute("BEGIN; INSERT INTO audited VALUES (5, 'x'); SELECT add(901); COMMIT")
+        .await
+        .expect("a trigger writes");
+    assert!(pair.proxy.metrics("crossfade_taints_total").await > before, "they taint");
+    until("no table is tainted", async || {
+        pair.proxy.metrics("crossfade_tainted_tables").await == 0.0
+            && pair.proxy.metrics("crossfade_sweep_taints_cleared_total").await > 0.0
+            && ledger(&pair).await == "0"
+    })
+    .await;
+    let (_, differences) = common::compare::compare(&pair.databases.old, &pair.databases.new, DATABASE, &[]).await;
+    assert_eq!(differences.len(), 2, "only what was planted differs: {differences:?}");
+    assert_eq!(on_new(&pair, "SELECT count(*) FROM t WHERE v = 'planted'").await, "1");
+}
+
+async fn ledger(pair: &Pair) -> String {
+    pair.databases.old.psql(DATABASE, "SELECT count(*) FROM crossfade.ledger").await.expect("reads").trim().to_owned()
+}
+
+/// A slot that nobody reads is dropped past its limit, and the next sweep compares everything.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_keeps_too_much_log_is_dropped_loudly() {
+    let schema =
+        "CREATE TABLE t (k int PRIMARY KEY, v text); INSERT INTO t SELECT n, 'x' FROM generate_series(1, 1000) n";
+    let pair = dual_write(schema, "sweep: { retain: 20MiB }").await;
+    let said = swept(&pair).await;
+    assert!(said.contains("0 changes swept") && slot(&pair).await, "{said}");
+    around(&pair, "UPDATE t SET v = 'seen' WHERE k = 1").await;
+    assert!(swept(&pair).await.contains("1 changes swept, 1 keys differed"));
+    // Nobody sweeps any more.
+    around(&pair, "UPDATE t SET v = repeat('y', 1500) WHERE k <= 500").await;
+    for _ in 0..40 {
+        around(&pair, "CREATE TEMP TABLE spill (v text); UPDATE t SET v = repeat('z', 1500) WHERE k <= 500").await;
+    }
+    until("the slot is dropped", async || pair.proxy.metrics("crossfade_sweep_lost_total").await == 1.0).await;
+    assert!(!slot(&pair).await);
+    let log = pair.proxy.log();
+    assert!(
+        log.contains("ERROR") && log.contains("the sweep's slot was dropped") && log.contains("sweep.retain"),
+        "{log}"
+    );
+    around(&pair, "DELETE FROM t WHERE k = 7").await;
+    let said = swept(&pair).await;
+    assert!(said.contains("0 changes swept"), "a slot of its own: {said}");
+    assert_eq!(ledger(&pair).await.as_str() > "0" || pair.proxy.metrics("crossfade_taints_total").await >= 0.0, true);
+    pair.settle_and_assert_equal().await;
+}
+
+/// A sweep of its own, over a line.
+fn consumer(pair: &Pair, link: &Link, dir: &std::path::Path) -> tokio::process::Child {
+    let file = dir.join("crossfade.yaml");
+    let old = format!("postgres://{}:{}@127.0.0.1:{}/{DATABASE}", CONTROL.0, CONTROL.1, link.port());
+    let new = pair.databases.new.url_as(CONTROL.0, CONTROL.1, DATABASE);
+    std::fs::write(&file, format!("listen: 127.0.0.1:1\nold: {old}\nnew: {new}\nphase: dual-write\n")).expect("writes");
+    tokio::process::Command::new(env!("CARGO_BIN_EXE_crossfade"))
+        .args(["sweep", "--follow", "--config"])
+        .arg(&file)
+        .stdout(std::process::Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .expect("runs")
+}
+
+/// The consumer is killed before its debts are entered, and between that and the move of the slot: the next one finds what it has read.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_consumer_that_is_killed_loses_nothing() {
+    let schema =
+        "CREATE TABLE t (k int PRIMARY KEY, v text); INSERT INTO t SELECT n, 'x' FROM generate_series(1, 1000) n";
+    let pair = dual_write(schema, "").await;
+    swept(&pair).await;
+    let dir = tempfile::tempdir().expect("a directory");
+    for (round, message) in ["INSERT INTO crossfade.ledger", "pg_replication_slot_advance"].into_iter().enumerate() {
+        let link = Link::to(pair.databases.old.port()).await;
+        let about_to = link.trip(Way::ToServer, message.as_bytes(), Trip::HoldBefore);
+        around(
+            &pair,
+            &format!("UPDATE t SET v = 'round {round}' WHERE k % 10 = {round}; DELETE FROM t WHERE k = 500 + {round}"),
+        )
+        .await;
+        let mut killed = consumer(&pair, &link, dir.path());
+        tokio::time::timeout(common::PATIENCE, about_to).await.expect("in time").expect("it is about to");
+        killed.start_kill().expect("kills");
+        killed.wait().await.expect("ends");
+        drop(link);
+        until("the killed one's sessions have ended", async || {
+            let text = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'crossfade sweep'";
+            pair.databases.old.psql(DATABASE, text).await.expect("reads").trim() == "0"
+        })
+        .await;
+        let said = swept(&pair).await;
+        assert!(said.contains("101 changes swept") || said.contains("100 changes swept"), "read again: {said}");
+        pair.settle_and_assert_equal().await;
+    }
+}
+
+/// 100,000 rows in one transaction around the proxy.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hundred_thousand_changes_are_swept_in_bounded_memory() {
+    let schema = "CREATE TABLE t (k int PRIMARY KEY, v text); INSERT INTO t SELECT n, repeat('x', 1000) FROM generate_series(1, 100000) n";
+    let pair = dual_write(schema, FOLLOW).await;
+    let before = pair.proxy.peak_memory_bytes();
+    around(&pair, "UPDATE t SET v = repeat('y', 1000)").await;
+    swept(&pair).await;
+    pair.settle_and_assert_equal().await;
+    let grown = pair.proxy.peak_memory_bytes() - before;
+    println!("peak before {} MiB, grown by {} MiB", before >> 20, grown >> 20);
+    assert!(grown < 64 << 20, "grown by {grown} bytes");
+    assert!(pair.proxy.metrics("crossfade_sweep_changes_total").await >= 100_000.0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_logical_decoding_it_is_said_what_is_needed() {
+    let pair = Pair::dual_write("CREATE TABLE t (k int PRIMARY KEY)", "").await;
+    let (said, status) = sweep(&pair.proxy).await;
+    assert_eq!(status, Some(2), "{said}");
+    assert!(said.contains("wal_level = replica") && said.contains("ALTER SYSTEM SET wal_level = 'logical'"), "{said}");
+}
