@@ -18,10 +18,7 @@ async fn dual_write(schema: &str, more: &str) -> Pair {
     proxy.settle().await;
     let pair = Pair { proxy, databases };
     if more.contains("follow: true") {
-        until("the sweep follows", async || {
-            pair.proxy.log().matches("the sweep follows").count() > 0 && slot(&pair).await
-        })
-        .await;
+        until("the sweep follows", async || pair.proxy.log().contains("written there side=old phase=dual-write")).await;
     }
     pair
 }
@@ -97,7 +94,7 @@ async fn writes_around_the_proxy_are_repaired() {
         "UPDATE words SET v = 'around', n = n + 0.50 WHERE n < 5; DELETE FROM words WHERE n = 6; INSERT INTO words VALUES ('q''\"\\ {,}', -1.50, 'sad', '1999-12-31', ''), ('NULL', 'NaN', 'ok', 'infinity', NULL);",
         "UPDATE lists SET v = 'c' WHERE k = '{3}'; INSERT INTO lists VALUES ('{7,NULL}', 'd'); DELETE FROM lists WHERE k = '{1,2}';",
         "DELETE FROM parent WHERE id = 1; UPDATE parent SET id = 100 WHERE id = 2;",
-        "UPDATE parts SET v = 'y' WHERE k % 10 = 0; UPDATE parts SET k = k + 100 WHERE k < 5; DELETE FROM parts WHERE k = 9; INSERT INTO parts VALUES (0, 'new');",
+        "UPDATE parts SET v = 'y' WHERE k % 10 = 0; UPDATE parts SET k = k + 180 WHERE k < 5; DELETE FROM parts WHERE k = 9; INSERT INTO parts VALUES (0, 'new');",
         "INSERT INTO audited VALUES (1, 'a'), (2, 'b'); UPDATE audited SET v = 'c';",
         "DO $$ BEGIN FOR n IN 300..309 LOOP INSERT INTO t VALUES (n, 'do'); END LOOP; END $$; SELECT add(400); CALL twice(500);",
         "MERGE INTO t USING (VALUES (600), (5)) AS s (k) ON t.k = s.k WHEN MATCHED THEN UPDATE SET v = 'merged' WHEN NOT MATCHED THEN INSERT VALUES (s.k, 'merged');",
@@ -141,7 +138,7 @@ async fn partitions_that_come_and_go_around_the_proxy_are_followed() {
     let more = "CREATE TABLE parts_2 PARTITION OF parts FOR VALUES FROM (100) TO (200)";
     around(&pair, &format!("{more}; INSERT INTO parts SELECT n, 'y' FROM generate_series(100, 150) n")).await;
     pair.databases.new.psql(DATABASE, &format!("SET ROLE app; {more}")).await.expect("on new, too");
-    around(&pair, "UPDATE parts SET v = 'z' WHERE k > 140; DELETE FROM parts WHERE k = 101; UPDATE parts SET k = k + 100 WHERE k < 5").await;
+    around(&pair, "UPDATE parts SET v = 'z' WHERE k > 140; DELETE FROM parts WHERE k = 101; UPDATE parts SET k = k + 180 WHERE k < 5").await;
     swept(&pair).await;
     pair.settle_and_assert_equal().await;
 }
@@ -202,7 +199,6 @@ async fn a_slot_that_keeps_too_much_log_is_dropped_loudly() {
     around(&pair, "DELETE FROM t WHERE k = 7").await;
     let said = swept(&pair).await;
     assert!(said.contains("0 changes swept"), "a slot of its own: {said}");
-    assert_eq!(ledger(&pair).await.as_str() > "0" || pair.proxy.metrics("crossfade_taints_total").await >= 0.0, true);
     pair.settle_and_assert_equal().await;
 }
 

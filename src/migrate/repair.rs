@@ -192,13 +192,13 @@ impl Repair {
         Ok(self.pair.authority.rows("reading the ledger", text, &[]).await?[0].get(0))
     }
 
-    /// A sweep at work clears it.
+    /// A sweep at work clears some of it, and leaves the rest to be paid then.
     fn is_left(&self, entry: &Entry) -> bool {
         let Some(sweep) = &self.leaves_taints else { return false };
         entry.age_us < LEFT_US
             && entry.reason.as_deref().is_some_and(|reason| SPENT_BY_SWEEP.contains(&reason))
-            && !entry.debts.is_empty()
-            && entry.debts.iter().all(|debt| matches!(debt, Debt::Taint { table } if sweep.clears(*table)))
+            && entry.debts.iter().all(|debt| matches!(debt, Debt::Taint { .. }))
+            && entry.debts.iter().any(|debt| sweep.clears(debt.table()))
     }
 
     async fn batch(&mut self, entries: Vec<Entry>, incarnation: &str) -> Result<Summary, Error> {

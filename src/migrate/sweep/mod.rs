@@ -367,8 +367,9 @@ impl Sweeper {
             };
             let mut left = BytesMut::new();
             let kept = debts.iter().filter(stays).inspect(|debt| encode(debt, &mut left)).count();
-            // A row without debts is cleared by repair, as all are.
-            let text = "UPDATE crossfade.ledger SET debts = $2 WHERE id = $1 AND debts = $3 AND $2 <> $3";
+            // A row without debts is cleared by repair, as all are; what stays is not left to a sweep any more.
+            let text =
+                "UPDATE crossfade.ledger SET debts = $2, reason = reason || ', swept' WHERE id = $1 AND debts = $3";
             let changed = self.pair.authority.execute("clearing taints", text, &[&id, &&left[..], &bytes]).await?;
             cleared += changed * (debts.len() - kept) as u64;
         }
