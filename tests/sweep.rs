@@ -71,6 +71,7 @@ CREATE TABLE \"Odd 'name'\" (\"a \"\"b\" text PRIMARY KEY, v text);
 CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN INSERT INTO audit (k) VALUES (NEW.k); RETURN NULL; END';
 CREATE TRIGGER noted AFTER INSERT OR UPDATE ON audited FOR EACH ROW EXECUTE FUNCTION note();
 CREATE FUNCTION add(at int) RETURNS int LANGUAGE sql AS 'INSERT INTO t VALUES (at, ''by a function'') RETURNING k';
+CREATE FUNCTION empty_it() RETURNS void LANGUAGE sql AS 'TRUNCATE emptied; INSERT INTO emptied VALUES (55)';
 CREATE PROCEDURE twice(at int) LANGUAGE plpgsql AS 'BEGIN INSERT INTO t VALUES (at, ''one''); COMMIT; INSERT INTO t VALUES (at + 1, ''two''); END';
 INSERT INTO t SELECT n, 'row ' || n FROM generate_series(1, 200) n;
 INSERT INTO words SELECT 'w' || n, n, 'ok', '2026-01-01', 'x' FROM generate_series(1, 20) n;
@@ -158,6 +159,9 @@ async fn a_taint_is_spent_without_a_walk() {
         .batch_execute("BEGIN; INSERT INTO audited VALUES (5, 'x'); SELECT add(901); COMMIT")
         .await
         .expect("a trigger writes");
+    // What no key names is not spent.
+    client.batch_execute("SELECT empty_it()").await.expect("a function empties a table");
+    client.batch_execute("DO $$ BEGIN DELETE FROM bare; END $$").await.expect("a block writes");
     assert!(pair.proxy.metrics("crossfade_taints_total").await > before, "they taint");
     until("no table is tainted", async || {
         pair.proxy.metrics("crossfade_tainted_tables").await == 0.0
@@ -270,4 +274,171 @@ async fn without_logical_decoding_it_is_said_what_is_needed() {
     let (said, status) = sweep(&pair.proxy).await;
     assert_eq!(status, Some(2), "{said}");
     assert!(said.contains("wal_level = replica") && said.contains("ALTER SYSTEM SET wal_level = 'logical'"), "{said}");
+}
+
+/// Two servers, dual-write, the proxy's way to new over a line.
+async fn over_a_link(schema: &str, more: &str) -> (Pair, Link) {
+    let databases = Databases::start(LOGICAL).await;
+    databases.run_on_both(schema).await;
+    let link = Link::to(databases.new.port()).await;
+    let new = format!("postgres://{}:{}@127.0.0.1:{}/{DATABASE}", CONTROL.0, CONTROL.1, link.port());
+    let config = databases.proxy_config("old", more);
+    let mut proxy = Proxy::start(common::ProxyConfig { new, ..config }).await;
+    proxy.set_phase("dual-write").await;
+    proxy.settle().await;
+    (Pair { proxy, databases }, link)
+}
+
+const SYNC: &[u8] = b"S\0\0\0\x04";
+const TABLE: &str =
+    "CREATE TABLE t (k int PRIMARY KEY, v text); INSERT INTO t SELECT n, 'x' FROM generate_series(1, 10) n";
+
+/// Interleaving: T1 writes B over A through the proxy, and its COMMIT is late on the mirror; T2 writes A again around it; the sweep finds A on both
+/// sides; then B arrives.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_is_equal_by_chance_is_not_passed_over() {
+    let (pair, link) = over_a_link(TABLE, "mirror: { timeout: 30s }").await;
+    swept(&pair).await;
+    let held = link.trip_behind(b"the B of T1", Way::ToServer, SYNC, Trip::HoldBefore);
+    let client = pair.client().await;
+    client.batch_execute("UPDATE t SET v = 'the B of T1' WHERE k = 1").await.expect("is acknowledged");
+    held.await.expect("is held");
+    around(&pair, "UPDATE t SET v = 'x' WHERE k = 1").await;
+    assert_eq!(on_new(&pair, "SELECT v FROM t WHERE k = 1").await, "x");
+    let said = swept(&pair).await;
+    assert!(said.contains("1 keys differed"), "{said}");
+    link.release();
+    until("B has arrived, and is repaired", async || ledger(&pair).await == "0").await;
+    pair.settle_and_assert_equal().await;
+    assert_eq!(on_new(&pair, "SELECT v FROM t WHERE k = 1").await, "x");
+}
+
+/// Interleaving: a repairer that walks a table has deleted a row on the mirror, not committed, because the authority had none; the row comes back
+/// around the proxy, as it was; the sweep finds both equal; then the repairer commits.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_a_walk_is_about_to_delete_is_not_passed_over() {
+    let pair = dual_write(TABLE, "").await;
+    swept(&pair).await;
+    let number = pair.databases.old.psql(DATABASE, "SELECT number FROM crossfade.tables").await.expect("reads");
+    let number: i32 = number.trim().parse().expect("a number");
+    let walker = pair.databases.new.client(DATABASE).await.expect("connects");
+    // As `locks::Kind::Table`: nobody else walks meanwhile.
+    let lock = format!("SELECT pg_advisory_lock({}, {number}); BEGIN; DELETE FROM t WHERE k = 5", 0x4346_5442);
+    walker.batch_execute(&lock).await.expect("deletes");
+    let debt =
+        format!("INSERT INTO crossfade.ledger (id, debts, reason) VALUES (1, int4send({number}) || 'T', 'test')");
+    pair.databases.old.psql(DATABASE, &debt).await.expect("owes");
+    around(&pair, "DELETE FROM t WHERE k = 5; INSERT INTO t VALUES (5, 'x')").await;
+    let said = swept(&pair).await;
+    assert!(said.contains("1 keys differed"), "{said}");
+    pair.databases
+        .old
+        .psql(DATABASE, "DELETE FROM crossfade.ledger WHERE id = 1")
+        .await
+        .expect("as if the walk were done");
+    walker.batch_execute("COMMIT").await.expect("commits");
+    assert_eq!(pair.settle_and_assert_equal().await, 10);
+}
+
+/// Interleaving: T's commit is in the log, and its backend waits for a synchronous standby: nobody sees T yet. The sweep reads it there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_nobody_sees_yet_is_waited_for() {
+    let pair = dual_write(TABLE, FOLLOW).await;
+    let old = &pair.databases.old;
+    old.psql(DATABASE, "ALTER DATABASE shop SET synchronous_commit = local").await.expect("sets");
+    let standby = async |name: &str| {
+        old.psql(DATABASE, &format!("ALTER SYSTEM SET synchronous_standby_names = '{name}'")).await.expect("sets");
+        old.psql(DATABASE, "SELECT pg_reload_conf()").await.expect("reloads");
+        until("the setting holds", async || {
+            old.psql(DATABASE, "SHOW synchronous_standby_names").await.expect("shows").trim() == name
+        })
+        .await;
+    };
+    standby("nobody").await;
+    let writer = old.client(DATABASE).await.expect("connects");
+    let committing = tokio::spawn(async move {
+        writer.batch_execute("SET synchronous_commit = on; INSERT INTO t VALUES (77, 'unseen')").await
+    });
+    let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE '%unseen%' AND pid <> pg_backend_pid()";
+    until("it waits for the standby", async || old.psql(DATABASE, waiting).await.expect("reads").trim() == "1").await;
+    assert_eq!(old.psql(DATABASE, "SELECT count(*) FROM t WHERE k = 77").await.expect("reads").trim(), "0");
+    let end = old.psql(DATABASE, "SELECT pg_current_wal_flush_lsn()").await.expect("reads");
+    let passed = format!("SELECT confirmed_flush_lsn >= '{}' FROM pg_replication_slots", end.trim());
+    for _ in 0..20 {
+        tokio::time::sleep(std::time::Duration::from_millis(150)).await;
+        assert_eq!(old.psql(DATABASE, &passed).await.expect("reads").trim(), "f", "it was passed over");
+    }
+    standby("").await;
+    committing.await.expect("ends").expect("commits");
+    swept(&pair).await;
+    assert_eq!(pair.settle_and_assert_equal().await, 11);
+}
+
+/// Import and capture before any dual write: new is there when the phase moves.
+#[tokio::test(flavor = "multi_thread")]
+async fn in_phase_old_a_sweep_follows_a_backfill() {
+    let databases = Databases::start(LOGICAL).await;
+    databases
+        .run_on_both("CREATE TABLE t (k int PRIMARY KEY, v text, n int DEFAULT 0); CREATE TABLE u (w text PRIMARY KEY)")
+        .await;
+    databases
+        .old
+        .psql(DATABASE, "INSERT INTO t SELECT n, 'row ' || n FROM generate_series(1, 20000) n")
+        .await
+        .expect("fills");
+    let proxy = Proxy::start(databases.proxy_config("old", "")).await;
+    let refused = proxy.crossfade(&["backfill"]).await;
+    assert_eq!(refused.status.code(), Some(2), "nothing would carry over what is written meanwhile");
+    let mut pair = Pair { proxy, databases };
+    pair.proxy.set_more(FOLLOW);
+    until("it follows", async || pair.proxy.log().contains("written there side=old phase=old")).await;
+    let client = pair.client().await;
+    let writing = async {
+        for n in 0..300 {
+            let k = (n * 7919) % 20_000;
+            let through = format!(
+                "UPDATE t SET n = {n} WHERE k = {k}; DELETE FROM t WHERE k = {k} + 1; UPDATE t SET k = k + 100000 WHERE k = {k} + 2; INSERT INTO u VALUES ('{n}')"
+            );
+            client.batch_execute(&through).await.expect("writes");
+        }
+    };
+    let (filled, ()) = tokio::join!(pair.proxy.crossfade(&["backfill", "--rate", "20000"]), writing);
+    assert_eq!(filled.status.code(), Some(0), "{}", String::from_utf8_lossy(&filled.stderr));
+    swept(&pair).await;
+    until("new is up to date", async || ledger(&pair).await == "0").await;
+    let rows = pair.databases.assert_equal().await;
+    assert!(rows > 19_000, "{rows}");
+    client.batch_execute("UPDATE t SET v = 'the last of phase old' WHERE k = 1000").await.expect("writes");
+    pair.proxy.set_phase("dual-write").await;
+    client.batch_execute("UPDATE t SET v = 'the first of dual-write' WHERE k = 1001").await.expect("writes");
+    assert_eq!(pair.settle_and_assert_equal().await, rows);
+}
+
+/// With the migration the slot goes.
+#[tokio::test(flavor = "multi_thread")]
+async fn uninstall_drops_the_slot() {
+    let mut pair = dual_write(TABLE, FOLLOW).await;
+    assert!(slot(&pair).await);
+    pair.proxy.set_phase("old").await;
+    pair.proxy.terminate().await;
+    let output = pair.proxy.crossfade(&["uninstall"]).await;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && said.contains("old: the sweep's slot is dropped"), "{said}");
+    assert!(!slot(&pair).await);
+}
+
+/// Of a table without a key nothing can be compared: a write around the proxy is said, and owed until it is copied by name.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_without_a_key_is_owed_when_it_is_written_around_the_proxy() {
+    let pair = dual_write("CREATE TABLE log (v text); INSERT INTO log VALUES ('a'), ('a')", FOLLOW).await;
+    let client = pair.client().await;
+    client.batch_execute("INSERT INTO log VALUES ('through')").await.expect("writes");
+    swept(&pair).await;
+    pair.settle_and_assert_equal().await;
+    around(&pair, "UPDATE log SET v = 'b'; INSERT INTO log VALUES ('around')").await;
+    swept(&pair).await;
+    assert_eq!(ledger(&pair).await, "1");
+    let copied = pair.proxy.crossfade(&["repair", "--table", "log"]).await;
+    assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
+    assert_eq!(pair.settle_and_assert_equal().await, 4);
 }

@@ -34,7 +34,7 @@ const MOVE_HELD: Duration = Duration::from_secs(30);
 const REPAIR: Duration = Duration::from_secs(1);
 
 /// How long a backfill that was ended has, to be run again, before repair pays its tables in its stead.
-const BACKFILL: Duration = Duration::from_secs(600);
+pub(super) const BACKFILL: Duration = Duration::from_secs(600);
 
 /// How often tokens that no debt needs any more are removed.
 const SWEEP: Duration = Duration::from_secs(60);

@@ -69,7 +69,9 @@ pub async fn payer(sweep: &Sweep) -> Result<Repair, migrate::Error> {
     let side = sweep.authority_side;
     let (first, second) = (connect(side, &sweep.authority).await?, connect(side.other(), &sweep.mirror).await?);
     let pair = migrate::Pair::new(side, first, second, migrate::Settings::default()).await?;
-    Ok(Repair::new(pair, sweep.catalog.clone()))
+    let mut payer = Repair::new(pair, sweep.catalog.clone());
+    payer.leaves_backfills = Some(super::jobs::BACKFILL);
+    Ok(payer)
 }
 
 /// Sweeps while the file says so.
