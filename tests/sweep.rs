@@ -3,7 +3,8 @@
 mod common;
 
 use common::link::{Link, Trip, Way};
-use common::pair::{CONTROL, DATABASE, Pair};
+use common::pair::{APP, CONTROL, DATABASE, Pair};
+use common::pgbench::try_pgbench;
 use common::{Databases, Proxy, until};
 
 const LOGICAL: &[(&str, &str)] = &[("wal_level", "logical")];
@@ -447,4 +448,47 @@ async fn a_table_without_a_key_is_owed_when_it_is_written_around_the_proxy() {
     let copied = pair.proxy.crossfade(&["repair", "--table", "log"]).await;
     assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
     assert_eq!(pair.settle_and_assert_equal().await, 4);
+}
+
+/// Clients through the proxy and around it write the same rows, at full speed and at 500 in a second; the proxy is killed in between. New is equal within
+/// seconds of the end.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_rows_written_through_and_around_the_proxy_end_equal() {
+    let schema = "CREATE TABLE t (k int PRIMARY KEY, v text, n int DEFAULT 0); INSERT INTO t SELECT n, 'x' FROM generate_series(1, 2000) n; \
+        CREATE TABLE u (a int, b text, PRIMARY KEY (a, b))";
+    let mut pair = dual_write(schema, FOLLOW).await;
+    let dir = tempfile::tempdir().expect("a directory");
+    let script = dir.path().join("script");
+    let text = "\\set k random(1, 60)\n\\set l random(1, 2000)\nUPDATE t SET n = n + 1, v = 'a' WHERE k = :k;\nDELETE FROM t WHERE k = :l;\n\
+        INSERT INTO t VALUES (:l, 'back') ON CONFLICT (k) DO UPDATE SET v = t.v || 'z', n = 0;\nUPDATE t SET v = 'a' WHERE k = :l;\n\
+        INSERT INTO u VALUES (:k, :l % 7) ON CONFLICT DO NOTHING;\nDELETE FROM u WHERE a = :k AND b = (:l % 5)::text;\n";
+    std::fs::write(&script, text).expect("writes");
+    let script = script.to_string_lossy().into_owned();
+    let program = pair.databases.old.program("pgbench");
+    let around = pair.databases.old.url_as(APP.0, APP.1, DATABASE);
+    let seconds = if common::proof() { "60" } else { "8" };
+    for round in 0..2 {
+        let (through, aside) = (pair.url(), around.clone());
+        let one = ["-n", "-c", "4", "-T", seconds, "-f", &script];
+        let two = ["-n", "-c", "2", "-T", seconds, "-R", "100", "-f", &script];
+        let (through, aside) = tokio::join!(try_pgbench(&program, &through, &one), async {
+            let load = try_pgbench(&program, &aside, &two);
+            if round == 0 {
+                return load.await;
+            }
+            let kill = async {
+                tokio::time::sleep(std::time::Duration::from_secs(4)).await;
+                pair.proxy.restart().await;
+            };
+            tokio::join!(load, kill).0
+        });
+        assert!(aside.expect("the load around runs").transactions > 100);
+        assert!(round == 1 || through.expect("the load through runs").transactions > 100);
+        let ended = std::time::Instant::now();
+        swept(&pair).await;
+        pair.settle_and_assert_equal().await;
+        println!("equal {:?} after the end", ended.elapsed());
+    }
+    let owed = pair.proxy.metrics("crossfade_sweep_owed_keys_total").await;
+    println!("keys owed by the sweep: {owed}; changes {}", pair.proxy.metrics("crossfade_sweep_changes_total").await);
 }
