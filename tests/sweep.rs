@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::link::{Link, Trip, Way};
+use common::link::{Flow, Link, Trip, Way};
 use common::pair::{APP, CONTROL, DATABASE, Pair};
 use common::pgbench::try_pgbench;
 use common::{Databases, Proxy, until};
@@ -491,4 +491,64 @@ async fn the_same_rows_written_through_and_around_the_proxy_end_equal() {
     }
     let owed = pair.proxy.metrics("crossfade_sweep_owed_keys_total").await;
     println!("keys owed by the sweep: {owed}; changes {}", pair.proxy.metrics("crossfade_sweep_changes_total").await);
+}
+
+/// Interleaving: a row was written around the proxy on old, and the sweep has not read it when the authority moves. The move waits for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_authority_does_not_move_before_the_sweep_has_passed() {
+    let mut pair = dual_write(TABLE, "").await;
+    let (link, dir) = (Link::to(pair.databases.old.port()).await, tempfile::tempdir().expect("a directory"));
+    let follower = consumer(&pair, &link, dir.path());
+    until("it follows", async || slot(&pair).await).await;
+    let client = pair.client().await;
+    client.batch_execute("BEGIN; UPDATE t SET v = 'open' WHERE k = 1").await.expect("holds the gate open");
+    pair.proxy.request_phase("new-primary");
+    // The gate is closed, and waits for the transaction.
+    tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+    link.set_both(Flow::Stall);
+    around(&pair, "INSERT INTO t VALUES (500, 'late')").await;
+    client.batch_execute("COMMIT").await.expect("commits");
+    until("the move has waited in vain", async || pair.proxy.log().contains("the sweep has not passed")).await;
+    assert!(pair.proxy.holds("dual-write").await);
+    link.set_both(Flow::Pass);
+    pair.proxy.set_phase("new-primary").await;
+    assert_eq!(on_new(&pair, "SELECT v FROM t WHERE k = 500").await, "late");
+    drop(follower);
+}
+
+/// What is written around the proxy on either side of a change of authority, and of the way back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_follows_the_authority() {
+    let mut pair = dual_write(TABLE, FOLLOW).await;
+    let kept = "SELECT count(*) FROM pg_replication_slots";
+    until("new has a slot as well", async || on_new(&pair, kept).await == "1").await;
+    around(&pair, "UPDATE t SET v = 'on old' WHERE k = 1").await;
+    pair.proxy.set_phase("new-primary").await;
+    on_new(&pair, "SET ROLE app; UPDATE t SET v = 'on new' WHERE k = 2; DELETE FROM t WHERE k = 3").await;
+    swept(&pair).await;
+    assert_eq!(pair.settle_and_assert_equal().await, 9);
+    pair.proxy.set_phase("dual-write").await;
+    around(&pair, "UPDATE t SET v = 'on old again' WHERE k = 4").await;
+    swept(&pair).await;
+    pair.settle_and_assert_equal().await;
+    assert_eq!(
+        on_new(&pair, "SELECT string_agg(v, ', ' ORDER BY k) FROM t WHERE k < 5").await,
+        "on old, on new, on old again"
+    );
+    // Nobody writes to old any more.
+    pair.proxy.set_phase("new").await;
+    until("no slot is left", async || !slot(&pair).await && on_new(&pair, kept).await == "0").await;
+}
+
+/// A sweep that nobody goes on with says nothing of what was written since.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_that_nobody_follows_closes_the_way() {
+    let mut pair = dual_write(TABLE, "").await;
+    swept(&pair).await;
+    pair.proxy.request_phase("new-primary");
+    until("the move waits", async || pair.proxy.log().contains("nobody follows it")).await;
+    assert!(pair.proxy.holds("dual-write").await);
+    let ended = pair.proxy.crossfade(&["sweep", "--end"]).await;
+    assert!(ended.status.success() && !slot(&pair).await);
+    pair.proxy.set_phase("new-primary").await;
 }

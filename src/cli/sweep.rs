@@ -20,6 +20,9 @@ pub struct SweepArguments {
     /// Go on until it is interrupted. Without it: what was written up to now.
     #[arg(long)]
     follow: bool,
+    /// End it: drop its slots on both sides. What is written around the proxy is not seen from then on.
+    #[arg(long, conflicts_with = "follow")]
+    end: bool,
 }
 
 /// How often another sweep is looked at, and before one that failed begins again.
@@ -43,6 +46,9 @@ enum Ended {
 /// `crossfade sweep`: true when what was asked for is swept.
 pub async fn sweep(path: &Path, arguments: SweepArguments) -> Result<bool, Trouble> {
     let config = config::load(path)?;
+    if arguments.end {
+        return end(&config).await;
+    }
     let work = work(&config, &arguments);
     tokio::select! {
         done = work => done,
@@ -51,6 +57,18 @@ pub async fn sweep(path: &Path, arguments: SweepArguments) -> Result<bool, Troub
             interrupted.map(|()| true)
         }
     }
+}
+
+async fn end(config: &Config) -> Result<bool, Trouble> {
+    for side in Side::BOTH {
+        let client = Shared::database(config, side).connect("crossfade sweep").await?;
+        let ended = sweep::slot::end(&client, side).await?;
+        println!("{side}: {}", if ended { "the sweep has ended, its slot is dropped" } else { "there is no sweep" });
+    }
+    if config.sweep.follow {
+        println!("sweep.follow is on: a proxy with this file begins another one; set it to false");
+    }
+    Ok(true)
 }
 
 async fn interrupted() -> Result<(), Trouble> {
@@ -119,12 +137,17 @@ async fn stretch(
     let at_work = Arc::new(AtWork::default());
     payer.leaves_taints = Some(at_work.clone());
     let slots = Shared::database(config, authority).connect("crossfade sweep").await?;
+    let target = sweep::slot::flushed_end(&slots, authority).await?;
     let mut watched = Instant::now();
     loop {
         let turn = match sweeper.turn().await {
             Ok(Turned::Done(turn)) => turn,
             Ok(Turned::Outdated) => return Ok(Ended::Again),
             Err(error) if sweep::is_overtaken(&error) => return Ok(Ended::Again),
+            Err(error) if sweep::is_busy(&error) && !sweeper.is_broken() => {
+                tokio::time::sleep(LOOK).await;
+                continue;
+            }
             Err(error) => return Err(error.into()),
         };
         *failing = None;
@@ -132,7 +155,7 @@ async fn stretch(
         tell(&turn, &catalog, arguments.follow);
         add(total, &turn);
         pay(&mut payer, &job, &turn).await?;
-        if !turn.more && !arguments.follow {
+        if !arguments.follow && turn.passed.is_some_and(|passed| passed >= target) {
             return Ok(Ended::Done);
         }
         if watched.elapsed() > WATCH {
@@ -188,7 +211,7 @@ async fn wait_for_other(config: &Config) -> Result<bool, Trouble> {
     let holds = what_holds(config).await?;
     let Some((side, _)) = sweep::sides(holds.phase) else { return Ok(true) };
     let client = Shared::database(config, side).connect("crossfade sweep").await?;
-    let end: tokio_postgres::types::PgLsn = client.query_one("SELECT pg_current_wal_flush_lsn()", &[]).await?.get(0);
+    let end = sweep::slot::flushed_end(&client, side).await?;
     println!("another sweep is at work (a proxy with sweep.follow?): waiting until it has passed what is written now");
     loop {
         match sweep::standing(&client, side).await? {

@@ -130,12 +130,22 @@ async fn follow_world(shared: &Arc<Shared>, world: &World, config: &Config) -> R
         now.generation == world.generation && now.epoch == world.epoch && shared.config.load().sweep.follow
     };
     while same() {
-        let turn = match sweeper.turn().await {
+        let begun = std::time::Instant::now();
+        let turned = sweeper.turn().await;
+        debug!(took = ?begun.elapsed(), ?turned, "a turn");
+        let turn = match turned {
             Ok(Turned::Done(turn)) => turn,
             Ok(Turned::Outdated) => {
+                debug!("definitions have changed: the sweep begins anew with them");
                 shared.stale.notify_one();
                 tokio::time::sleep(PAUSE).await;
                 return Ok(Next::AtOnce);
+            }
+            // A move that waits for us has the epoch, and gives it back.
+            Err(error) if sweep::is_busy(&error) && !sweeper.is_broken() => {
+                debug!(%error, "the sweep tries again");
+                tokio::time::sleep(PAUSE).await;
+                continue;
             }
             // The world is about to change.
             Err(error) if sweep::is_overtaken(&error) => return Ok(Next::Later),
@@ -185,7 +195,7 @@ async fn end_all(config: &Config) -> Result<(), MoveError> {
 /// Looks after the slots of both sides, whoever reads them.
 pub async fn watch(shared: Arc<Shared>) {
     let mut clients: [Option<Client>; 2] = [None, None];
-    let mut pause = WATCH;
+    let (mut pause, mut said) = (WATCH, String::new());
     loop {
         tokio::time::sleep(pause).await;
         pause = UNUSED;
@@ -208,7 +218,34 @@ pub async fn watch(shared: Arc<Shared>) {
                 }
             }
         }
+        if let Err(error) = keep(&shared, &clients).await {
+            let error = error.to_string();
+            if error != said {
+                warn!(%error, "the mirror has no slot: when it becomes the authority, what is written around the proxy at first is not seen");
+            }
+            said = error;
+        }
     }
+}
+
+/// The mirror's slot follows that of the authority.
+async fn keep(shared: &Shared, clients: &[Option<Client>; 2]) -> Result<(), migrate::Error> {
+    let world = shared.world.load_full();
+    let Some(mirror) = world.phase.mirror() else { return Ok(()) };
+    let client = |side: Side| clients[usize::from(side == Side::New)].as_ref();
+    let Some(authority) = client(mirror.other()) else { return Ok(()) };
+    if !shared.health.get(mirror).up() || sweep::standing(authority, mirror.other()).await?.is_none() {
+        return Ok(());
+    }
+    let config = shared.config.load_full();
+    let connected = Shared::database(&config, mirror).connect("crossfade slots").await;
+    let broken = |error: crate::config::ConnectError| error.to_string();
+    let other = connected.map_err(|error| migrate::Error::Broken {
+        side: mirror,
+        doing: "connecting",
+        message: broken(error),
+    })?;
+    sweep::keep(authority, &other, mirror, world.epoch).await
 }
 
 /// False: there is no slot.

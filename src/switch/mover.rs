@@ -111,6 +111,9 @@ const SEQUENCE_MARGIN: u32 = 0;
 /// How long one write of a phase row may take before the move is withdrawn.
 const ROW: Duration = Duration::from_secs(5);
 
+/// How long the sweep is waited for while nobody is held.
+const MOVE_SWEPT: Duration = Duration::from_secs(3);
+
 /// A transaction around the proxy that is older than this is named before anybody is held.
 const LONG: &str = "1 second";
 
@@ -291,6 +294,14 @@ async fn before(
     if from.authority() == to.authority() {
         return Ok(());
     }
+    if let Some(why) = migrate::sweep::obstacle(hands.on(side)?, side).await? {
+        return Err(MoveError::Closed(format!("{to} waits: {why}")));
+    }
+    // Once more behind the gate; what is found now can still be paid without holding anybody.
+    if !migrate::sweep::passed(Shared::database(&shared.config.load(), side), side, Instant::now() + MOVE_SWEPT).await?
+    {
+        return Err(MoveError::Closed(format!("{to} waits: the sweep has not passed yet what was written on {side}")));
+    }
     let row = hands
         .on(from.authority())?
         .query_one("SELECT count(*) FROM crossfade.ledger WHERE at < clock_timestamp() - interval '5 seconds' OR carrier_xid IS NULL", &[])
@@ -400,6 +411,12 @@ impl Move<'_> {
             copies = owe_everything(self.shared, self.config, self.hands, to, self.catalog).await?;
         }
         if from.authority() != to.authority() {
+            let side = from.authority();
+            if !migrate::sweep::passed(Shared::database(self.config, side), side, deadline).await? {
+                return Err(MoveError::Held(format!(
+                    "the sweep has not passed all that was written on {side} within move.pause: it may have found rows that differ; clients were released and the phase stays {from}"
+                )));
+            }
             nothing_owed(self.shared, self.config, self.hands.on(from.authority())?, from, self.catalog, deadline)
                 .await?;
             let losing = (from.authority(), self.hands.on(from.authority())?);

@@ -77,6 +77,8 @@ pub struct Turn {
     pub cleared: u64,
     /// There may be more at once.
     pub more: bool,
+    /// Else: all that was in the log up to here was read.
+    pub passed: Option<PgLsn>,
     /// Reading took so long: the server decodes from where its oldest transaction began.
     pub reading: Duration,
 }
@@ -171,7 +173,7 @@ const ONE: &str = "SELECT pg_try_advisory_lock(hashtextextended('crossfade.sweep
 /// How long connections may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often the slot moves on where nothing has changed.
-const IDLE: Duration = Duration::from_secs(5);
+const IDLE: Duration = Duration::from_secs(1);
 
 impl Sweeper {
     /// Opens its connections, and makes the slot where there is none. None: another one is at work. Schema crossfade must be there on both sides.
@@ -261,7 +263,7 @@ impl Sweeper {
         slot::settle_loss(&self.reader, self.pair.authority.side).await
     }
 
-    /// Reads some of what has changed, settles it, and moves the slot on. After an error it must be opened anew; nothing is passed over.
+    /// Reads some of what has changed, settles it, and moves the slot on. After an error it must be opened anew (unless [`is_busy`]); nothing is passed over.
     pub async fn turn(&mut self) -> Result<Turned, Error> {
         let side = self.pair.authority.side;
         let end = slot::log_end(&self.reader, side).await?;
@@ -269,15 +271,18 @@ impl Sweeper {
         let mut spent = Vec::new();
         let Some((last, more)) = self.read(end, &mut turn, &mut spent).await? else { return Ok(Turned::Outdated) };
         turn.more = more;
+        turn.passed = (!more).then_some(end);
         turn.cleared = self.spend(&spent).await?;
         let idle = self.advanced.is_none_or(|at| at.elapsed() > IDLE);
         let to = match more {
             true => last,
             // All that had committed by then was read.
-            false => Some(last.unwrap_or(end)).filter(|_| last.is_some() || idle),
+            false => last.max(Some(end)).filter(|_| last.is_some() || idle),
         };
         if let Some(to) = to {
+            let begun = Instant::now();
             slot::advance(&self.reader, side, &self.slot, to).await?;
+            turn.reading += begun.elapsed();
             self.advanced = Some(Instant::now());
         }
         Ok(Turned::Done(turn))
@@ -299,7 +304,7 @@ impl Sweeper {
         let mut rows = std::pin::pin!(rows);
         let catalog = self.catalog.clone();
         let identities = std::mem::take(&mut self.identities);
-        let mut held = std::mem::take(&mut self.held);
+        let mut held = self.held.clone();
         let mut lines = Reader::new((&catalog, side), &identities, self.unnamed, &mut held);
         let (mut load, mut last, mut count) = (Load::default(), None, 0);
         let done = async {
@@ -336,7 +341,10 @@ impl Sweeper {
             Ok(Some((last, count >= AT_ONCE)))
         };
         let done = done.await;
-        (self.identities, self.held) = (identities, held);
+        self.identities = identities;
+        if matches!(done, Ok(Some(_))) {
+            self.held = held;
+        }
         if turn.reading.is_zero() {
             turn.reading = begun.elapsed();
         }
@@ -441,6 +449,73 @@ async fn is_current(pair: &mut Pair, catalog: &Catalog, load: &Load) -> Result<b
         WHERE c.relispartition AND pg_partition_root(c.oid)::oid = ANY ($2))";
     let known: Vec<u32> = catalog.by_oid.get(pair.authority.side).keys().copied().collect();
     Ok(!pair.authority.rows("looking for new partitions", text, &[&names, &known]).await?[0].get::<_, bool>(0))
+}
+
+/// How long making a slot may wait for transactions that are under way.
+const MAKING: Duration = Duration::from_secs(10);
+
+/// While a sweep reads the authority's slot, the mirror's follows behind: when the mirror becomes the authority, what is written there from then on stands
+/// behind it. A phase with a mirror, of this epoch. Err: also where the mirror is not fit for a slot.
+pub async fn keep(authority: &Client, mirror: &Client, side: Side, epoch: u64) -> Result<(), Error> {
+    match tokio::time::timeout(MAKING, slot::begin(mirror, side)).await {
+        // Nothing of the mirror's log is asked for.
+        Ok(Ok(Begun::AfterLoss)) => slot::settle_loss(mirror, side).await?,
+        Ok(begun) => drop(begun?),
+        Err(_) => return Err(Error::Stalled { side, doing: "making the sweep's slot", after: MAKING }),
+    }
+    let Some(found) = standing(mirror, side).await? else { return Ok(()) };
+    let end = slot::log_end(mirror, side).await?;
+    // The epoch is not over: when its log ended there, the mirror was the mirror.
+    let lock = format!(
+        "BEGIN; SET LOCAL lock_timeout = '1s'; LOCK TABLE crossfade.epoch_{epoch} IN ACCESS SHARE MODE; ROLLBACK"
+    );
+    if authority.batch_execute(&lock).await.is_err() {
+        let undone = authority.batch_execute("ROLLBACK").await;
+        return undone.map_err(|error| Error::from_driver(side.other(), "holding the epoch", &error));
+    }
+    slot::advance(mirror, side, &found.slot, end).await
+}
+
+/// Before the authority changes: what keeps it from being known that nothing around the proxy was missed, in words for people. A sweep that was never begun
+/// keeps nothing.
+pub async fn obstacle(authority: &Client, side: Side) -> Result<Option<String>, Error> {
+    let Some(found) = standing(authority, side).await? else { return Ok(None) };
+    let or_end = "or end it with `crossfade sweep --end`";
+    if let Some(why) = found.lost {
+        return Ok(Some(format!(
+            "the sweep of {side} has lost its slot ({why}): let it begin again (sweep.follow, or `crossfade sweep`), {or_end}"
+        )));
+    }
+    let text = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE application_name = 'crossfade sweep' AND datname = current_database())";
+    let at_work = authority.query_one(text, &[]).await;
+    let at_work: bool = at_work.map_err(|error| Error::from_driver(side, "looking for the sweep", &error))?.get(0);
+    Ok((!at_work).then(|| {
+        format!("a sweep of {side} was begun and nobody follows it ({} bytes are unread): set sweep.follow, run `crossfade sweep --follow`, {or_end}", found.behind)
+    }))
+}
+
+/// Waits until the sweep has passed all that has committed by now. False: not by `deadline`.
+pub async fn passed(authority: &Database, side: Side, deadline: Instant) -> Result<bool, Error> {
+    let connected = authority.connect("crossfade slots").await;
+    let broken = |error: crate::config::ConnectError| error.to_string();
+    let client = &connected.map_err(|error| Error::Broken { side, doing: "connecting", message: broken(error) })?;
+    if standing(client, side).await?.is_none() {
+        return Ok(true);
+    }
+    let end = slot::flushed_end(client, side).await?;
+    loop {
+        match standing(client, side).await? {
+            None => return Ok(true),
+            Some(found) if found.lost.is_none() && found.swept.is_some_and(|swept| swept >= end) => return Ok(true),
+            Some(_) if Instant::now() > deadline => return Ok(false),
+            Some(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
+/// Somebody's lock stood in the way: the turn may be done again as it is.
+pub fn is_busy(error: &Error) -> bool {
+    error.meaning() == Meaning::Busy
 }
 
 /// The error says no more than that the phase has moved.

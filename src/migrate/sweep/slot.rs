@@ -4,6 +4,7 @@ use tokio_postgres::Client;
 use tokio_postgres::types::PgLsn;
 
 use super::super::error::Error;
+use crate::ledger::clear::{ClearError, flush};
 use crate::phase::Side;
 
 /// Comes with PostgreSQL's contrib modules.
@@ -193,6 +194,16 @@ pub async fn end(client: &Client, side: Side) -> Result<bool, Error> {
 pub(super) async fn log_end(client: &Client, side: Side) -> Result<PgLsn, Error> {
     let row = client.query_one("SELECT pg_current_wal_flush_lsn()", &[]).await;
     Ok(row.map_err(failed(side, "reading the end of the log"))?.get(0))
+}
+
+/// The same, behind all that has committed by now: a commit of ours flushes what others have committed asynchronously. (What is in the log and belongs to
+/// no commit may stay unflushed for ever on an idle server: the end of *that* is nothing to wait for.) No transaction may be open.
+pub async fn flushed_end(client: &Client, side: Side) -> Result<PgLsn, Error> {
+    match flush(client).await {
+        Ok(_) => log_end(client, side).await,
+        Err(ClearError::Mirror(error)) => Err(Error::from_driver(side, "flushing", &error)),
+        Err(error) => Err(Error::Unfit(format!("{side}: {error}"))),
+    }
 }
 
 /// All before this position was seen to.
