@@ -179,6 +179,12 @@ pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
         "mirror": holds.phase.mirror(),
         "proxy": proxy,
     });
+    if let Ok(client) = Shared::database(&config, authority).connect("crossfade status").await
+        && let Some(slot) = migrate::sweep::standing(&client, authority).await?
+    {
+        document["sweep"] =
+            serde_json::json!({ "behind_bytes": slot.behind, "retained_bytes": slot.retained, "lost": slot.lost });
+    }
     if let Some(mirror) = holds.phase.mirror() {
         let (catalog, whole) = mover::load_catalog(&config, authority).await?;
         let client = Shared::database(&config, authority).connect("crossfade status").await?;
@@ -266,6 +272,14 @@ fn for_people(document: &serde_json::Value) -> String {
             }
         }
         None => out += "proxy: not running here, or its admin port does not answer\n",
+    }
+    if let Some(slot) = document["sweep"].as_object() {
+        out += &match slot["lost"].as_str() {
+            Some(why) => format!("sweep: its slot was given up: {why}\n"),
+            None => {
+                format!("sweep: {} bytes behind, {} bytes of log kept\n", slot["behind_bytes"], slot["retained_bytes"])
+            }
+        };
     }
     if let Some(debt) = document["debt"].as_object() {
         out += &format!(

@@ -208,6 +208,9 @@ async fn a_slot_that_keeps_too_much_log_is_dropped_loudly() {
         "{log}"
     );
     around(&pair, "DELETE FROM t WHERE k = 7").await;
+    let status = pair.proxy.crossfade(&["status"]).await;
+    let status = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert!(status.contains("sweep: its slot was given up: old kept"), "{status}");
     let said = swept(&pair).await;
     assert!(said.contains("0 changes swept"), "a slot of its own: {said}");
     pair.settle_and_assert_equal().await;
@@ -281,6 +284,12 @@ async fn without_logical_decoding_it_is_said_what_is_needed() {
     let (said, status) = sweep(&pair.proxy).await;
     assert_eq!(status, Some(2), "{said}");
     assert!(said.contains("wal_level = replica") && said.contains("ALTER SYSTEM SET wal_level = 'logical'"), "{said}");
+    let mut proxy = pair.proxy;
+    proxy.set_more(FOLLOW);
+    let checked = proxy.crossfade(&["check"]).await;
+    let said = String::from_utf8_lossy(&checked.stdout).into_owned();
+    assert!(checked.status.code() == Some(1) && said.contains("wal_level"), "{said}");
+    until("the proxy says it, too", async || proxy.log().contains("ALTER SYSTEM SET wal_level")).await;
 }
 
 /// Two servers, dual-write, the proxy's way to new over a line.

@@ -198,8 +198,8 @@ pub async fn watch(shared: Arc<Shared>) {
     let (mut pause, mut said) = (WATCH, String::new());
     loop {
         tokio::time::sleep(pause).await;
-        pause = UNUSED;
         let config = shared.config.load_full();
+        pause = if config.sweep.follow { WATCH } else { UNUSED };
         for (side, client) in Side::BOTH.into_iter().zip(&mut clients) {
             if client.as_ref().is_none_or(Client::is_closed) {
                 let mirror_is_down = shared.world.load().phase.mirror() == Some(side) && !shared.health.get(side).up();
