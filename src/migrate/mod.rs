@@ -16,6 +16,7 @@ mod gone;
 pub mod install;
 pub mod link;
 mod locks;
+pub mod owing;
 mod pace;
 mod payable;
 pub mod reconcile;

@@ -24,6 +24,7 @@ mod prove;
 mod reading;
 mod relay;
 mod reply;
+mod sampled;
 mod simple;
 
 use std::collections::HashMap;
@@ -189,6 +190,7 @@ pub struct Session {
     /// Our own statements that the server session has prepared.
     ours_prepared: Vec<&'static [u8]>,
     settings: books::Settings,
+    sampling: sampled::Sampling,
     since: Option<Instant>,
     limit: usize,
 }
@@ -266,6 +268,7 @@ impl Session {
             dismissed: false,
             ours_prepared: Vec::new(),
             settings: books::Settings::default(),
+            sampling: sampled::Sampling::new(),
             since: None,
             limit,
             shared,
@@ -337,6 +340,9 @@ impl Session {
     fn rest(&mut self) {
         if self.pass.is_some() && self.at_rest() {
             self.pass = None;
+            if self.has_sample() {
+                self.hand_over();
+            }
         }
     }
 

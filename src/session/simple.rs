@@ -147,6 +147,7 @@ impl Session {
                 {
                     return self.commit_simple(text, ending).await;
                 }
+                self.sample_query(planned, text);
                 self.send(text, planned, end, false);
                 Ok(())
             }
