@@ -57,7 +57,7 @@ pub async fn owing(
     let mut tables = HashSet::new();
     // One that has gone meanwhile was paid.
     for row in authority.rows("reading debts", text, &[&ids]).await? {
-        let Ok(debts) = decode(row.get(0)) else { return Ok(None) };
+        let Ok(debts) = decode(row.get::<_, Vec<u8>>(0)) else { return Ok(None) };
         tables.extend(debts.iter().map(Debt::table));
     }
     Ok(Some(tables))
