@@ -1,7 +1,7 @@
 //! Plans by shape, bounded by bytes.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bytes::Bytes;
 use quick_cache::sync::Cache;
@@ -24,6 +24,8 @@ pub struct Planned {
     pub alters: bool,
     /// How often it was about to run.
     pub seen: Arc<AtomicU64>,
+    /// See `refuse`.
+    pub refused: Arc<AtomicBool>,
 }
 
 /// Words without which the body of DO cannot end the transaction that it runs in.
@@ -38,7 +40,17 @@ impl Planned {
             Verb::Set { .. } | Verb::SetTransaction | Verb::Reset(_) | Verb::Discard(_) | Verb::Ddl { .. }
         );
         let alters = sets || verb || matches!(plan, Plan::Opaque(_));
-        Planned { facts, plan, read: Read::Stays("unplanned"), alters, seen: Arc::default() }
+        Planned { facts, plan, read: Read::Stays("unplanned"), alters, seen: Arc::default(), refused: Arc::default() }
+    }
+
+    /// Another side than the authority has refused it, whatever its values: it stays from now on.
+    pub fn refuse(&self) {
+        self.refused.store(true, Ordering::Relaxed);
+    }
+
+    /// It was refused.
+    pub fn is_refused(&self) -> bool {
+        self.refused.load(Ordering::Relaxed)
     }
 
     /// It was about to run once more.

@@ -175,7 +175,7 @@ fn text(row: &[Option<Bytes>], at: usize) -> Option<String> {
 }
 
 /// A string constant that reads the same whatever standard_conforming_strings says.
-fn literal(value: &str) -> String {
+pub(super) fn literal(value: &str) -> String {
     if value.contains('\\') {
         format!("E'{}'", value.replace('\\', "\\\\").replace('\'', "''"))
     } else {

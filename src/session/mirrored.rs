@@ -414,6 +414,7 @@ impl Session {
             Plan::Opaque(_) => "opaque",
         };
         planned.see();
+        self.note_for_serving(planned);
         self.shared.metrics.statements.with_label_values(&[class, self.side.name()]).inc();
         if let Plan::Opaque(opaque) = &planned.plan {
             self.shared.metrics.opaque_writes.with_label_values(&[opaque.reason]).inc();

@@ -5,6 +5,7 @@
 //! and cuts images out, `commit` settles a transaction on both sides, `carry` moves a session to another authority.
 //! Nothing here reads a catalog or opens a transaction on the mirror by itself: that is `mirror`.
 
+mod answer;
 mod audit;
 mod books;
 mod carry;
@@ -25,6 +26,7 @@ mod reading;
 mod relay;
 mod reply;
 mod sampled;
+mod served;
 mod simple;
 
 use std::collections::HashMap;
@@ -191,6 +193,7 @@ pub struct Session {
     ours_prepared: Vec<&'static [u8]>,
     settings: books::Settings,
     sampling: sampled::Sampling,
+    serving: served::Serving,
     since: Option<Instant>,
     limit: usize,
 }
@@ -269,6 +272,7 @@ impl Session {
             ours_prepared: Vec::new(),
             settings: books::Settings::default(),
             sampling: sampled::Sampling::new(),
+            serving: served::Serving::new(),
             since: None,
             limit,
             shared,

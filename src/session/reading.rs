@@ -112,6 +112,7 @@ impl Session {
     /// that what it may write is owed from before its first statement until the session is at rest.
     pub(super) async fn unread(&mut self, kind: Kind) -> Result<(), End> {
         self.settle().await?;
+        self.serving.alter();
         if self.queue.skipping() {
             return Ok(());
         }

@@ -40,7 +40,7 @@ impl Sampling {
 
 impl Session {
     /// Whether this read, outside any block, is one of those that are compared.
-    fn is_sampled(&mut self, planned: &Planned) -> bool {
+    pub(super) fn is_sampled(&mut self, planned: &Planned) -> bool {
         let Read::Eligible(read) = &planned.read else { return false };
         let config = self.shared.config.load();
         let most = config.most.compare;
@@ -73,7 +73,7 @@ impl Session {
         }
     }
 
-    fn sample(&mut self, planned: &Planned, text: Bytes, bound: Option<(Bytes, Bytes)>) {
+    pub(super) fn sample(&mut self, planned: &Planned, text: Bytes, bound: Option<(Bytes, Bytes)>) {
         let Read::Eligible(read) = &planned.read else { return };
         let (login, parameters) = (&self.login, &self.parameters);
         let who = self

@@ -51,6 +51,7 @@ impl Session {
         let quiet =
             plans.iter().all(|(planned, _)| planned.plan == Plan::Pass && matches!(done(planned), Done::Nothing));
         if quiet {
+            plans.iter().for_each(|(planned, _)| self.note_for_serving(planned));
             self.put_query(&text, "", 0);
             self.queue.push(Expected::client(Kind::Query));
             return Ok(());
