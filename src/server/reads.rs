@@ -31,7 +31,7 @@ const DOUBTS_MAX: usize = 64;
 const SHOWN: usize = 3;
 
 /// Between two looks, at least, and at most: where new serves, and where only comparing asks what is owed.
-const LOOKS_APART: Duration = Duration::from_millis(2);
+const LOOKS_APART: Duration = Duration::from_millis(5);
 const LOOKS_SERVING: Duration = Duration::from_millis(50);
 const LOOKS_COMPARING: Duration = Duration::from_millis(500);
 

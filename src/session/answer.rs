@@ -17,8 +17,10 @@ pub(super) enum Begun {
     Answer,
     /// With an error, which the client does not hear of: the authority is asked. `shape`: it is about the statement, whatever its values.
     Refused { shape: bool },
-    /// Not in time, or the connection broke.
-    Nothing,
+    /// The connection broke.
+    Broken,
+    /// Not in time.
+    Late,
 }
 
 /// How an answer ends.
@@ -36,21 +38,21 @@ impl Session {
     pub(super) async fn answer_begins(&mut self, swallowed: &[u8]) -> Begun {
         let limit = self.shared.config.load().mirror.timeout;
         let clock = self.worker.clock.clone();
-        clock.limit(limit, self.first_part(swallowed)).await.unwrap_or(Begun::Nothing)
+        clock.limit(limit, self.first_part(swallowed)).await.unwrap_or(Begun::Late)
     }
 
     async fn first_part(&mut self, mut swallowed: &[u8]) -> Begun {
         let mut held = BytesMut::new();
         let mut refused = None;
         loop {
-            let Some(seat) = self.seat() else { return Begun::Nothing };
+            let Some(seat) = self.seat() else { return Begun::Broken };
             let head = match frame::head(&seat.conn.inb) {
                 Ok(Some(head)) if head.fits_server() => head,
                 Ok(None) => match seat.conn.fill().await {
                     Ok(()) => continue,
-                    Err(_) => return Begun::Nothing,
+                    Err(_) => return Begun::Broken,
                 },
-                _ => return Begun::Nothing,
+                _ => return Begun::Broken,
             };
             let begins = refused.is_none() && matches!(head.tag, b'D' | b'C' | b'I');
             if begins {
@@ -60,7 +62,7 @@ impl Session {
             if seat.conn.inb.len() < head.total {
                 match seat.conn.fill().await {
                     Ok(()) => continue,
-                    Err(_) => return Begun::Nothing,
+                    Err(_) => return Begun::Broken,
                 }
             }
             let frame = seat.conn.inb.split_to(head.total);
@@ -116,6 +118,9 @@ impl Session {
                 let count = left.min(seat.conn.inb.len());
                 pass(&mut seat.conn.inb, out, count);
                 left -= count;
+                if left == 0 && out.len() < limit {
+                    continue;
+                }
             } else {
                 match step(seat, out) {
                     Ok(Step::Passed(more)) => {

@@ -38,7 +38,7 @@ const STREAK: u32 = 3;
 const GRACE: Duration = Duration::from_millis(100);
 const STREAK_MAX: u32 = 96;
 /// New did not answer: for so long this session does not ask again.
-const SHUNNED: Duration = Duration::from_secs(5);
+const SHUNNED: Duration = Duration::from_secs(2);
 /// Statements prepared on new for one session, at most.
 const PREPARED_MAX: usize = 256;
 
@@ -414,7 +414,12 @@ impl Session {
                 }
                 None
             }
-            Begun::Nothing => {
+            Begun::Broken => {
+                // A session that new has ended since it was last used: the next read logs in again.
+                self.serving.place = Place::Empty;
+                None
+            }
+            Begun::Late => {
                 self.abandon();
                 None
             }
@@ -425,7 +430,7 @@ impl Session {
         match ended {
             Ended::Whole => self.shared.metrics.observe_statement(Side::New, started.elapsed().as_secs_f64()),
             Ended::Broken => {
-                self.shun();
+                self.serving.place = Place::Empty;
                 frame::ready(&mut self.client.out, b'I');
             }
             Ended::Gone(end) => return Err(end),
