@@ -264,7 +264,7 @@ async fn nobody_reads_less_than_was_acknowledged_or_read_before() {
         let (stage, acknowledged, stop) = (stage.clone(), acknowledged.clone(), stop.clone());
         clients.push(tokio::spawn(async move {
             let client = stage.pair.client().await;
-            let mut seen = vec![0_i64; CLIENTS + 1];
+            let mut seen = [0_i64; CLIENTS + 1];
             let (mut count, mut reads) = (0_i64, 0_u64);
             while !stop.load(Ordering::SeqCst) {
                 if own % 2 == 0 || count == 0 {
