@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::link::{Trip, Way};
 use common::{Pair, until};
 use serde_json::Value;
 
@@ -135,4 +136,31 @@ async fn rows_that_are_being_written_are_no_difference() {
     let found = found(&pair, "SELECT id, owner").await;
     assert_eq!(found["compared"]["different"], 0, "{found}");
     pair.settle_and_assert_equal().await;
+}
+
+/// The mirror's COMMIT is late: the first look sees what was there before on new, and the second one what the authority has. That is no difference.
+#[tokio::test]
+async fn a_mirror_that_is_a_moment_late_is_no_difference() {
+    let (pair, new) = Pair::dual_write_over_a_link(SCHEMA, COMPARED).await;
+    let client = pair.client().await;
+    client.batch_execute("INSERT INTO photos VALUES (1, 0, 'v0', 1)").await.expect("writes");
+    pair.proxy.settle().await;
+    let runs = async || found(&pair, "SELECT title FROM").await["compared"]["runs"].as_u64();
+    until("the ledger was looked at, and the job is logged in", async || {
+        client.batch_execute("SELECT title FROM photos").await.expect("reads");
+        runs().await > Some(0)
+    })
+    .await;
+    let compared = async || pair.proxy.metrics("crossfade_read_compared_total").await;
+    let held = new.trip_behind(b"v1", Way::ToServer, b"S\0\0\0\x04", Trip::HoldBefore);
+    client.batch_execute("UPDATE photos SET title = 'v1'").await.expect("is acknowledged");
+    held.await.expect("is held");
+    let before = compared().await;
+    client.batch_execute("SELECT title FROM photos").await.expect("reads");
+    until("the first look is over", async || compared().await > before).await;
+    new.release();
+    let before = runs().await;
+    until("the second look is over", async || runs().await > before).await;
+    let found = found(&pair, "SELECT title FROM").await;
+    assert_eq!(found["compared"]["different"], 0, "{found}");
 }

@@ -24,7 +24,7 @@ const SEATS_MAX: usize = 4;
 /// Nothing to compare for so long, and the job logs out.
 const IDLE: Duration = Duration::from_secs(10);
 /// A read whose answers differ is run again behind this pause, at most so often; so many wait for that at most.
-const AGAIN: Duration = Duration::from_millis(300);
+const AGAIN: Duration = Duration::from_secs(1);
 const TRIES_MAX: u32 = 5;
 const DOUBTS_MAX: usize = 64;
 /// Rows of a difference that are shown of each side.
