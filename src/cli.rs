@@ -2,6 +2,7 @@
 
 mod backfill;
 mod check;
+mod report;
 mod sweep;
 mod uninstall;
 mod verify;
@@ -23,6 +24,7 @@ use crate::switch::rows::{self, Holds, Verdict};
 
 pub use backfill::{BackfillArguments, backfill};
 pub use check::check;
+pub use report::report;
 pub use sweep::{SweepArguments, sweep};
 pub use uninstall::uninstall;
 pub use verify::{VerifyArguments, verify};
@@ -167,7 +169,7 @@ pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
     let holds = what_holds(&config).await?;
     let authority = holds.phase.authority();
     let proxy = match config.admin {
-        Some(admin) => ask_proxy(admin).await,
+        Some(admin) => ask_proxy(admin, "/status").await,
         None => None,
     };
     let mut document = serde_json::json!({
@@ -238,11 +240,13 @@ async fn why_owed(authority: &tokio_postgres::Client) -> Result<serde_json::Valu
     Ok(rows.iter().map(why).collect())
 }
 
-async fn ask_proxy(admin: std::net::SocketAddr) -> Option<serde_json::Value> {
+/// What a proxy answers to a GET of JSON.
+async fn ask_proxy(admin: std::net::SocketAddr, path: &str) -> Option<serde_json::Value> {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let asked = async {
         let mut stream = tokio::net::TcpStream::connect(admin).await.ok()?;
-        stream.write_all(b"GET /status HTTP/1.0\r\nHost: crossfade\r\n\r\n").await.ok()?;
+        let request = format!("GET {path} HTTP/1.0\r\nHost: crossfade\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.ok()?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.ok()?;
         serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()

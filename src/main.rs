@@ -63,6 +63,12 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Statement shapes that the proxy has seen: what is mirrored, what may be served by new, what was compared.
+    Report {
+        /// One JSON document.
+        #[arg(long)]
+        json: bool,
+    },
     /// What the proxy would do with a statement, in each phase.
     Explain {
         /// The statement.
@@ -98,6 +104,7 @@ async fn run(arguments: Arguments) -> ExitCode {
         }
         Command::Uninstall { force } => cli::uninstall(&path, force).await,
         Command::Status { json } => cli::status(&path, json).await,
+        Command::Report { json } => cli::report(&path, json).await,
         Command::Explain { sql } => cli::explain(&path, &sql).await,
         Command::Demo(options) => cli::demo(options).await,
     };

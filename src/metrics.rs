@@ -44,6 +44,16 @@ pub struct Metrics {
     pub tainted_tables: IntGauge,
     /// Taints, by table.
     pub taints: IntCounterVec,
+    /// Reads that were run on both sides and compared, by table.
+    pub read_compared: IntCounterVec,
+    /// Those whose answers differ, and did again, by table.
+    pub read_different: IntCounterVec,
+    /// Reads that were to be compared and found no place in the queue.
+    pub read_dropped: IntCounter,
+    /// In dual-read, eligible reads by the side that answered them.
+    pub read_served: IntCounterVec,
+    /// In dual-read, eligible reads that the authority answered, by reason.
+    pub read_kept: IntCounterVec,
     backfill_rows: IntCounterVec,
     backfill_progress: GaugeVec,
     /// Bytes of write-ahead log that a server keeps for the sweep's slot, by side.
@@ -120,6 +130,11 @@ impl Metrics {
             )?,
             taints: counters(r, "taints_total", "Times that a write out of sight has tainted a table", &["table"])?,
             tainted_tables: gauge(r, "tainted_tables", "Tables with an open taint")?,
+            read_compared: counters(r, "read_compared_total", "Reads run on both sides and compared", &["table"])?,
+            read_different: counters(r, "read_different_total", "Reads whose answers differ", &["table"])?,
+            read_dropped: counter(r, "read_dropped_total", "Reads that were not compared because too many waited")?,
+            read_served: counters(r, "read_served_total", "Eligible reads in dual-read, by who answered", &["side"])?,
+            read_kept: counters(r, "read_kept_total", "Eligible reads that the authority answered", &["reason"])?,
             backfill_rows: counters(
                 r,
                 "backfill_rows_total",

@@ -21,6 +21,7 @@ use crate::mirror::health::Health;
 use crate::mirror::pool::Pool;
 use crate::phase::{Phase, Side};
 use crate::plan::cache::Plans;
+use crate::reads::Reads;
 use crate::switch::bell::Bells;
 use crate::switch::fleet::Registry;
 use crate::switch::gate::Gate;
@@ -129,6 +130,8 @@ pub struct Shared {
     pub metrics: Metrics,
     /// Plans by shape.
     pub plans: Plans,
+    /// What is known of reads on both sides.
+    pub reads: Reads,
     /// CancelRequests.
     pub cancels: Cancels,
     /// Secrets of clients.

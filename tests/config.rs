@@ -85,6 +85,7 @@ fn the_schema_has_the_keys_that_the_program_knows() {
         ("expect: { @ }", "/properties/expect".into()),
         ("limits: { @ }", "/properties/limits".into()),
         ("log: { @ }", "/properties/log".into()),
+        ("reads: { @ }", "/properties/reads".into()),
         ("tables: [{ @ }]", table.into()),
     ] {
         let object = schema.pointer(&pointer).unwrap_or_else(|| panic!("{pointer}"));

@@ -17,6 +17,7 @@ pub mod install;
 pub mod link;
 mod locks;
 mod owes;
+pub mod owing;
 mod pace;
 mod payable;
 pub mod reconcile;

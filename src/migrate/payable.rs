@@ -175,7 +175,7 @@ pub(crate) async fn read_alone(authority: At<'_>, rows: i64) -> Result<Vec<Entry
         .collect())
 }
 
-async fn statuses(mirror: At<'_>, xids: &[i64]) -> Result<HashMap<i64, String>, Error> {
+pub(super) async fn statuses(mirror: At<'_>, xids: &[i64]) -> Result<HashMap<i64, String>, Error> {
     if xids.is_empty() {
         return Ok(HashMap::new());
     }

@@ -70,6 +70,8 @@ pub fn start(shared: &Arc<Shared>) {
         tokio::spawn(probe(shared.clone(), side));
     }
     tokio::spawn(refresh(shared.clone()));
+    tokio::spawn(super::reads::compare(shared.clone()));
+    tokio::spawn(super::reads::look(shared.clone()));
     tokio::spawn(observe(shared.clone()));
     tokio::spawn(crate::switch::learn::follow(shared.clone()));
     tokio::spawn(move_phase(shared.clone()));
@@ -79,13 +81,13 @@ pub fn start(shared: &Arc<Shared>) {
 
 /// The two control connections of a job, opened anew where they were lost or the authority has changed.
 #[derive(Default)]
-struct Hands {
-    open: Option<(Side, Client, Client)>,
+pub(super) struct Hands {
+    pub(super) open: Option<(Side, Client, Client)>,
 }
 
 impl Hands {
     /// To the authority and to the mirror.
-    async fn get(
+    pub(super) async fn get(
         &mut self,
         shared: &Shared,
         name: &str,

@@ -4,6 +4,8 @@ pub mod http;
 mod jobs;
 mod listen;
 mod logins;
+mod reads;
+mod report;
 pub mod sweep;
 
 use std::path::{Path, PathBuf};
@@ -102,6 +104,7 @@ fn share(config: Config) -> Result<Shared, RunError> {
         paid: PaidQueue::default(),
         metrics: Metrics::new()?,
         plans,
+        reads: crate::reads::Reads::default(),
         cancels: Cancels::default(),
         verifiers,
         // Never 0: whoever reads the ledger begins behind it.
