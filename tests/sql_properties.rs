@@ -119,9 +119,9 @@ proptest! {
     fn tokens_cover_the_text_without_a_gap(text in texts()) {
         let mut at = 0;
         for token in lex(&text) {
-            prop_assert_eq!(token.start, at);
-            prop_assert!(token.end > token.start);
-            at = token.end;
+            prop_assert_eq!(token.start(), at);
+            prop_assert!(token.end() > token.start());
+            at = token.end();
         }
         prop_assert_eq!(at, text.len());
     }

@@ -70,9 +70,9 @@ fn renamed(text: &[u8], name: &[u8], splice: &str) -> Option<BytesMut> {
     let token = sql::lex(text).filter(|token| !token.kind.is_gap()).nth(1)?;
     let end = sql::end(text);
     let mut out = BytesMut::with_capacity(text.len() + splice.len() + name.len());
-    out.put_slice(&text[..token.start]);
+    out.put_slice(&text[..token.start()]);
     out.put_slice(name);
-    out.put_slice(&text[token.end..end]);
+    out.put_slice(&text[token.end()..end]);
     out.put_slice(splice.as_bytes());
     Some(out)
 }

@@ -38,12 +38,12 @@ pub fn clean(text: &[u8], tokens: &[Token]) -> Option<Clean> {
 fn compact(tokens: &[Token], out: &[u8]) -> Vec<u8> {
     let mut compact = Vec::new();
     let mut end = 0;
-    for token in tokens.iter().filter(|token| out[token.start] != b' ') {
-        if token.start > end {
+    for token in tokens.iter().filter(|token| out[token.start()] != b' ') {
+        if token.start() > end {
             compact.push(b' ');
         }
         compact.extend_from_slice(&out[token.range()]);
-        end = token.end;
+        end = token.end();
     }
     compact
 }
@@ -96,7 +96,7 @@ fn blank_lists(text: &[u8], tokens: &[Token], out: &mut [u8]) -> usize {
         }
         let mut cut = |first: usize, last: usize| {
             blanked += last + 1 - first;
-            out[tokens[first].start..tokens[last].end].fill(b' ');
+            out[tokens[first].start()..tokens[last].end()].fill(b' ');
         };
         let list = items(tokens, at + 1, |from| literal(text, tokens, from), text);
         let rows = items(tokens, at, |from| row(text, tokens, from), text);

@@ -46,7 +46,7 @@ pub fn mask_escapes(text: &[u8]) -> Vec<u8> {
             [b'\'', ..] => at,
             [b'n' | b'N', b'\'', ..] => at + 1,
             rest => {
-                at += lex(rest).next().map_or(rest.len(), |token| token.end);
+                at += lex(rest).next().map_or(rest.len(), |token| token.end());
                 continue;
             }
         };

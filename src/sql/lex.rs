@@ -47,26 +47,34 @@ impl Kind {
 pub struct Token {
     /// What it is.
     pub kind: Kind,
-    /// Offset of its first byte.
-    pub start: usize,
-    /// Offset behind its last byte.
-    pub end: usize,
+    start: u32,
+    end: u32,
 }
 
 impl Token {
+    /// Offset of its first byte. A statement has millions of tokens at most, in a text that fits one message: 32 bits hold what is kept of them.
+    pub fn start(&self) -> usize {
+        self.start as usize
+    }
+
+    /// Offset behind its last byte.
+    pub fn end(&self) -> usize {
+        self.end as usize
+    }
+
     /// Its byte range.
     pub fn range(&self) -> Range<usize> {
-        self.start..self.end
+        self.start()..self.end()
     }
 
     /// Its bytes in `text`, from which it was lexed.
     pub fn bytes<'a>(&self, text: &'a [u8]) -> &'a [u8] {
-        &text[self.start..self.end]
+        &text[self.range()]
     }
 
     /// Whether it is exactly this one byte of punctuation.
     pub fn is_punct(&self, text: &[u8], byte: u8) -> bool {
-        self.kind == Kind::Punct && self.end - self.start == 1 && text[self.start] == byte
+        self.kind == Kind::Punct && self.end - self.start == 1 && text[self.start()] == byte
     }
 
     /// Whether it is this keyword (given in lowercase), in any case.
@@ -101,7 +109,7 @@ impl Iterator for Tokens<'_> {
         let start = self.at;
         let (kind, end) = if start < self.signs_end { (Kind::Operator, start + 1) } else { self.scan(start) };
         self.at = end;
-        Some(Token { kind, start, end })
+        Some(Token { kind, start: start as u32, end: end as u32 })
     }
 }
 

@@ -38,7 +38,7 @@ const OWN_STACK_DEPTH_MAX: usize = 48;
 /// Stack for each level of depth: what a build without optimisation was seen to need at worst (13 KiB for sqlparser on
 /// `t JOIN t JOIN ... ON a ON a`), doubled and more.
 const STACK_BYTES_PER_LEVEL: usize = 32 << 10;
-/// Most tokens that are kept at all: 24 bytes each.
+/// Most tokens that are kept at all: 12 bytes each.
 const KEPT_TOKENS_MAX: usize = 3_000_000;
 /// EXPLAIN of EXPLAIN and the like end here.
 const INNER_MAX: usize = 4;
@@ -117,7 +117,7 @@ fn bare(text: &[u8], tokens: &[Token]) -> Facts {
         current_of: false,
         columns: None,
         parameters: parameters(text, tokens),
-        end: tokens.last().map_or(0, |token| token.end),
+        end: tokens.last().map_or(0, |token| token.end()),
         inner: None,
     }
 }
@@ -228,6 +228,9 @@ struct Level {
     set_operations: usize,
 }
 
+/// Nobody parses what is deeper, whatever the limits: how much deeper it is need not be counted, which takes memory.
+const COUNTED_MAX: usize = 100_000;
+
 fn depth(text: &[u8], tokens: &[Token]) -> Depth {
     let mut bound = Depth { nesting: 0, tree: 0 };
     let mut outer: Vec<Level> = Vec::new();
@@ -235,7 +238,7 @@ fn depth(text: &[u8], tokens: &[Token]) -> Depth {
     // Of `outer`.
     let mut below = 0;
     for token in tokens {
-        let byte = if token.kind == Kind::Punct { text[token.start] } else { 0 };
+        let byte = if token.kind == Kind::Punct { text[token.start()] } else { 0 };
         match byte {
             b'(' | b'[' => {
                 level.since_comma += 1;
@@ -254,6 +257,9 @@ fn depth(text: &[u8], tokens: &[Token]) -> Depth {
         }
         bound.tree = bound.tree.max(below + level.since_comma + level.set_operations);
         bound.nesting = bound.nesting.max(outer.len());
+        if bound.tree > COUNTED_MAX {
+            break;
+        }
     }
     bound
 }

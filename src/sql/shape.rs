@@ -37,7 +37,7 @@ pub fn shape(text: &[u8]) -> Shape {
             semicolons += usize::from(!out.is_empty());
             continue;
         }
-        end = token.end;
+        end = token.end();
         out.extend(std::iter::repeat_n(b';', std::mem::take(&mut semicolons)));
         if std::mem::take(&mut gap) && !out.is_empty() {
             out.push(b' ');

@@ -23,12 +23,12 @@ pub fn split(text: &[u8]) -> Vec<Statement> {
     for token in lex(text).filter(|token| !token.kind.is_gap()) {
         if body.step(text, &token) {
             if let Some(end) = end.take() {
-                statements.push(Statement { range: start..token.start, end });
+                statements.push(Statement { range: start..token.start(), end });
             }
-            start = token.end;
+            start = token.end();
             body = Body::default();
         } else if !token.is_punct(text, b';') {
-            end = Some(token.end);
+            end = Some(token.end());
         }
     }
     if let Some(end) = end {
@@ -72,7 +72,7 @@ impl Body {
         let is = |word| token.is_word(text, word);
         let previous = std::mem::take(&mut self.previous);
         if token.kind == Kind::Punct {
-            match text[token.start] {
+            match text[token.start()] {
                 b'(' => self.parens += 1,
                 b')' => self.parens = self.parens.saturating_sub(1),
                 b'.' => self.previous = Previous::Label,
@@ -108,7 +108,7 @@ impl Body {
 /// Byte offset just behind the last token that is no comment and no `;`: where RETURNING is spliced. 0 without one.
 pub fn end(text: &[u8]) -> usize {
     let last = lex(text).filter(|token| !token.kind.is_gap() && !token.is_punct(text, b';')).last();
-    last.map_or(0, |token| token.end)
+    last.map_or(0, |token| token.end())
 }
 
 #[cfg(test)]

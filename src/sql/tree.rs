@@ -22,8 +22,8 @@ impl<'a> Source<'a> {
     fn tokens_of(&self, node: &SyntaxNode) -> &'a [Token] {
         let range = node.text_range();
         let (start, end) = (usize::from(range.start()), usize::from(range.end()));
-        let first = self.tokens.partition_point(|token| token.start < start);
-        let last = self.tokens.partition_point(|token| token.start < end);
+        let first = self.tokens.partition_point(|token| token.start() < start);
+        let last = self.tokens.partition_point(|token| token.start() < end);
         &self.tokens[first..last]
     }
 

@@ -296,7 +296,7 @@ fn copy(mut words: Words<'_>, bare: Facts) -> Option<Read> {
     if words.is_punct(b'(') {
         let open = words.at;
         words.skip_parens()?;
-        let inner = words.tokens.get(open + 1)?.start..words.tokens[words.at - 2].end;
+        let inner = words.tokens.get(open + 1)?.start()..words.tokens[words.at - 2].end();
         let to = words.eat("to");
         return to.then_some(Read::Around(Facts { verb: Verb::CopyTo, ..bare }, inner));
     }

@@ -134,7 +134,7 @@ impl<'a> Words<'a> {
 
     /// The bytes from the next token to the last.
     pub(super) fn rest(&self) -> Option<Range<usize>> {
-        Some(self.tokens.get(self.at)?.start..self.tokens.last()?.end)
+        Some(self.tokens.get(self.at)?.start()..self.tokens.last()?.end())
     }
 
     /// Each name before a `(` from here on: all calls are among them.
