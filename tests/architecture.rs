@@ -239,7 +239,7 @@ fn ledger_rows_are_deleted_where_the_page_says_and_nowhere_else() {
     };
     let found: Vec<String> =
         files(&["src"], &["rs", "sql"]).iter().filter(|file| deleting(file)).map(|file| file.path.clone()).collect();
-    assert_eq!(found, ["src/ledger/clear.rs", "src/switch/mover.rs"]);
+    assert_eq!(found, ["src/ledger/clear.rs", "src/switch/copies.rs", "src/switch/mover.rs"]);
 }
 
 #[test]

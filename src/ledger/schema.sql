@@ -203,6 +203,10 @@ CREATE TABLE IF NOT EXISTS crossfade.verified (
     equal_epoch bigint,
     equal_at timestamptz
 );
+-- How often debts of a table were owed, and so had to be paid; what their carriers brought is not counted. A look of verify that began at one count says
+-- nothing of what was owed later: `equal_owings` is the count at which the last one began that found all equal.
+CREATE TABLE IF NOT EXISTS crossfade.owings (number integer PRIMARY KEY, times bigint NOT NULL);
+ALTER TABLE crossfade.verified ADD COLUMN IF NOT EXISTS equal_owings bigint;
 
 -- The incarnation of this side, made anew where a crash or promotion has emptied it.
 CREATE OR REPLACE FUNCTION crossfade.incarnate() RETURNS uuid LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$

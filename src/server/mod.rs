@@ -85,7 +85,8 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
     listen::serve(listener, tls, shared, stopping).await
 }
 
-fn share(config: Config) -> Result<Shared, RunError> {
+/// What all of one process share, before anything is known of the databases.
+pub fn share(config: Config) -> Result<Shared, RunError> {
     let verifiers = Verifiers::new(&config.users, vec![config.old.clone(), config.new.clone()]);
     let plans = Plans::new(config.limits.plan_cache);
     // In a fleet the row says the phase, and a proxy that starts never moves it.
