@@ -102,7 +102,7 @@ async fn a_proxy_whose_file_lags_follows_the_row_and_its_clients_see_no_error() 
 
 #[tokio::test]
 async fn a_frozen_proxy_cannot_write_in_an_epoch_that_is_over() {
-    let (databases, mut first, second) = fleet("log: { level: debug }").await;
+    let (databases, mut first, second) = fleet("").await;
     let (inside, outside) = (client(&second).await, client(&second).await);
     outside.batch_execute("SELECT 1").await.unwrap();
     inside.batch_execute("BEGIN; INSERT INTO notes VALUES (1, 'frozen')").await.unwrap();

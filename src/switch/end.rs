@@ -23,14 +23,15 @@ const LATE: Duration = Duration::from_secs(1);
 /// History is written for so long at most: nobody waits for it.
 const NOTED: Duration = Duration::from_secs(2);
 
-/// Those that hold the epoch's table ($1); $2: all of them, else those of proxies whose own connection has asked nothing for three seconds (it asks four
-/// times a second, whatever its clients do). By that server's clock alone.
+/// Those that hold the epoch's table ($1); $2: all of them, else those of proxies that are dead, cut off or frozen: the connection that stands for such a
+/// one is gone, or has asked nothing for three seconds (it asks four times a second, whatever its clients do). By that server's clock alone.
 const HOLDERS: &str = "SELECT pg_catalog.pg_terminate_backend(l.pid) FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \
     WHERE l.locktype = 'relation' AND l.relation = pg_catalog.to_regclass($1) AND l.mode = 'AccessShareLock' AND l.granted \
     AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) \
-    AND ($2 OR EXISTS (SELECT FROM crossfade.sessions s JOIN crossfade.proxies p ON p.id = s.proxy \
-        JOIN pg_catalog.pg_stat_activity e ON e.pid = p.pid AND e.backend_start IS NOT DISTINCT FROM p.start \
-        WHERE s.pid = a.pid AND s.start IS NOT DISTINCT FROM a.backend_start AND e.query_start < clock_timestamp() - interval '3 seconds'))";
+    AND ($2 OR EXISTS (SELECT FROM crossfade.sessions s WHERE s.pid = a.pid AND s.start IS NOT DISTINCT FROM a.backend_start \
+        AND a.backend_start < clock_timestamp() - interval '3 seconds' AND NOT EXISTS (SELECT FROM crossfade.proxies p \
+            JOIN pg_catalog.pg_stat_activity e ON e.pid = p.pid AND e.backend_start IS NOT DISTINCT FROM p.start \
+            WHERE p.id = s.proxy AND coalesce(e.query_start > clock_timestamp() - interval '3 seconds', true))))";
 
 /// On the mirror: transactions that carry images.
 const CARRIERS: &str = "SELECT pg_catalog.pg_terminate_backend(l.pid) FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \

@@ -20,6 +20,9 @@ use crate::switch::mover::MoveError;
 use crate::switch::record::{self, Backup};
 use crate::switch::{epoch, writers};
 
+/// How long one look of ours may take.
+const LOOKS: Duration = Duration::from_secs(30);
+
 /// What a side says of itself.
 #[derive(Clone, Debug)]
 pub struct Answer {
@@ -136,7 +139,11 @@ impl Eyes {
     pub async fn open(config: &Config) -> Eyes {
         let open = async |side| {
             let client = Shared::database(config, side).connect("crossfade gates").await;
-            client.map_err(|error: ConnectError| error.to_string())
+            let client = client.map_err(|error: ConnectError| error.to_string())?;
+            // Whoever looks is waited for by a move that holds locks.
+            let limits = format!("SET lock_timeout = '2s'; SET statement_timeout = '{}s'", LOOKS.as_secs());
+            client.batch_execute(&limits).await.map_err(|error| error.to_string())?;
+            Ok(client)
         };
         let (old, new) = tokio::join!(open(Side::Old), open(Side::New));
         Eyes { clients: Sides { old, new } }
