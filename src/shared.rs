@@ -150,6 +150,10 @@ pub struct Shared {
     pub owed: Notify,
     /// The file may want another phase.
     pub wanted: Notify,
+    /// An operator asks for the file to be read again.
+    pub reload: Notify,
+    /// ... and for the end of this proxy.
+    pub shutdown: Notify,
     /// A control connection to the ledger of a side, for debts that say more than is owed.
     pub ledger: tokio::sync::Mutex<Option<(Side, tokio_postgres::Client)>>,
     /// Held by whoever changes the world.

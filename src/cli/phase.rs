@@ -6,18 +6,16 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::{Trouble, what_holds};
-use crate::catalog::Catalog;
 use crate::config::{self, Config};
 use crate::phase::{Phase, Side};
 use crate::server;
 use crate::shared::Shared;
-use crate::switch::gates::evidence::{Eyes, Facts, Question};
-use crate::switch::gates::rules::{self, Step};
+use crate::switch::gates::evidence::look;
+use crate::switch::gates::rules::Step;
 use crate::switch::gates::{self, Force, Gate};
 use crate::switch::learn::learn;
 use crate::switch::mover::{self, MoveError, Stays};
 use crate::switch::record::{self, Ask};
-use crate::switch::rows::Holds;
 
 /// What the command is asked for.
 #[derive(clap::Args)]
@@ -81,39 +79,13 @@ async fn confirm_backup(config: &Config, who: &str, what: &str) -> Result<bool, 
     Ok(true)
 }
 
-/// Where the next step leads if nobody says: to what the file wants, else onwards.
-fn onwards(holds: Phase, file: Phase) -> Phase {
-    if file != holds {
-        return file;
-    }
-    match holds {
-        Phase::Old => Phase::DualWrite,
-        Phase::DualWrite | Phase::DualRead => Phase::NewPrimary,
-        Phase::NewPrimary | Phase::OldReadOnly => Phase::New,
-        Phase::New => Phase::NewPrimary,
-    }
-}
-
-/// The gates of a step, as they stand now.
-async fn look(config: &Config, holds: Holds, step: Step) -> Result<(Facts, Vec<Gate>), Trouble> {
-    let catalog = match step.is_about_tables() {
-        true => mover::load_catalog(config, holds.phase.authority()).await?.0,
-        false => Catalog::default(),
-    };
-    let eyes = Eyes::open(config).await;
-    let question = Question { config, step, epoch: holds.epoch, catalog: &catalog, ours: &[] };
-    let facts = question.ask(&eyes).await?;
-    let gates = rules::judge(step, &config.moves, &facts);
-    Ok((facts, gates))
-}
-
 async fn show(config: &Config, name: Option<Phase>, force: &Force, dry_run: bool, json: bool) -> Result<bool, Trouble> {
     let holds = what_holds(config).await?;
-    let want = name.unwrap_or_else(|| onwards(holds.phase, config.phase));
+    let want = name.unwrap_or_else(|| mover::onwards(holds.phase, config.phase));
     let step = Step { from: holds.phase, to: mover::next(holds.phase, want) };
     let none = holds.phase == want;
     let (facts, mut gates) =
-        if none { (None, Vec::new()) } else { look(config, holds, step).await.map(|(f, g)| (Some(f), g))? };
+        if none { (None, Vec::new()) } else { look(config, holds.epoch, step).await.map(|(f, g)| (Some(f), g))? };
     force.open(&mut gates);
     let closed = gates::closed(&gates).len();
     let estimate = facts.and_then(|facts| facts.running).map(|running| running.estimate_ms(config.moves.pause));

@@ -49,6 +49,8 @@ pub fn signals(stop: watch::Sender<Stop>, path: PathBuf, shared: Arc<Shared>) {
         loop {
             tokio::select! {
                 _ = hangup.recv() => reload(&shared, &path),
+                () = shared.reload.notified() => reload(&shared, &path),
+                () = shared.shutdown.notified() => further(&stop),
                 _ = terminate.recv() => further(&stop),
                 _ = interrupt.recv() => further(&stop),
             }

@@ -1,5 +1,6 @@
 //! The proxy as a process: threads that run sessions, jobs beside them, an end in good order.
 
+mod console;
 pub mod http;
 mod jobs;
 mod listen;
@@ -114,6 +115,8 @@ pub fn share(config: Config) -> Result<Shared, RunError> {
         intent: std::sync::Mutex::new(intent),
         owed: Notify::new(),
         wanted: Notify::new(),
+        reload: Notify::new(),
+        shutdown: Notify::new(),
         ledger: Default::default(),
         switching: tokio::sync::Mutex::new(()),
         ready: std::sync::atomic::AtomicBool::new(false),

@@ -149,6 +149,19 @@ pub fn next(from: Phase, to: Phase) -> Phase {
     }
 }
 
+/// Where a step leads if nobody says: to what the file wants, else onwards.
+pub fn onwards(holds: Phase, file: Phase) -> Phase {
+    if file != holds {
+        return file;
+    }
+    match holds {
+        Phase::Old => Phase::DualWrite,
+        Phase::DualWrite | Phase::DualRead => Phase::NewPrimary,
+        Phase::NewPrimary | Phase::OldReadOnly => Phase::New,
+        Phase::New => Phase::NewPrimary,
+    }
+}
+
 /// Loads the definitions of both sides. Where the mirror cannot be reached its definitions are taken to be the authority's:
 /// keys of debts need no more, and nothing is sent to a mirror that is down.
 pub async fn load_catalog(config: &Config, authority: Side) -> Result<(Catalog, bool), MoveError> {

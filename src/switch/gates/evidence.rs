@@ -7,7 +7,8 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio_postgres::Client;
 
-use super::rules::Step;
+use super::Gate;
+use super::rules::{self, Step};
 use crate::catalog::{Catalog, Sides, definitions};
 use crate::check::{self, Finding};
 use crate::config::{Config, ConnectError};
@@ -16,7 +17,7 @@ use crate::migrate::debt::TableDebt;
 use crate::migrate::sequences::Ahead;
 use crate::phase::Side;
 use crate::shared::Shared;
-use crate::switch::mover::MoveError;
+use crate::switch::mover::{self, MoveError};
 use crate::switch::record::{self, Backup};
 use crate::switch::{epoch, writers};
 
@@ -312,6 +313,18 @@ impl Question<'_> {
         let last_pause_ms = if installed { record::last_pause(authority).await? } else { None };
         Ok(Running { count: row.get(0), oldest: row.get(1), foreign, last_pause_ms })
     }
+}
+
+/// Facts and gates of a step as they stand now, for who only looks.
+pub async fn look(config: &Config, epoch: u64, step: Step) -> Result<(Facts, Vec<Gate>), MoveError> {
+    let catalog = match step.is_about_tables() {
+        true => mover::load_catalog(config, step.from.authority()).await?.0,
+        false => Catalog::default(),
+    };
+    let eyes = Eyes::open(config).await;
+    let facts = Question { config, step, epoch, catalog: &catalog, ours: &[] }.ask(&eyes).await?;
+    let gates = rules::judge(step, &config.moves, &facts);
+    Ok((facts, gates))
 }
 
 impl Facts {
