@@ -34,6 +34,8 @@ const PURE: &[&str] = &[
     "src/mirror/flight.rs",
     "src/mirror/writes.rs",
     "src/migrate/rules.rs",
+    "src/switch/gates/rules.rs",
+    "src/server/console/command.rs",
     "src/session/expect.rs",
     "src/session/books.rs",
 ];
