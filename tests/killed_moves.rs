@@ -258,11 +258,12 @@ async fn how_long_moves_hold_clients() {
     let (databases, proxies) = fleet(2, TIMEOUT).await;
     let writers = Writers::start(&proxies.iter().collect::<Vec<_>>(), 16);
     writers.go_on().await;
-    let moves = if proof() { 50 } else { 6 };
+    let moves = if proof() { 50 } else { 4 };
     for number in 0..moves {
         let phase = if number % 2 == 0 { "new-primary" } else { "dual-write" };
         moves_to(&proxies[0], phase).await;
         writers.go_on().await;
+        eprintln!("move {number} to {phase}: {} writes so far", writers.written.load(Ordering::SeqCst));
     }
     let longest = writers.longest_us.load(Ordering::SeqCst) as f64 / 1000.0;
     let (acknowledged, errors) = writers.end().await;
