@@ -28,7 +28,7 @@ async fn column(console: &Client, sql: &str, name: &str) -> Vec<String> {
 #[tokio::test]
 async fn an_operator_sees_the_gates_and_moves() {
     let mut pair = Pair::start("old", "CREATE TABLE notes (id int PRIMARY KEY)", "").await;
-    let error = console(&pair, APP).await.err().expect("the application is no operator");
+    let error = console(&pair, APP).await.expect_err("the application is no operator");
     assert_eq!(error.code().expect("is told").code(), "42501");
     let operator = console(&pair, CONTROL).await.expect("the control role is");
     assert_eq!(column(&operator, "SHOW PHASE", "phase").await, ["old"]);
