@@ -47,7 +47,7 @@ proof: setup
 
 bench:
 	scripts/setup.sh postgres
-	$(CARGO) build --locked --release
+	$(CARGO) build --locked --release --bins --examples
 	bench/run
 	bench/backfill
 

@@ -104,6 +104,11 @@ class Cluster:
         log = os.path.join(self.directory, "log")
         self._run([program("pg_ctl"), "-D", self.data, "-l", log, "-w", "-t", "60", "start"])
 
+    def pid(self):
+        """Of the server's first process."""
+        with open(os.path.join(self.data, "postmaster.pid"), encoding="utf-8") as file:
+            return int(file.readline())
+
     def stop(self):
         command = [program("pg_ctl"), "-D", self.data, "-m", "immediate", "-w", "stop"]
         subprocess.run(as_server_user(command), capture_output=True, cwd="/")

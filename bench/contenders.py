@@ -33,10 +33,18 @@ def install(package, binary, path):
 SBIN = "/usr/sbin:/usr/local/sbin:" + os.environ.get("PATH", "")
 
 
+PGBENCH = ("simple", "extended", "prepared")
+# What keeps no idle connections of its own, or is there twice.
+NO_MEMORY = ("direct", "crossfade mirror down", "by hand")
+# Prepared statements by bench/by_hand instead of pgbench.
+OWN = ("own",)
+
+
 class Contender:
-    """A way to the database. `mirrored`: it writes both servers."""
+    """A way to the database. `mirrored`: it writes both servers. `protocols`: what it is measured with."""
 
     mirrored = False
+    protocols = PGBENCH
     process = None
     stop_signal = signal.SIGTERM
 
@@ -57,6 +65,10 @@ class Contender:
 
     def settled(self):
         """Waits until nothing is left to be done on the other server."""
+
+    def addresses(self):
+        """Where bench/by_hand sends its transactions to, as its arguments."""
+        return ["--old", f"127.0.0.1:{self.port}"]
 
     def _spawn(self, command, log):
         with open(log, "ab") as out:
@@ -82,6 +94,8 @@ class Contender:
 
 
 class Direct(Contender):
+    protocols = PGBENCH + OWN
+
     def __init__(self, old, database):
         super().__init__("direct", database, old.port)
 
@@ -89,15 +103,37 @@ class Direct(Contender):
 class RawRelay(Contender):
     """bench/raw_relay.rs: frames read and passed on, and nothing else. The least that a proxy costs."""
 
-    def __init__(self, old, database, directory, binary):
-        super().__init__("raw-relay", database, free_port())
-        self.old, self.directory, self.binary = old, directory, binary
+    def __init__(self, server, database, directory, binary, name="raw-relay"):
+        super().__init__(name, database, free_port())
+        self.server, self.directory, self.binary = server, directory, binary
 
     def start(self):
         os.makedirs(self.directory, exist_ok=True)
-        command = [self.binary, f"127.0.0.1:{self.port}", f"127.0.0.1:{self.old.port}"]
+        command = [self.binary, f"127.0.0.1:{self.port}", f"127.0.0.1:{self.server.port}"]
         self._spawn(command, os.path.join(self.directory, "log"))
         self._wait_for_port()
+
+
+class ByHand(RawRelay):
+    """bench/by_hand writes both servers itself: old through the relay, as if it were a proxy, and new directly."""
+
+    mirrored = True
+    protocols = OWN
+
+    def __init__(self, old, new, database, directory, relay, crossfade):
+        super().__init__(old, database, directory, relay, "by hand")
+        self.new, self.crossfade = new, crossfade
+
+    def start(self):
+        super().start()
+        config = os.path.join(self.directory, "crossfade.yaml")
+        write(config, f"listen: 127.0.0.1:{free_port()}\nphase: old\n" + sides(self.server, self.new, self.database))
+        done = subprocess.run([self.crossfade, "install", "--config", config], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise Failed(f"crossfade install: {done.stderr.strip()}")
+
+    def addresses(self):
+        return super().addresses() + ["--new", f"127.0.0.1:{self.new.port}"]
 
 
 class PgBouncer(Contender):
@@ -164,6 +200,8 @@ class Pgpool(Contender):
 class Crossfade(Contender):
     """The release build, in one phase."""
 
+    protocols = PGBENCH + OWN
+
     def __init__(self, old, new, database, directory, binary, phase):
         super().__init__("crossfade " + phase, database, free_port())
         self.old, self.new, self.directory, self.binary, self.phase = old, new, directory, binary, phase
@@ -172,9 +210,8 @@ class Crossfade(Contender):
         self.begins = True
 
     def _write_config(self, phase):
-        url = lambda server: f"postgres://postgres@127.0.0.1:{server.port}/{self.database}"
         draft = os.path.join(self.directory, "draft")
-        write(draft, f"listen: 127.0.0.1:{self.port}\nadmin: 127.0.0.1:{self.admin}\nold: {url(self.old)}\nnew: {url(self.new)}\n"
+        write(draft, f"listen: 127.0.0.1:{self.port}\nadmin: 127.0.0.1:{self.admin}\n{sides(self.old, self.new, self.database)}"
               f"name: {self.database}\nauth: trust\nphase: {phase}\nlimits: {{ clients: {CONNECTIONS + 50} }}\nlog: {{ level: warn }}\n")
         os.rename(draft, os.path.join(self.directory, "crossfade.yaml"))
 
@@ -223,12 +260,58 @@ class Crossfade(Contender):
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line and line[0] != "#")}
 
 
+class MirrorDown(Crossfade):
+    """In dual-write, with its way to new cut when it has got there. `settled` mends it, and waits until all is paid."""
+
+    protocols = OWN
+
+    def __init__(self, old, new, database, directory, binary, relay):
+        self.way = RawRelay(new, database, os.path.join(directory, "way"), relay)
+        super().__init__(old, self.way, database, directory, binary, "dual-write")
+        self.name = "crossfade mirror down"
+
+    def start(self):
+        self.way.start()
+        super().start()
+        self.way.stop()
+
+    def settled(self):
+        if self.way.process.poll() is not None:
+            self.way.start()
+        super().settled()
+
+    def stop(self):
+        super().stop()
+        self.way.stop()
+
+
+def make(options, name, old, new, directory):
+    """A contender by its name. Those that only write old share a database; those that write both have one each."""
+    path = os.path.join(directory, name.replace(" ", "-"))
+    makers = {
+        "direct": lambda: Direct(old, "single"),
+        "raw-relay": lambda: RawRelay(old, "single", path, options.relay),
+        "pgbouncer": lambda: PgBouncer(old, "single", path),
+        "crossfade old": lambda: Crossfade(old, new, "single", path, options.crossfade, "old"),
+        "pgpool": lambda: Pgpool(old, new, "pgpool", path, 64),
+        "crossfade dual-write": lambda: Crossfade(old, new, "dual", path, options.crossfade, "dual-write"),
+        "crossfade mirror down": lambda: MirrorDown(old, new, "down", path, options.crossfade, options.relay),
+        "by hand": lambda: ByHand(old, new, "hand", path, options.relay, options.crossfade),
+    }
+    return makers[name]()
+
+
 def debt(gauges):
     """Everything that is not known to be equal on both sides. Infinite where it cannot be known."""
     if not gauges:
         return float("inf")
     names = ("crossfade_debt_keys", "crossfade_debt_in_flight", "crossfade_tainted_tables")
     return sum(value for name, value in gauges.items() if name.split("{")[0] in names)
+
+
+def sides(old, new, database):
+    url = lambda server: f"postgres://postgres@127.0.0.1:{server.port}/{database}"
+    return f"old: {url(old)}\nnew: {url(new)}\n"
 
 
 def quoted(value):

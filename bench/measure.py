@@ -1,13 +1,17 @@
-"""One run of pgbench with the CPU of the proxy's processes beside it, and the memory of idle connections."""
+"""One run of pgbench or of our own generator, with the CPU of all who take part beside it; and the memory of idle connections."""
 
 import os
 import re
+import resource
 import socket
 import struct
 import subprocess
 import time
 
 from clusters import Failed, program
+
+# pgbench's name of each workload.
+SCRIPTS = {"select": "select-only", "tpcb": "tpcb-like", "update": "simple-update"}
 
 TICK_US = 1_000_000 / os.sysconf("SC_CLK_TCK")
 
@@ -60,32 +64,73 @@ def memory_kib(root):
     return total
 
 
-def pgbench(contender, workload, clients, protocol, seconds, seed):
-    """One run. A dict with tps, transactions, latency_ms, cpu_us_per_tx (None without a proxy), or with error."""
-    command = [program("pgbench"), "-n", "-h", "127.0.0.1", "-p", str(contender.port), "-U", "postgres", "-c", str(clients)]
-    command += ["-j", str(min(clients, os.cpu_count() or 1)), "-T", str(seconds), "-M", protocol, f"--random-seed={seed}"]
-    command += ["-b", "select-only" if workload == "select" else "tpcb-like", contender.database]
-    root = contender.process.pid if contender.process else None
-    before = cpu_us(root) if root else 0
+class Cpu:
+    """What a run takes: user and system time in microseconds of the proxy, of both servers and of the client program, which must
+    have ended when it is read."""
+
+    def __init__(self, contender, servers):
+        self.roots = {server.name: server.pid() for server in servers}
+        if contender.process:
+            self.roots["proxy"] = contender.process.pid
+        self.before = self._now()
+
+    def _now(self):
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return {"client": (children.ru_utime + children.ru_stime) * 1e6, **{name: cpu_us(root) for name, root in self.roots.items()}}
+
+    def each(self, transactions):
+        """For one transaction, by who took it."""
+        return {name: (now - self.before[name]) / transactions for name, now in self._now().items()}
+
+
+def run_client(command, seconds):
+    """A client program that runs for so long: its end, or what to say of it."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60)
     except subprocess.TimeoutExpired:
-        return {"error": f"pgbench did not end {60} s after its time"}
-    used = cpu_us(root) - before if root else None
-    said = done.stdout
+        return None, f"{os.path.basename(command[0])} did not end {60} s after its time"
+    if done.returncode == 0:
+        return done, None
+    complaint = [line for line in done.stderr.splitlines() if "error" in line.lower() or "fatal" in line.lower()]
+    return None, (complaint or done.stderr.splitlines() or [f"{command[0]} ended with {done.returncode}"])[0]
+
+
+def figures(tps, latency_ms, transactions, cpu):
+    each = cpu.each(transactions)
+    return {"tps": tps, "transactions": transactions, "latency_ms": latency_ms, "cpu_us": each, "cpu_us_per_tx": each.get("proxy")}
+
+
+def pgbench(contender, servers, workload, clients, protocol, seconds, seed):
+    """One run. A dict with tps, transactions, latency_ms, cpu_us by who takes it, cpu_us_per_tx (the proxy's, None without one), or with error."""
+    command = [program("pgbench"), "-n", "-h", "127.0.0.1", "-p", str(contender.port), "-U", "postgres", "-c", str(clients)]
+    command += ["-j", str(min(clients, os.cpu_count() or 1)), "-T", str(seconds), "-M", protocol, f"--random-seed={seed}"]
+    command += ["-b", SCRIPTS[workload], contender.database]
+    cpu = Cpu(contender, servers)
+    done, error = run_client(command, seconds)
+    if error:
+        return {"error": error}
     # Up to PostgreSQL 13: "(excluding connections establishing)".
-    tps = re.search(r"tps = ([\d.]+) \((?:without initial|excluding)", said)
-    transactions = re.search(r"transactions actually processed: (\d+)", said)
-    if done.returncode != 0 or not tps or not transactions or int(transactions[1]) == 0:
-        complaint = [line for line in done.stderr.splitlines() if "error" in line or "fatal" in line]
-        return {"error": (complaint or done.stderr.splitlines() or [f"pgbench ended with {done.returncode}"])[0]}
-    failed = re.search(r"number of failed transactions: (\d+)", said)
-    latency = re.search(r"latency average = ([\d.]+) ms", said)
-    count = int(transactions[1])
-    return {
-        "tps": float(tps[1]), "transactions": count, "failed": int(failed[1]) if failed else 0,
-        "latency_ms": float(latency[1]) if latency else None, "cpu_us_per_tx": used / count if root else None,
-    }
+    tps = re.search(r"tps = ([\d.]+) \((?:without initial|excluding)", done.stdout)
+    transactions = re.search(r"transactions actually processed: (\d+)", done.stdout)
+    if not tps or not transactions or int(transactions[1]) == 0:
+        return {"error": "pgbench gives no figures"}
+    failed = re.search(r"number of failed transactions: (\d+)", done.stdout)
+    latency = re.search(r"latency average = ([\d.]+) ms", done.stdout)
+    found = figures(float(tps[1]), float(latency[1]) if latency else None, int(transactions[1]), cpu)
+    return {**found, "failed": int(failed[1]) if failed else 0}
+
+
+def own(contender, servers, generator, workload, clients, seconds, seed):
+    """One run of bench/by_hand, as `pgbench`; also p50_ms and p99_ms."""
+    command = [generator, "--database", contender.database, "--workload", workload, "--clients", str(clients)]
+    command += ["--seconds", str(seconds), "--seed", str(seed)] + contender.addresses()
+    cpu = Cpu(contender, servers)
+    done, error = run_client(command, seconds)
+    if error:
+        return {"error": error}
+    said = {name: float(value) for name, value in (line.split() for line in done.stdout.splitlines())}
+    found = figures(said["tps"], said["mean_us"] / 1000, int(said["transactions"]), cpu)
+    return {**found, "p50_ms": said["p50_us"] / 1000, "p99_ms": said["p99_us"] / 1000}
 
 
 def receive(connection, size):

@@ -23,15 +23,23 @@ def of_contender(rounds, direct):
         "tps": median(run["tps"] for run in good.values()) if good else None,
         "ratio": median(ratios) if ratios else None,
         "cpu_us_per_tx": median(cpu) if cpu else None,
+        **{field: middle(run.get(field) for run in good.values()) for field in ("latency_ms", "p99_ms")},
+        "cpu_us": {who: middle(run["cpu_us"].get(who) for run in good.values()) for who in ("client", "proxy", "old", "new")},
+        "by_round": good,
         "rounds": len(good),
         "errors": errors,
     }
 
 
+def middle(values):
+    values = [value for value in values if value is not None]
+    return median(values) if values else None
+
+
 def tables(summary, names):
     """One table for each workload and protocol, as text."""
     text = []
-    titles = {"select": "select-only", "tpcb": "TPC-B"}
+    titles = {"select": "select-only", "tpcb": "TPC-B", "update": "simple-update"}
     for workload, protocol in sorted({(workload, protocol) for workload, _, protocol in summary}):
         sizes = sorted(clients for w, clients, p in summary if (w, p) == (workload, protocol))
         text.append(f"\n{titles[workload]}, {protocol} (direct = 1.00)")
@@ -53,13 +61,27 @@ def cell(value):
     return f"{ratio} {value['tps']:8.0f}/s{cpu}{mark}"
 
 
+def who_works(summary, names):
+    """Latencies and CPU by process in the cells of our own generator, a line each."""
+    lines = []
+    for key in sorted(key for key in summary if key[2] == "own"):
+        for name in names:
+            of = summary[key].get(name)
+            if of and of["latency_ms"] is not None:
+                cpu = "  ".join(f"{who} {us:5.0f}" for who, us in of["cpu_us"].items() if us is not None)
+                lines.append(f"  {label(key):<14} {name:<22} {of['latency_ms']:8.2f} ms {of['p99_ms']:8.2f} ms   {cpu}")
+    return lines
+
+
 def pairs(summary, a, b, field, cells=lambda cell: True):
-    """Of a and b in each cell where both have the field: {cell: a / b}."""
+    """Of a and b in each cell where both have the field: {cell: median of a / b in the same round}."""
     found = {}
     for key, by_name in summary.items():
-        one, other = by_name.get(a, {}).get(field), by_name.get(b, {}).get(field)
-        if cells(key) and one and other:
-            found[key] = one / other
+        if cells(key) and a in by_name and b in by_name:
+            one, other = by_name[a]["by_round"], by_name[b]["by_round"]
+            ratios = [one[number][field] / other[number][field] for number in one if number in other and one[number][field] and other[number][field]]
+            if ratios:
+                found[key] = median(ratios)
     return found
 
 
@@ -89,8 +111,12 @@ def aims(summary):
     line("old / direct, select-only with 8 clients: 0.90", pairs(summary, old, "direct", "tps", lambda cell: cell[:2] == ("select", 8)))
     line("dual-write / Pgpool-II, TPC-B prepared from 8 clients: 3.00", pairs(summary, dual, "pgpool", "tps", tpcb("prepared")))
     line("dual-write / Pgpool-II, TPC-B simple from 8 clients: 2.00", pairs(summary, dual, "pgpool", "tps", tpcb("simple")))
-    many = lambda cell: cell[0] == "tpcb" and cell[1] >= 8
+    many = lambda cell: cell[0] == "tpcb" and cell[1] >= 8 and cell[2] != "own"
     line("dual-write / direct, TPC-B from 8 clients: 0.40, better 0.47", pairs(summary, dual, "direct", "tps", many))
+    hand, down = "by hand", "crossfade mirror down"
+    line("dual-write / by hand, throughput from 8 clients: 0.85", pairs(summary, dual, hand, "tps", lambda cell: cell[1] >= 8))
+    line("dual-write / by hand, latency with 1 client: at most 1.30", pairs(summary, dual, hand, "latency_ms", lambda cell: cell[1] == 1), at_least=False)
+    line("mirror down / old, throughput: 0.85", pairs(summary, down, old, "tps"))
     return lines
 
 

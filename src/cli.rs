@@ -3,6 +3,8 @@
 mod backfill;
 mod check;
 mod phase;
+mod report;
+mod sweep;
 mod uninstall;
 mod verify;
 
@@ -25,6 +27,8 @@ use crate::switch::rows::{self, Holds, Verdict};
 pub use backfill::{BackfillArguments, backfill};
 pub use check::check;
 pub use phase::{PhaseArguments, phase};
+pub use report::report;
+pub use sweep::{SweepArguments, sweep};
 pub use uninstall::uninstall;
 pub use verify::{VerifyArguments, verify};
 
@@ -171,7 +175,7 @@ pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
     let holds = what_holds(&config).await?;
     let authority = holds.phase.authority();
     let proxy = match config.admin {
-        Some(admin) => ask_proxy(admin).await,
+        Some(admin) => ask_proxy(admin, "/status").await,
         None => None,
     };
     let mut document = serde_json::json!({
@@ -187,6 +191,10 @@ pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
         // Nothing is installed before the first move.
         let history = record::read(&client, HISTORY).await.unwrap_or_default();
         document["history"] = serde_json::json!(history);
+        if let Some(slot) = migrate::sweep::standing(&client, authority).await? {
+            document["sweep"] =
+                serde_json::json!({ "behind_bytes": slot.behind, "retained_bytes": slot.retained, "lost": slot.lost });
+        }
     }
     if let Some(mirror) = holds.phase.mirror() {
         let (catalog, whole) = mover::load_catalog(&config, authority).await?;
@@ -241,11 +249,13 @@ async fn why_owed(authority: &tokio_postgres::Client) -> Result<serde_json::Valu
     Ok(rows.iter().map(why).collect())
 }
 
-async fn ask_proxy(admin: std::net::SocketAddr) -> Option<serde_json::Value> {
+/// What a proxy answers to a GET of JSON.
+async fn ask_proxy(admin: std::net::SocketAddr, path: &str) -> Option<serde_json::Value> {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let asked = async {
         let mut stream = tokio::net::TcpStream::connect(admin).await.ok()?;
-        stream.write_all(b"GET /status HTTP/1.0\r\nHost: crossfade\r\n\r\n").await.ok()?;
+        let request = format!("GET {path} HTTP/1.0\r\nHost: crossfade\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.ok()?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.ok()?;
         serde_json::from_str(answer.split_once("\r\n\r\n")?.1).ok()
@@ -275,6 +285,14 @@ fn for_people(document: &serde_json::Value) -> String {
             }
         }
         None => out += "proxy: not running here, or its admin port does not answer\n",
+    }
+    if let Some(slot) = document["sweep"].as_object() {
+        out += &match slot["lost"].as_str() {
+            Some(why) => format!("sweep: its slot was given up: {why}\n"),
+            None => {
+                format!("sweep: {} bytes behind, {} bytes of log kept\n", slot["behind_bytes"], slot["retained_bytes"])
+            }
+        };
     }
     if let Some(debt) = document["debt"].as_object() {
         out += &format!(

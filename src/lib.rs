@@ -15,6 +15,7 @@ pub mod migrate;
 pub mod mirror;
 pub mod phase;
 pub mod plan;
+pub mod reads;
 pub mod server;
 pub mod session;
 pub mod shared;

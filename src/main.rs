@@ -37,6 +37,8 @@ enum Command {
     Backfill(cli::BackfillArguments),
     /// Compares both sides while clients write: 0 where they are equal, 1 where a row differs.
     Verify(cli::VerifyArguments),
+    /// Finds what was written around the proxy, in the authority's write-ahead log, and has it repaired.
+    Sweep(cli::SweepArguments),
     /// Pays what the ledger holds.
     Repair {
         /// Return when nothing is owed or in flight.
@@ -59,6 +61,12 @@ enum Command {
     },
     /// Where the migration stands.
     Status {
+        /// One JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Statement shapes that the proxy has seen: what is mirrored, what may be served by new, what was compared.
+    Report {
         /// One JSON document.
         #[arg(long)]
         json: bool,
@@ -92,12 +100,14 @@ async fn run(arguments: Arguments) -> ExitCode {
         Command::Check { json } => cli::check(&path, json).await,
         Command::Backfill(arguments) => cli::backfill(&path, arguments).await,
         Command::Verify(arguments) => cli::verify(&path, arguments).await,
+        Command::Sweep(arguments) => cli::sweep(&path, arguments).await,
         Command::Repair { wait, timeout, table } => {
             cli::repair(&path, wait, std::time::Duration::from_secs(timeout), &table).await
         }
         Command::Phase(arguments) => cli::phase(&path, arguments).await,
         Command::Uninstall { force } => cli::uninstall(&path, force).await,
         Command::Status { json } => cli::status(&path, json).await,
+        Command::Report { json } => cli::report(&path, json).await,
         Command::Explain { sql } => cli::explain(&path, &sql).await,
         Command::Demo(options) => cli::demo(options).await,
     };

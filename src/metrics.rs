@@ -44,8 +44,30 @@ pub struct Metrics {
     pub tainted_tables: IntGauge,
     /// Taints, by table.
     pub taints: IntCounterVec,
+    /// Reads that were run on both sides and compared, by table.
+    pub read_compared: IntCounterVec,
+    /// Those whose answers differ, and did again, by table.
+    pub read_different: IntCounterVec,
+    /// Reads that were to be compared and found no place in the queue.
+    pub read_dropped: IntCounter,
+    /// In dual-read, eligible reads by the side that answered them.
+    pub read_served: IntCounterVec,
+    /// In dual-read, eligible reads that the authority answered, by reason.
+    pub read_kept: IntCounterVec,
     backfill_rows: IntCounterVec,
     backfill_progress: GaugeVec,
+    /// Bytes of write-ahead log that a server keeps for the sweep's slot, by side.
+    pub sweep_retained_bytes: IntGaugeVec,
+    /// Bytes of write-ahead log of the authority that have not been swept, while this proxy sweeps.
+    pub sweep_behind_bytes: IntGauge,
+    /// Changes of migrating tables that this proxy has swept.
+    pub sweep_changes: IntCounter,
+    /// Keys that this proxy's sweep has entered as debts.
+    pub sweep_owed: IntCounter,
+    /// Taints that this proxy's sweep has cleared.
+    pub sweep_taints_cleared: IntCounter,
+    /// Slots that were given up: what is written before the next one begins is not swept.
+    pub sweep_lost: IntCounter,
     /// 1 while this proxy's file says another phase than holds, and nothing is done about it.
     pub file_disagrees: IntGauge,
     /// Files that were refused.
@@ -108,6 +130,11 @@ impl Metrics {
             )?,
             taints: counters(r, "taints_total", "Times that a write out of sight has tainted a table", &["table"])?,
             tainted_tables: gauge(r, "tainted_tables", "Tables with an open taint")?,
+            read_compared: counters(r, "read_compared_total", "Reads run on both sides and compared", &["table"])?,
+            read_different: counters(r, "read_different_total", "Reads whose answers differ", &["table"])?,
+            read_dropped: counter(r, "read_dropped_total", "Reads that were not compared because too many waited")?,
+            read_served: counters(r, "read_served_total", "Eligible reads in dual-read, by who answered", &["side"])?,
+            read_kept: counters(r, "read_kept_total", "Eligible reads that the authority answered", &["reason"])?,
             backfill_rows: counters(
                 r,
                 "backfill_rows_total",
@@ -122,6 +149,17 @@ impl Metrics {
                 r.register(Box::new(vec.clone()))?;
                 vec
             },
+            sweep_retained_bytes: gauges(
+                r,
+                "sweep_retained_bytes",
+                "Bytes of write-ahead log that a server keeps for the sweep's slot",
+                &["side"],
+            )?,
+            sweep_behind_bytes: gauge(r, "sweep_behind_bytes", "Bytes of write-ahead log that were not swept yet")?,
+            sweep_changes: counter(r, "sweep_changes_total", "Changes of migrating tables that were swept")?,
+            sweep_owed: counter(r, "sweep_owed_keys_total", "Keys that a sweep has entered as debts")?,
+            sweep_taints_cleared: counter(r, "sweep_taints_cleared_total", "Taints that a sweep has cleared")?,
+            sweep_lost: counter(r, "sweep_lost_total", "Slots that were given up")?,
             file_disagrees: gauge(r, "file_disagrees", "1 while the file says another phase than the one that holds")?,
             config_reload_failures: counter(
                 r,

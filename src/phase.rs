@@ -82,6 +82,11 @@ impl Phase {
         }
     }
 
+    /// New answers reads that it provably may, though it is not the authority.
+    pub fn serves(self) -> bool {
+        self == Phase::DualRead
+    }
+
     /// The name in YAML, metrics, console and log lines.
     pub fn name(self) -> &'static str {
         match self {

@@ -16,10 +16,12 @@ use crate::catalog::{Catalog, Sides};
 use crate::clock::Clock;
 use crate::config::{Config, Database};
 use crate::metrics::Metrics;
+use crate::migrate::sweep::AtWork;
 use crate::mirror::health::Health;
 use crate::mirror::pool::Pool;
 use crate::phase::{Phase, Side};
 use crate::plan::cache::Plans;
+use crate::reads::Reads;
 use crate::switch::bell::Bells;
 use crate::switch::fleet::Registry;
 use crate::switch::gate::Gate;
@@ -128,6 +130,8 @@ pub struct Shared {
     pub metrics: Metrics,
     /// Plans by shape.
     pub plans: Plans,
+    /// What is known of reads on both sides.
+    pub reads: Reads,
     /// CancelRequests.
     pub cancels: Cancels,
     /// Secrets of clients.
@@ -154,6 +158,8 @@ pub struct Shared {
     pub reload: Notify,
     /// ... and for the end of this proxy.
     pub shutdown: Notify,
+    /// This proxy's sweep, while it is at work.
+    pub sweep: Arc<AtWork>,
     /// A control connection to the ledger of a side, for debts that say more than is owed.
     pub ledger: tokio::sync::Mutex<Option<(Side, tokio_postgres::Client)>>,
     /// Held by whoever changes the world.

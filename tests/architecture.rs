@@ -10,7 +10,7 @@ const GROUPS: &[&[&str]] = &[
     &["config", "metrics"],
     &["auth", "catalog"],
     &["backend", "plan"],
-    &["mirror", "migrate", "check"],
+    &["mirror", "migrate", "check", "reads"],
     &["shared", "switch"],
     &["session"],
     &["server"],

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use crossfade::config::{Limits, Log, Mirror, Move, load, parse};
+use crossfade::config::{Limits, Log, Mirror, Move, Sweep, load, parse};
 use serde_json::Value;
 
 fn file(name: &str) -> std::path::PathBuf {
@@ -25,6 +25,7 @@ fn the_example_parses_and_shows_the_defaults() {
     assert_eq!(config.moves, Move::default());
     assert_eq!(config.limits, Limits::default());
     assert_eq!(config.log, Log::default());
+    assert_eq!(config.sweep, Sweep::default());
     assert_eq!((config.tables, config.tls), (None, None));
 }
 
@@ -84,6 +85,7 @@ fn the_schema_has_the_keys_that_the_program_knows() {
         ("expect: { @ }", "/properties/expect".into()),
         ("limits: { @ }", "/properties/limits".into()),
         ("log: { @ }", "/properties/log".into()),
+        ("reads: { @ }", "/properties/reads".into()),
         ("tables: [{ @ }]", table.into()),
     ] {
         let object = schema.pointer(&pointer).unwrap_or_else(|| panic!("{pointer}"));

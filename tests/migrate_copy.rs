@@ -214,6 +214,9 @@ async fn rows_without_a_key_are_paid_exactly_once() {
     world.on_new("INSERT INTO crossfade.applied VALUES (encode(decode(repeat('02', 16), 'hex'), 'hex')::uuid), (gen_random_uuid())").await;
     world.owe(&[row(h2.number, 2, &[Some(five)])]).await;
     assert_eq!(tokens::sweep(&mut repair.pair).await.expect("sweeps"), 1, "only the token that no ledger row needs");
+    // More than are looked at at once: a busy application would leave more and more of them.
+    world.on_new("INSERT INTO crossfade.applied SELECT gen_random_uuid() FROM generate_series(1, 100001)").await;
+    assert_eq!(tokens::sweep(&mut repair.pair).await.expect("sweeps"), 100_001);
     assert_eq!(repair.pass().await.expect("passes").repaired_rows, 0);
     world.assert_equal("h2").await;
 }

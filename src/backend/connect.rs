@@ -135,6 +135,22 @@ impl ConnectError {
     }
 }
 
+/// A client's startup parameters, for a database of another name.
+pub fn to_database(parameters: &[(Bytes, Bytes)], name: &str) -> Vec<(Bytes, Bytes)> {
+    let mut parameters = parameters.to_vec();
+    parameters.retain(|(known, _)| &known[..] != b"database");
+    parameters.push((Bytes::from_static(b"database"), Bytes::from(name.to_owned())));
+    parameters
+}
+
+/// The same, for a session that writes nothing: what RESET goes back to stands in the startup packet.
+pub fn read_only(mut parameters: Vec<(Bytes, Bytes)>) -> Vec<(Bytes, Bytes)> {
+    const NAME: &[u8] = b"default_transaction_read_only";
+    parameters.retain(|(known, _)| !known.eq_ignore_ascii_case(NAME));
+    parameters.push((Bytes::from_static(NAME), Bytes::from_static(b"on")));
+    parameters
+}
+
 /// Logs in to the first host of `db` that answers, each address within connect_timeout. `parameters` go into the
 /// StartupMessage as they are (`user`, `database`, `application_name`, ...).
 pub async fn connect(

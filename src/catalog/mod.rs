@@ -257,6 +257,9 @@ pub struct Catalog {
     pub functions: Sides<HashSet<String>>,
     /// Other names that may stand where a function's does: those of the system's functions, of types (a cast) and of what the grammar knows.
     pub callable: Sides<HashSet<String>>,
+    /// Names of the system's functions that give the same on each server, for the same arguments and settings: none by this name is volatile, tells the
+    /// time, or tells of the session or the server.
+    pub reproducible: Sides<HashSet<String>>,
     /// Bare names of partitions of migrating tables: their columns may stand in another order than their root's.
     pub partition_names: Sides<HashSet<String>>,
     /// By number: the tables that inherit from this one (INHERITS, not partitions), on either side: a write to it may reach their rows.

@@ -92,6 +92,7 @@ pub(super) fn catalog(
         version: Sides::of(|side| servers.get(side).version),
         functions: Sides::of(|side| servers.get(side).functions.clone()),
         callable: Sides::of(|side| servers.get(side).callable.clone()),
+        reproducible: Sides::of(|side| servers.get(side).reproducible.clone()),
         writing_functions: Sides::of(|side| servers.get(side).writing_functions.clone()),
         one_sided,
         ..Catalog::default()

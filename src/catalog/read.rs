@@ -92,6 +92,8 @@ pub(super) struct Server {
     pub calling: HashSet<u32>,
     pub functions: HashSet<String>,
     pub callable: HashSet<String>,
+    /// Names of the system's functions that give the same on each server.
+    pub reproducible: HashSet<String>,
     pub writing_functions: HashSet<String>,
     /// Views that call a function that may write, themselves.
     pub writing_views: HashSet<u32>,
@@ -139,6 +141,7 @@ pub(super) async fn server(client: &Client) -> Result<Server, Error> {
         calling: calling(client).await?,
         functions,
         callable: callable(client, version).await?,
+        reproducible: reproducible(client).await?,
         writing_functions,
         writing_views: writing_views(client).await?,
         view_reads: pairs(client, VIEW_READS).await?,
@@ -352,6 +355,16 @@ async fn callable(client: &Client, version: u32) -> Result<HashSet<String>, Erro
     let there = client.query(query, &[]).await?;
     let grammar = GRAMMAR.iter().filter(|(since, _)| version >= *since).flat_map(|(_, names)| *names);
     Ok(there.iter().map(|row| row.get(0)).chain(grammar.map(|name| name.to_string())).collect())
+}
+
+/// What is STABLE depends on settings, which a session has the same on both sides; but for what tells the time, or of the session, the server or its catalogs.
+async fn reproducible(client: &Client) -> Result<HashSet<String>, Error> {
+    let query = "SELECT p.proname::text FROM pg_proc p WHERE p.pronamespace = 'pg_catalog'::regnamespace
+                 AND p.proname !~ '^(pg_|has_|inet_|txid_|current|session|to_reg|lo_|binary_upgrade|row_security|getpgusername)'
+                 AND p.proname NOT IN ('age', 'col_description', 'database_to_xml', 'format_type', 'getdatabaseencoding', 'hashoid', 'now', 'obj_description',
+                     'oid', 'schema_to_xml', 'shobj_description', 'statement_timestamp', 'table_to_xml', 'transaction_timestamp', 'version')
+                 GROUP BY 1 HAVING bool_and(p.provolatile <> 'v')";
+    Ok(client.query(query, &[]).await?.iter().map(|row| row.get(0)).collect())
 }
 
 const VIEW_READS: &str = "SELECT DISTINCT r.ev_class, d.refobjid FROM pg_rewrite r JOIN pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = r.oid

@@ -121,6 +121,9 @@ pub async fn run(config: &Config, old: &Client, new: &Client) -> Result<Vec<Find
     tables.sort_by_key(|table| table.label());
     let mut view = View { clients: clients(), catalog: &catalog, tables, found: Vec::new() };
     servers(&mut view);
+    if config.sweep.follow {
+        logical(&mut view).await?;
+    }
     one_sided(&mut view, config.tables.is_some());
     columns::compare(&mut view).await?;
     facts::compare(&mut view).await?;
@@ -181,6 +184,31 @@ fn servers(view: &mut View<'_>) {
             view.error("encoding", Side::New, "database", what, mend);
         }
     }
+}
+
+/// What a sweep needs of either side: each is the authority at some time.
+async fn logical(view: &mut View<'_>) -> Result<(), CheckError> {
+    let text = "SELECT current_setting('wal_level'), (SELECT rolsuper OR rolreplication FROM pg_roles WHERE rolname = current_user), quote_ident(current_user), \
+        current_setting('max_replication_slots')::int <= (SELECT count(*) FROM pg_replication_slots WHERE slot_name NOT LIKE 'crossfade%')";
+    for side in Side::BOTH {
+        let row = &view.rows(side, "what a sweep needs", text, &[]).await?[0];
+        let (level, role): (String, String) = (row.get(0), row.get(2));
+        if level != "logical" {
+            let what = format!("it is {level}: sweep.follow needs logical");
+            let mend = "ALTER SYSTEM SET wal_level = 'logical'; and restart the server".to_owned();
+            view.error("server", side, "wal_level", what, mend);
+        }
+        if !row.get::<_, bool>(1) {
+            let what = "it may not use replication slots: sweep.follow needs one".to_owned();
+            view.error("control privilege", side, &role, what, format!("ALTER ROLE {role} REPLICATION;"));
+        }
+        if row.get::<_, bool>(3) {
+            let what = "all of them are in use: sweep.follow needs one".to_owned();
+            let mend = "ALTER SYSTEM SET max_replication_slots = 20; and restart the server".to_owned();
+            view.error("server", side, "max_replication_slots", what, mend);
+        }
+    }
+    Ok(())
 }
 
 fn one_sided(view: &mut View<'_>, named: bool) {

@@ -12,7 +12,7 @@ use crate::catalog::Table;
 use crate::config;
 use crate::migrate;
 use crate::migrate::backfill::{self, Backfill, Event, Options};
-use crate::phase::Side;
+use crate::phase::{Phase, Side};
 use crate::shared::{Shared, lock};
 use crate::switch::mover;
 
@@ -51,10 +51,14 @@ pub async fn backfill(path: &Path, arguments: BackfillArguments) -> Result<bool,
         };
         return Err(format!("phase {}: {told}", holds.phase).into());
     }
-    let Some(mirror) = holds.phase.mirror() else {
-        let next = if authority == Side::Old { "dual-write" } else { "new-primary" };
+    let before = holds.phase == Phase::Old && is_swept(&config).await?;
+    let Some(mirror) = holds.phase.mirror().or(before.then_some(Side::New)) else {
+        let (next, or) = match authority {
+            Side::Old => ("dual-write", " (or begin with `crossfade sweep --follow`, which keeps new up to date)"),
+            Side::New => ("new-primary", ""),
+        };
         return Err(format!(
-            "phase {}: writes are not mirrored, so what is copied would be out of date at once; set `phase: {next}`, then run the backfill",
+            "phase {}: writes are not mirrored, so what is copied would be out of date at once; set `phase: {next}`{or}, then run the backfill",
             holds.phase
         )
         .into());
@@ -87,7 +91,7 @@ pub async fn backfill(path: &Path, arguments: BackfillArguments) -> Result<bool,
     let options = Options {
         jobs: arguments.jobs.into(),
         rate: arguments.rate,
-        enter: !names.is_empty(),
+        enter: before || !names.is_empty(),
         patience: Duration::from_secs(arguments.patience),
     };
     let show = Show::new(&tables);
@@ -100,6 +104,13 @@ pub async fn backfill(path: &Path, arguments: BackfillArguments) -> Result<bool,
         println!("the phase has moved to {} meanwhile: what was copied for {} counts no more", now.phase, holds.phase);
     }
     Ok(now == holds)
+}
+
+/// A sweep carries over what is written on old while it is copied.
+async fn is_swept(config: &config::Config) -> Result<bool, Trouble> {
+    let client = Shared::database(config, Side::Old).connect("crossfade backfill").await?;
+    let slot = migrate::sweep::standing(&client, Side::Old).await?;
+    Ok(slot.is_some_and(|slot| slot.whole && slot.lost.is_none()))
 }
 
 /// Leaves out, and says so, what cannot be copied in chunks.

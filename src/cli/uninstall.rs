@@ -5,6 +5,7 @@ use std::path::Path;
 use super::{Trouble, what_holds};
 use crate::config;
 use crate::migrate::install;
+use crate::migrate::sweep::slot;
 use crate::phase::Side;
 use crate::shared::Shared;
 
@@ -42,6 +43,9 @@ pub async fn uninstall(path: &Path, force: bool) -> Result<bool, Trouble> {
         return Ok(false);
     }
     for (side, client) in &clients {
+        if slot::end(client, *side).await? {
+            println!("{side}: the sweep's slot is dropped");
+        }
         install::uninstall(client, *side).await?;
         println!("{side}: schema crossfade is removed");
     }

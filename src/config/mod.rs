@@ -61,6 +61,12 @@ pub struct Config {
     pub federate: bool,
     /// Continuous verification.
     pub verify: Verify,
+    /// Change capture as a safety net.
+    pub sweep: Sweep,
+    /// Reads that are compared or served by new.
+    pub reads: Reads,
+    /// The largest shares that any table has.
+    pub most: Shares,
     /// What is asked of new before it becomes authority.
     pub expect: Expect,
     /// Roles that may use the admin console; default: the control role of old's URL.
@@ -83,6 +89,42 @@ impl Config {
         lines.dedup();
         lines.join("\n")
     }
+}
+
+impl Config {
+    /// The share of reads of a table (`schema.name` on old) that is compared, 0 to 1.
+    pub fn compare_share(&self, table: &str) -> f64 {
+        self.rule(table).and_then(|rule| rule.compare).or(self.reads.compare).unwrap_or(Share(0.01)).0
+    }
+
+    /// The share of sessions whose eligible reads of a table (`schema.name` on old) new serves in dual-read, 0 to 1.
+    pub fn serve_share(&self, table: &str) -> f64 {
+        self.rule(table).and_then(|rule| rule.serve).or(self.reads.serve).unwrap_or(Share(1.0)).0
+    }
+
+    fn rule(&self, table: &str) -> Option<&TableRule> {
+        self.tables.as_ref()?.iter().find(|rule| rule.name == table)
+    }
+
+    /// What `most` is for the rest of the file.
+    fn shares(&self) -> Shares {
+        match &self.tables {
+            None => Shares { serve: self.serve_share(""), compare: self.compare_share("") },
+            Some(rules) => Shares {
+                serve: rules.iter().map(|rule| self.serve_share(&rule.name)).fold(0.0, f64::max),
+                compare: rules.iter().map(|rule| self.compare_share(&rule.name)).fold(0.0, f64::max),
+            },
+        }
+    }
+}
+
+/// Shares, 0 to 1.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Shares {
+    /// Of sessions.
+    pub serve: f64,
+    /// Of reads.
+    pub compare: f64,
 }
 
 impl TableRule {
@@ -243,12 +285,46 @@ pub enum Backfill {
     Lazy,
 }
 
+/// Reads, where a table's own rule does not say otherwise.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Reads {
+    /// The share of sessions whose eligible reads new serves, from dual-read on. Default 100%.
+    pub serve: Option<Share>,
+    /// The share of eligible reads that is run on both sides and compared, from dual-write on. Default 1%.
+    pub compare: Option<Share>,
+    /// Samples of differences hold the statement and the rows.
+    #[serde(deserialize_with = "units::flag")]
+    pub samples: bool,
+    /// The authority is compared with itself: what differs then is noise.
+    #[serde(deserialize_with = "units::flag")]
+    pub noise: bool,
+}
+
 /// Continuous verification.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Verify {
     /// The share of rows verified all the time. Default 0%.
     pub continuous: Share,
+}
+
+/// Change capture as a safety net.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Sweep {
+    /// The proxy sweeps. Default false.
+    #[serde(deserialize_with = "units::flag")]
+    pub follow: bool,
+    /// Bytes of write-ahead log that a server may keep for a slot; past it the slot is dropped. Default 10 GiB.
+    #[serde(deserialize_with = "units::size")]
+    pub retain: usize,
+}
+
+impl Default for Sweep {
+    fn default() -> Sweep {
+        Sweep { follow: false, retain: 10 << 30 }
+    }
 }
 
 /// What `check` and the gates ask of new before it becomes authority. None: nothing is asked.

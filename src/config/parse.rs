@@ -11,8 +11,8 @@ use serde::de::Deserializer;
 use super::locate::{Step, duplicate, locate, path_text};
 use super::tables::qualified;
 use super::{
-    AuthMethod, Commit, Config, Database, Expect, Limits, Log, Mirror, Move, OtherDatabases, TableRule, Tls, User,
-    Verify, env, units,
+    AuthMethod, Commit, Config, Database, Expect, Limits, Log, Mirror, Move, OtherDatabases, Reads, Shares, Sweep,
+    TableRule, Tls, User, Verify, env, units,
 };
 use crate::phase::Phase;
 
@@ -122,6 +122,9 @@ struct RawConfig {
     federate: bool,
     #[serde(default)]
     verify: Verify,
+    #[serde(default)]
+    sweep: Sweep,
+    reads: Reads,
     admins: Option<Vec<String>>,
     #[serde(default)]
     expect: Expect,
@@ -145,7 +148,7 @@ fn some_address<'de, D: Deserializer<'de>>(d: D) -> Result<Option<SocketAddr>, D
 }
 
 fn finish(raw: RawConfig) -> Config {
-    Config {
+    let mut config = Config {
         name: raw.name.unwrap_or_else(|| raw.old.database.clone()),
         admins: raw.admins.unwrap_or_else(|| vec![raw.old.user.clone()]),
         listen: raw.listen,
@@ -165,10 +168,15 @@ fn finish(raw: RawConfig) -> Config {
         fence: raw.fence,
         federate: raw.federate,
         verify: raw.verify,
+        sweep: raw.sweep,
+        reads: raw.reads,
+        most: Shares::default(),
         expect: raw.expect,
         limits: raw.limits,
         log: raw.log,
-    }
+    };
+    config.most = config.shares();
+    config
 }
 
 fn key(name: &str) -> Step {

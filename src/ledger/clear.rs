@@ -67,6 +67,16 @@ pub fn deletion(ids: &[i64]) -> String {
     format!("DELETE FROM crossfade.ledger WHERE id = ANY ('{{{list}}}')")
 }
 
+/// Makes room in a ledger that was cleared. Autovacuum looks once a minute (`autovacuum_naptime`): by then a busy ledger has grown by a minute's debts.
+///
+/// It is passed over where somebody else is at it, and does not cut the file: that would keep writers out for a moment.
+pub async fn vacuum(authority: &Client) -> Result<(), ClearError> {
+    authority
+        .batch_execute("VACUUM (TRUNCATE false, SKIP_LOCKED true) crossfade.ledger")
+        .await
+        .map_err(ClearError::Authority)
+}
+
 /// Clears ledger rows whose debts the mirror has answered as committed, or was seen to have committed, while its incarnation was
 /// `incarnation`: flush on the mirror, compare the incarnation, delete exactly these ids on the authority. Returns how many rows
 /// were cleared (fewer than asked where someone else has cleared some).

@@ -219,6 +219,16 @@ BEGIN
     END LOOP;
 END $$;
 
+-- The sweep's logical slot on this side (src/migrate/sweep/slot.rs). lost: why its changes are lost, until the next one has begun and all tables
+-- are owed.
+CREATE TABLE IF NOT EXISTS crossfade.sweep (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    slot text NOT NULL,
+    lost text,
+    begun timestamptz NOT NULL DEFAULT clock_timestamp(),
+    changed timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
 -- The incarnation of this side, made anew where a crash or promotion has emptied it.
 CREATE OR REPLACE FUNCTION crossfade.incarnate() RETURNS uuid LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE

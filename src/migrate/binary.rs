@@ -96,6 +96,30 @@ pub(crate) fn array<'a>(element: u32, items: impl ExactSizeIterator<Item = &'a O
     out.freeze()
 }
 
+/// A one-dimensional array of texts as array_in reads it.
+pub(crate) fn array_text<'a>(items: impl Iterator<Item = &'a Option<Bytes>>) -> Bytes {
+    let mut out = BytesMut::from(&b"{"[..]);
+    for (at, item) in items.enumerate() {
+        if at > 0 {
+            out.put_u8(b',');
+        }
+        let Some(item) = item else {
+            out.put_slice(b"NULL");
+            continue;
+        };
+        out.put_u8(b'"');
+        for &byte in item {
+            if matches!(byte, b'"' | b'\\') {
+                out.put_u8(b'\\');
+            }
+            out.put_u8(byte);
+        }
+        out.put_u8(b'"');
+    }
+    out.put_u8(b'}');
+    out.freeze()
+}
+
 fn put(value: &Option<Bytes>, out: &mut BytesMut) {
     match value {
         None => out.put_i32(-1),

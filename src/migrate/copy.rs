@@ -118,6 +118,7 @@ async fn keyless_locked(pair: &mut Pair, table: &Table, snapshot: &str, ids: &[i
         age_us: 0,
         late: None,
         unreadable: None,
+        reason: None,
         debts: vec![Debt::Row { table: table.number, token, values: Vec::new() }],
     };
     clear(pair, &ids.iter().map(debt).collect::<Vec<_>>(), &incarnation).await?;

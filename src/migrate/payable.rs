@@ -20,6 +20,8 @@ pub(crate) struct Entry {
     pub debts: Vec<Debt>,
     /// Why its debts cannot be read.
     pub unreadable: Option<String>,
+    /// Why it is owed, where that is known.
+    pub reason: Option<String>,
 }
 
 /// Rows read at once at most.
@@ -30,7 +32,7 @@ const BYTES: i64 = 16 << 20;
 const GRACE_US: i64 = 1_000_000;
 
 const READ: &str = "SELECT id, carrier_xid, carrier_pid, carrier_start, carrier_incarnation::text, holder_pid, holder_start, debts, \
-    (extract(epoch FROM clock_timestamp() - at) * 1000000)::bigint \
+    (extract(epoch FROM clock_timestamp() - at) * 1000000)::bigint, reason \
     FROM (SELECT l.*, sum(octet_length(debts)) OVER (ORDER BY id) AS total, row_number() OVER (ORDER BY id) AS nth \
     FROM (SELECT * FROM crossfade.ledger WHERE id > $1 ORDER BY id LIMIT $2::bigint) l) l WHERE total <= $3::bigint OR nth = 1 ORDER BY id";
 
@@ -50,6 +52,7 @@ struct Found {
     holder: Option<Backend>,
     debts: Result<Vec<Debt>, Error>,
     age_us: i64,
+    reason: Option<String>,
 }
 
 impl Found {
@@ -60,7 +63,7 @@ impl Found {
             Err(error) => (Vec::new(), Some(error.to_string())),
         };
         let state = if unreadable.is_some() { State::Payable } else { state(&debts) };
-        Entry { id: self.id, state, age_us: self.age_us, late: None, debts, unreadable }
+        Entry { id: self.id, state, age_us: self.age_us, late: None, debts, unreadable, reason: self.reason }
     }
 }
 
@@ -146,6 +149,7 @@ async fn fetch(authority: At<'_>, after: i64, rows: i64) -> Result<Vec<Found>, E
                 holder: backend(5),
                 debts: debts::decode(debts).map_err(|source| Error::Ledger { id, source }),
                 age_us: row.get(8),
+                reason: row.get(9),
             })
         })
         .collect()
@@ -171,7 +175,7 @@ pub(crate) async fn read_alone(authority: At<'_>, rows: i64) -> Result<Vec<Entry
         .collect())
 }
 
-async fn statuses(mirror: At<'_>, xids: &[i64]) -> Result<HashMap<i64, String>, Error> {
+pub(super) async fn statuses(mirror: At<'_>, xids: &[i64]) -> Result<HashMap<i64, String>, Error> {
     if xids.is_empty() {
         return Ok(HashMap::new());
     }

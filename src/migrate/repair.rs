@@ -11,6 +11,7 @@ use super::locks::{self, Kind};
 use super::payable::{self, Entry, State};
 use super::reconcile::{self, Outcome};
 use super::sql::Bounds;
+use super::sweep::{AtWork, SPENT_BY_SWEEP};
 use super::tokens;
 use crate::catalog::{Catalog, Sides, Table};
 use crate::ledger::clear::{ClearError, Clearing, flush_and_clear};
@@ -103,6 +104,9 @@ struct Owes {
 const BACK_OFF: Duration = Duration::from_secs(1);
 const BACK_OFF_MOST: Duration = Duration::from_secs(60);
 
+/// A taint that is older than this (microseconds) is not left to a sweep any more.
+const LEFT_US: i64 = 300_000_000;
+
 /// The worker that pays.
 pub struct Repair {
     /// Its connections.
@@ -111,13 +115,21 @@ pub struct Repair {
     pub catalog: Arc<Catalog>,
     /// Whole-table debts that a backfill has begun to pay are left to it for this long after its last step, so that one that was ended can go on.
     pub leaves_backfills: Option<Duration>,
+    /// Taints that a sweep at work will clear are left to it, for a while: it need not walk whole tables.
+    pub leaves_taints: Option<Arc<AtWork>>,
     refused: HashMap<i64, (Instant, Duration)>,
 }
 
 impl Repair {
     /// A worker over these connections, which nothing else may use.
     pub fn new(pair: Pair, catalog: Arc<Catalog>) -> Repair {
-        let mut repair = Repair { pair, catalog: Arc::default(), leaves_backfills: None, refused: HashMap::new() };
+        let mut repair = Repair {
+            pair,
+            catalog: Arc::default(),
+            leaves_backfills: None,
+            leaves_taints: None,
+            refused: HashMap::new(),
+        };
         repair.renew(catalog);
         repair
     }
@@ -180,6 +192,15 @@ impl Repair {
         Ok(self.pair.authority.rows("reading the ledger", text, &[]).await?[0].get(0))
     }
 
+    /// A sweep at work clears some of it, and leaves the rest to be paid then.
+    fn is_left(&self, entry: &Entry) -> bool {
+        let Some(sweep) = &self.leaves_taints else { return false };
+        entry.age_us < LEFT_US
+            && entry.reason.as_deref().is_some_and(|reason| SPENT_BY_SWEEP.contains(&reason))
+            && entry.debts.iter().all(|debt| matches!(debt, Debt::Taint { .. }))
+            && entry.debts.iter().any(|debt| sweep.clears(debt.table()))
+    }
+
     async fn batch(&mut self, entries: Vec<Entry>, incarnation: &str) -> Result<Summary, Error> {
         let now = Instant::now();
         let mut summary = Summary::default();
@@ -188,6 +209,7 @@ impl Repair {
             match entry.state {
                 State::Carried => clear.push(entry),
                 State::InFlight => summary.in_flight += 1,
+                State::Payable if self.is_left(&entry) => summary.owed += 1,
                 State::Payable if self.refused.get(&entry.id).is_some_and(|(next, _)| *next > now) => summary.owed += 1,
                 State::Payable => payable.push(entry),
             }

@@ -8,7 +8,7 @@
 use bytes::Bytes;
 use tokio_postgres::types::ToSql;
 
-use super::binary::{Parameter, array};
+use super::binary::{Parameter, array, array_text};
 use crate::catalog::{Format, Layout, Table, quote};
 use crate::ledger::debts::Values;
 use crate::phase::Side;
@@ -97,6 +97,26 @@ impl<'a> TableSql<'a> {
         let equals = key.equals.get(self.side);
         let equal = |(n, &at): (usize, &usize)| format!("t.{} {} q.k{n}", self.name(at), equals[n]);
         self.key.iter().enumerate().map(equal).collect::<Vec<_>>().join(" AND ")
+    }
+
+    /// Positions and the asked keys themselves, as images carry them.
+    pub fn convert(&self) -> String {
+        let names: Vec<String> = (0..self.key.len())
+            .map(|n| match self.table.columns[self.key[n]].format {
+                Format::Binary => format!("q.k{n}"),
+                Format::Text => format!("(q.k{n})::text"),
+            })
+            .collect();
+        format!("SELECT q.i, {} FROM {}", names.join(", "), self.asked())
+    }
+
+    /// The parameters of a question about keys whose values are texts.
+    pub fn text_parameters(&self, keys: &[&Values]) -> Vec<Parameter> {
+        let value = |n: usize| match self.many {
+            true => Some(array_text(keys.iter().map(|key| &key[n]))),
+            false => keys[0][n].clone(),
+        };
+        (0..self.key.len()).map(|n| Parameter { value: value(n), text: true }).collect()
     }
 
     /// Positions (and roughly the bytes) of the asked rows that could be locked at once.

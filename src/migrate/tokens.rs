@@ -84,16 +84,29 @@ pub(crate) async fn remove(mirror: &mut Link, tokens: &[[u8; 16]]) -> Result<(),
     Ok(())
 }
 
-/// Tokens looked at in one sweep.
+/// Tokens looked at at once.
 const SWEEP: i64 = 50_000;
 /// A ledger larger than this (rows) is not searched for tokens: they wait until it is smaller.
 const LEDGER_ROWS: i64 = 200_000;
 
-/// Removes tokens of carriers whose ledger rows are gone. Returns how many. To be called now and then.
+/// Removes all tokens of carriers whose ledger rows are gone. Returns how many. To be called now and then.
+pub async fn sweep(pair: &mut Pair) -> Result<u64, Error> {
+    let mut count = 0;
+    loop {
+        let (seen, removed) = sweep_some(pair).await?;
+        count += removed;
+        // A busy application leaves more of them between two sweeps than are looked at at once.
+        if seen < SWEEP as usize || removed == 0 {
+            return Ok(count);
+        }
+    }
+}
+
+/// ... of some tokens: how many were looked at, how many removed.
 ///
 /// A token that is visible was committed by the mirror, so its ledger row is visible on the authority unless it was cleared; what the
 /// ledger, read *after* the tokens, does not name is cleared, and a flushed commit there makes that durable.
-pub async fn sweep(pair: &mut Pair) -> Result<u64, Error> {
+async fn sweep_some(pair: &mut Pair) -> Result<(usize, u64), Error> {
     let text = "SELECT uuid_send(token) FROM crossfade.applied LIMIT $1";
     let rows = pair.mirror.rows("reading tokens", text, &[&SWEEP]).await?;
     let mut unneeded: HashSet<[u8; 16]> =
@@ -105,7 +118,7 @@ pub async fn sweep(pair: &mut Pair) -> Result<u64, Error> {
         after = *last;
         left -= entries.len() as i64;
         if left < 0 {
-            return Ok(0);
+            return Ok((rows.len(), 0));
         }
         for debt in entries.iter().flat_map(|(_, debts)| debts) {
             if let Debt::Row { token, .. } = debt {
@@ -114,11 +127,11 @@ pub async fn sweep(pair: &mut Pair) -> Result<u64, Error> {
         }
     }
     if unneeded.is_empty() {
-        return Ok(0);
+        return Ok((rows.len(), 0));
     }
     let flush = "BEGIN; SET LOCAL synchronous_commit = on; UPDATE crossfade.flush SET n = n + 1; COMMIT";
     pair.authority.batch("flushing", flush).await?;
     let count = unneeded.len() as u64;
     remove(&mut pair.mirror, &unneeded.into_iter().collect::<Vec<_>>()).await?;
-    Ok(count)
+    Ok((rows.len(), count))
 }

@@ -74,7 +74,7 @@ pub struct Writes {
     pub redefined: bool,
     /// What the mirror said to that.
     pub refusal: Option<String>,
-    /// Why, for logs and metrics: the first reason.
+    /// Why, for logs, metrics and the sweep: the first reason; one about definitions goes before others, since no reading of rows makes up for it.
     pub reason: Option<&'static str>,
     savepoints: Vec<Savepoint>,
 }
@@ -103,6 +103,9 @@ impl Writes {
     /// A write out of sight to this table.
     pub fn taint(&mut self, table: u32, reason: &'static str) {
         self.tainted.insert(table);
+        if matches!(reason, "ddl" | "definition") {
+            self.reason = Some(reason);
+        }
         self.reason.get_or_insert(reason);
     }
 

@@ -1,14 +1,15 @@
 //! Plans by shape, bounded by bytes.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use bytes::Bytes;
 use quick_cache::sync::Cache;
 use quick_cache::{DefaultHashBuilder, Lifecycle, Weighter};
 
 use super::Plan;
-use crate::sql::facts::Facts;
+use super::read::Read;
+use crate::sql::facts::{Facts, Verb};
 
 /// A statement's facts and plan. `facts.end` is that of the text it was first read from, and of no other.
 #[derive(Clone, Debug)]
@@ -17,19 +18,53 @@ pub struct Planned {
     pub facts: Facts,
     /// What is done with it.
     pub plan: Plan,
+    /// Whether another side than the authority may answer it.
+    pub read: Read,
+    /// It may change what the session's later statements see beside rows: settings, role, temporary tables.
+    pub alters: bool,
+    /// How often it was about to run.
+    pub seen: Arc<AtomicU64>,
+    /// See `refuse`.
+    pub refused: Arc<AtomicBool>,
 }
 
 /// Words without which the body of DO cannot end the transaction that it runs in.
 const ENDS: [&[u8]; 3] = [b"commit", b"rollback", b"call"];
 
 impl Planned {
+    /// Of a statement that stays on the authority.
+    pub fn new(facts: Facts, plan: Plan) -> Planned {
+        let sets = facts.functions.iter().any(|function| function.name == "set_config");
+        let verb = matches!(
+            facts.verb,
+            Verb::Set { .. } | Verb::SetTransaction | Verb::Reset(_) | Verb::Discard(_) | Verb::Ddl { .. }
+        );
+        let alters = sets || verb || matches!(plan, Plan::Opaque(_));
+        Planned { facts, plan, read: Read::Stays("unplanned"), alters, seen: Arc::default(), refused: Arc::default() }
+    }
+
+    /// Another side than the authority has refused it, whatever its values: it stays from now on.
+    pub fn refuse(&self) {
+        self.refused.store(true, Ordering::Relaxed);
+    }
+
+    /// It was refused.
+    pub fn is_refused(&self) -> bool {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    /// It was about to run once more.
+    pub fn see(&self) {
+        self.seen.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// The plan of DO with this body: one that cannot end its transaction may run in a block of ours, where the audit sees what it writes.
     pub fn for_body(self: Arc<Self>, text: &[u8]) -> Arc<Planned> {
         let lower = text.to_ascii_lowercase();
         match &self.plan {
             Plan::Opaque(opaque) if !ENDS.iter().any(|word| memchr::memmem::find(&lower, word).is_some()) => {
                 let plan = Plan::Opaque(Arc::new(super::Opaque { unwrapped: false, ..super::Opaque::clone(opaque) }));
-                Arc::new(Planned { facts: self.facts.clone(), plan })
+                Arc::new(Planned { plan, ..Planned::clone(&self) })
             }
             _ => self,
         }
@@ -97,6 +132,11 @@ impl Plans {
         let planned = Arc::new(make());
         self.cache.insert(key, planned.clone());
         planned
+    }
+
+    /// All plans that are kept.
+    pub fn all(&self) -> Vec<(Key, Arc<Planned>)> {
+        self.cache.iter().collect()
     }
 
     /// Hits, misses and bytes.

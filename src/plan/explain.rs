@@ -3,10 +3,11 @@
 use std::fmt::Write;
 use std::sync::Arc;
 
+use super::read::{Read, read, stays_because};
 use super::{Capture, Effect, Opaque, Plan, narrow, plan};
 use crate::catalog::{Catalog, Table};
 use crate::phase::{Phase, Side};
-use crate::sql::facts::{Facts, Name};
+use crate::sql::facts::{Facts, Name, Verb};
 
 /// What the proxy would do with `text`, whose facts these are: its kind, and a line for each phase. For a session whose client_encoding
 /// is UTF8 and whose role may read the tables.
@@ -21,6 +22,9 @@ pub fn explain(text: &str, facts: &Facts, catalog: &Catalog) -> String {
     }
     if !reads.is_empty() {
         let _ = writeln!(out, "reads        {}", reads.join(", "));
+    }
+    if facts.verb == Verb::Select {
+        leaving(&mut out, &read(text.as_bytes(), facts, catalog, Side::Old));
     }
     for phase in Phase::ALL {
         let authority = phase.authority();
@@ -46,6 +50,18 @@ pub fn explain(text: &str, facts: &Facts, catalog: &Catalog) -> String {
         };
     }
     out
+}
+
+/// Whether a SELECT may leave the authority.
+fn leaving(out: &mut String, read: &Read) {
+    let _ = match read {
+        Read::Eligible(found) => writeln!(
+            out,
+            "as a read    may be run on both and compared (`compare`) and, in dual-read, answered by new (`serve`), outside a block, while nothing is owed of {}",
+            labels(&found.tables)
+        ),
+        Read::Stays(reason) => writeln!(out, "as a read    stays on the authority: {}", stays_because(reason)),
+    };
 }
 
 const AUDITED: &str =

@@ -1,12 +1,14 @@
 //! From facts, catalog and phase to a plan: what the session does with a statement. Pure.
 //!
-//! `decide` holds the rules, `splice` the hidden column, `image` what becomes of it, `explain` tells people.
+//! `decide` holds the rules, `splice` the hidden column, `image` what becomes of it, `read` says which SELECTs may leave the authority, `explain` tells
+//! people.
 
 pub mod cache;
 mod ddl;
 mod decide;
 mod explain;
 pub mod image;
+pub mod read;
 mod splice;
 
 use std::sync::Arc;

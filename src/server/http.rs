@@ -22,6 +22,7 @@ pub async fn serve(listener: TcpListener, shared: Arc<Shared>, mut stopping: wat
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route("/status", get(status))
+        .route("/report", get(report))
         .with_state(shared);
     let end = async move {
         let _ = stopping.wait_for(|stop| *stop == Stop::Now).await;
@@ -67,6 +68,11 @@ pub fn state(shared: &Shared) -> serde_json::Value {
 
 async fn status(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
     axum::Json(state(&shared))
+}
+
+/// The statements that this proxy has seen, by shape, as JSON.
+async fn report(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
+    axum::Json(super::report::report(&shared))
 }
 
 async fn page(State(shared): State<Arc<Shared>>) -> impl IntoResponse {

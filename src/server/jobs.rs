@@ -12,7 +12,7 @@ use tracing::{debug, error, info, warn};
 
 use super::Stop;
 use crate::catalog::{definitions, fingerprint};
-use crate::ledger::clear::{ClearError, Clearing, flush_and_clear};
+use crate::ledger::clear::{self, ClearError, Clearing, flush_and_clear};
 use crate::migrate::repair::Repair;
 use crate::migrate::{self, Pair};
 use crate::phase::Side;
@@ -24,6 +24,9 @@ use crate::switch::renew::renew;
 /// How often debts that were paid are cleared.
 const CLEAR: Duration = Duration::from_millis(200);
 
+/// How often a ledger that was cleared is vacuumed.
+const VACUUM: Duration = Duration::from_secs(10);
+
 /// How long after a closed gate a move is tried again; and after one that held clients in vain.
 const MOVE_AGAIN: Duration = Duration::from_secs(1);
 const MOVE_HELD: Duration = Duration::from_secs(30);
@@ -32,7 +35,7 @@ const MOVE_HELD: Duration = Duration::from_secs(30);
 const REPAIR: Duration = Duration::from_secs(1);
 
 /// How long a backfill that was ended has, to be run again, before repair pays its tables in its stead.
-const BACKFILL: Duration = Duration::from_secs(600);
+pub(super) const BACKFILL: Duration = Duration::from_secs(600);
 
 /// How often tokens that no debt needs any more are removed.
 const SWEEP: Duration = Duration::from_secs(60);
@@ -70,20 +73,24 @@ pub fn start(shared: &Arc<Shared>) {
         tokio::spawn(probe(shared.clone(), side));
     }
     tokio::spawn(refresh(shared.clone()));
+    tokio::spawn(super::reads::compare(shared.clone()));
+    tokio::spawn(super::reads::look(shared.clone()));
     tokio::spawn(observe(shared.clone()));
     tokio::spawn(crate::switch::learn::follow(shared.clone()));
     tokio::spawn(move_phase(shared.clone()));
+    tokio::spawn(super::sweep::follow(shared.clone()));
+    tokio::spawn(super::sweep::watch(shared.clone()));
 }
 
 /// The two control connections of a job, opened anew where they were lost or the authority has changed.
 #[derive(Default)]
-struct Hands {
-    open: Option<(Side, Client, Client)>,
+pub(super) struct Hands {
+    pub(super) open: Option<(Side, Client, Client)>,
 }
 
 impl Hands {
     /// To the authority and to the mirror.
-    async fn get(
+    pub(super) async fn get(
         &mut self,
         shared: &Shared,
         name: &str,
@@ -105,13 +112,18 @@ impl Hands {
 /// Debts whose mirror transactions have answered COMMIT: one flushed commit on the mirror, then their ledger rows go, in batches.
 async fn clear(shared: Arc<Shared>) {
     let mut hands = Hands::default();
+    let mut vacuumed = Instant::now();
+    let mut room = false;
     loop {
         tokio::time::sleep(CLEAR).await;
         // While a batch is under way the queue is not empty: the end of the proxy waits for it.
         shared.paid.carrying.fetch_add(1, Ordering::SeqCst);
         let cleared = match shared.paid.take() {
             paid if paid.is_empty() => Ok(()),
-            paid => clear_batch(&shared, &mut hands, paid).await,
+            paid => {
+                room = true;
+                clear_batch(&shared, &mut hands, paid).await
+            }
         };
         let failed = cleared.is_err();
         if let Err((rest, error)) = cleared {
@@ -123,6 +135,13 @@ async fn clear(shared: Arc<Shared>) {
         shared.paid.carrying.fetch_sub(1, Ordering::SeqCst);
         if failed {
             tokio::time::sleep(CLEAR * 2).await;
+        } else if room && vacuumed.elapsed() > VACUUM {
+            (room, vacuumed) = (false, Instant::now());
+            if let Ok(Some((authority, _))) = hands.get(&shared, "crossfade clear").await
+                && let Err(error) = clear::vacuum(authority).await
+            {
+                debug!(%error, "the ledger could not be vacuumed");
+            }
         }
     }
 }
@@ -216,6 +235,7 @@ async fn open_repair(shared: &Shared, mirror: Side) -> Result<Repair, Box<dyn st
     let pair = Pair::new(mirror.other(), authority, second, migrate::Settings::default()).await?;
     let mut repair = Repair::new(pair, world.catalog.clone());
     repair.leaves_backfills = Some(BACKFILL);
+    repair.leaves_taints = Some(shared.sweep.clone());
     Ok(repair)
 }
 

@@ -5,6 +5,9 @@ pub mod http;
 mod jobs;
 mod listen;
 mod logins;
+mod reads;
+mod report;
+pub mod sweep;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -103,6 +106,7 @@ pub fn share(config: Config) -> Result<Shared, RunError> {
         paid: PaidQueue::default(),
         metrics: Metrics::new()?,
         plans,
+        reads: crate::reads::Reads::default(),
         cancels: Cancels::default(),
         verifiers,
         // Never 0: whoever reads the ledger begins behind it.
@@ -117,6 +121,7 @@ pub fn share(config: Config) -> Result<Shared, RunError> {
         wanted: Notify::new(),
         reload: Notify::new(),
         shutdown: Notify::new(),
+        sweep: Default::default(),
         ledger: Default::default(),
         switching: tokio::sync::Mutex::new(()),
         ready: std::sync::atomic::AtomicBool::new(false),

@@ -41,8 +41,7 @@ pub(super) async fn connect(
     let mut parameters = parameters.to_vec();
     if login.database == config.old.database.as_bytes() {
         // The database that migrates may be called otherwise on new.
-        parameters.retain(|(name, _)| &name[..] != b"database");
-        parameters.push((Bytes::from_static(b"database"), Bytes::from(db.database.clone().into_bytes())));
+        parameters = connect::to_database(&parameters, &db.database);
     } else {
         // Another database of old: passed through.
         db = config.old.clone();
@@ -176,7 +175,7 @@ fn text(row: &[Option<Bytes>], at: usize) -> Option<String> {
 }
 
 /// A string constant that reads the same whatever standard_conforming_strings says.
-fn literal(value: &str) -> String {
+pub(super) fn literal(value: &str) -> String {
     if value.contains('\\') {
         format!("E'{}'", value.replace('\\', "\\\\").replace('\'', "''"))
     } else {

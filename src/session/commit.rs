@@ -11,6 +11,7 @@ use super::enter::refused_entry;
 use super::expect::{Done, Expected, Kind, To};
 use super::follow::commit_mirror;
 use super::prove::Doubt;
+use super::served::Behind;
 use super::{Carry, End, Held, Kept, Session};
 use crate::clock::Late;
 use crate::config::Commit;
@@ -45,6 +46,7 @@ struct Settled {
     id: i64,
     /// What it owes beside taints.
     debts: Bytes,
+    taints: Bytes,
     /// `best-effort`: the debts were not written; they are when the mirror's COMMIT fails.
     unwritten: bool,
 }
@@ -290,7 +292,7 @@ impl Session {
     /// The ledger rows of this transaction, into the flight of COMMIT.
     fn put_debts(&mut self, executed: Executed) -> Settled {
         let id = self.shared.debt_id();
-        let (debts, taints) = (self.debts().encode(false).freeze(), self.debts().encode(true));
+        let (debts, taints) = (self.debts().encode(false).freeze(), self.debts().encode(true).freeze());
         let carried = matches!(executed, Executed::On(..));
         let unwritten = carried && self.shared.config.load().mirror.commit == Commit::BestEffort;
         // A transaction that has changed definitions itself has proven what it wrote before that.
@@ -312,7 +314,7 @@ impl Session {
         }
         // Definitions that the mirror is about to have, too, are read again when it has.
         self.writes.redefined &= !carried;
-        Settled { executed, id, unwritten: unwritten && !debts.is_empty(), debts }
+        Settled { executed, id, unwritten: unwritten && !debts.is_empty(), debts, taints }
     }
 
     /// Taints, unless the transaction has written nothing at all: a volatile function may have only looked, and a read-only transaction
@@ -367,7 +369,11 @@ impl Session {
         let outcome = self.settle().await;
         let Some(settled) = settled else { return outcome };
         let committed = flight::committed(outcome.is_ok().then_some(&self.kept.tag[..]));
-        self.settled(settled, committed);
+        let owed = (settled.debts.clone(), settled.taints.clone());
+        let behind = self.settled(settled, committed);
+        if committed && self.world.phase.serves() {
+            self.before_acknowledging(behind, owed).await;
+        }
         outcome
     }
 
@@ -377,10 +383,11 @@ impl Session {
         std::str::from_utf8(said).ok()?.parse().ok()
     }
 
-    fn settled(&mut self, settled: Settled, committed: bool) {
+    /// The mirror's part of it, for which nobody waits but where new serves.
+    fn settled(&mut self, settled: Settled, committed: bool) -> Behind {
         let shared = self.shared.clone();
         let clock = self.worker.clock.clone();
-        let Settled { executed, id, debts, unwritten } = settled;
+        let Settled { executed, id, debts, unwritten, .. } = settled;
         let doubt = self.other_version().filter(|_| committed).map(|version| Doubt {
             world: self.world.clone(),
             side: self.side,
@@ -391,14 +398,16 @@ impl Session {
         match (executed, doubt) {
             (Executed::On(lease, carrier), Some(doubt)) => {
                 tokio::task::spawn_local(doubt.decide(shared, clock, Some((lease, carrier))));
+                Behind::Doubt
             }
             (Executed::Owed(..), Some(doubt)) => {
                 tokio::task::spawn_local(doubt.decide(shared, clock, None));
+                Behind::Doubt
             }
             (Executed::On(lease, carrier), None) if committed => {
                 shared.paid.carrying.fetch_add(1, Ordering::SeqCst);
                 let owed = unwritten.then_some((self.side, debts));
-                tokio::task::spawn_local(commit_mirror(shared, clock, lease, (carrier, id), owed));
+                Behind::Commit(tokio::task::spawn_local(commit_mirror(shared, clock, lease, (carrier, id), owed)))
             }
             (Executed::On(mut lease, _), None) => {
                 tokio::task::spawn_local(async move {
@@ -406,9 +415,14 @@ impl Session {
                         lease.release();
                     }
                 });
+                Behind::Nothing
             }
-            (Executed::Owed(..), None) if committed => shared.owed.notify_one(),
-            (Executed::Owed(..), None) => {}
+            (Executed::Owed(..), None) => {
+                if committed {
+                    shared.owed.notify_one();
+                }
+                Behind::Owed
+            }
         }
     }
 
@@ -554,6 +568,7 @@ impl Session {
                 "Nothing was run. Run `crossfade install`, look at `crossfade status`, then connect again.",
             )));
         }
+        self.owe_all();
         Ok(Some(id))
     }
 

@@ -14,14 +14,14 @@ use crate::phase::Side;
 use crate::shared::{Paid, Shared};
 
 /// The authority has committed: so does the mirror. Nobody waits; the debt is cleared after the next flush there.
-/// `owed`: debts that the authority on that side has not been told of.
+/// `owed`: debts that the authority on that side has not been told of. True: it was answered.
 pub(super) async fn commit_mirror(
     shared: std::sync::Arc<Shared>,
     clock: Clock,
     mut lease: Box<Lease>,
     (carrier, id): (Carrier, i64),
     owed: Option<(Side, Bytes)>,
-) {
+) -> bool {
     let timeout = shared.config.load().mirror.timeout.max(Duration::from_secs(10));
     let redefined = lease.conn.redefined;
     let commit = async {
@@ -34,6 +34,7 @@ pub(super) async fn commit_mirror(
     {
         owe_afterwards(&shared, side, (carrier, id), &debts).await;
     }
+    let answered = matches!(committed, Ok(Ok(())));
     match committed {
         Ok(Ok(())) => {
             shared.paid.push(Paid { id, incarnation: carrier.backend.incarnation });
@@ -53,6 +54,7 @@ pub(super) async fn commit_mirror(
     }
     // Last: whoever sees that nothing is carried finds the debt in the queue.
     shared.paid.carrying.fetch_sub(1, Ordering::SeqCst);
+    answered
 }
 
 /// `best-effort`: the authority has committed, and the mirror has not. The debts come late; a proxy that dies before them leaves rows that differ.

@@ -175,7 +175,10 @@ impl Session {
                 bound = self.bound(capture, &name, &payload);
                 binary = put_bind(&mut self.server.out, &payload, capture.returning)?;
             }
-            _ => self.forward(head),
+            _ => {
+                self.sample_bind(&planned, &name, head);
+                self.forward(head);
+            }
         }
         let kept = matches!(planned.facts.verb, Verb::CopyFromStdin | Verb::Ddl { .. } | Verb::Begin { .. });
         let text = self.prepared.get(&name).filter(|_| kept).and_then(|prepared| prepared.text.clone());
@@ -410,6 +413,8 @@ impl Session {
             Plan::Capture(_) | Plan::Truncate(_) | Plan::Copy(_) => "write",
             Plan::Opaque(_) => "opaque",
         };
+        planned.see();
+        self.note_for_serving(planned);
         self.shared.metrics.statements.with_label_values(&[class, self.side.name()]).inc();
         if let Plan::Opaque(opaque) = &planned.plan {
             self.shared.metrics.opaque_writes.with_label_values(&[opaque.reason]).inc();

@@ -5,6 +5,7 @@
 //! and cuts images out, `commit` settles a transaction on both sides, `carry` moves a session to another authority.
 //! Nothing here reads a catalog or opens a transaction on the mirror by itself: that is `mirror`.
 
+mod answer;
 mod audit;
 mod books;
 mod carry;
@@ -24,6 +25,8 @@ mod prove;
 mod reading;
 mod relay;
 mod reply;
+mod sampled;
+mod served;
 mod simple;
 
 use std::collections::HashMap;
@@ -189,6 +192,8 @@ pub struct Session {
     /// Our own statements that the server session has prepared.
     ours_prepared: Vec<&'static [u8]>,
     settings: books::Settings,
+    sampling: sampled::Sampling,
+    serving: served::Serving,
     since: Option<Instant>,
     limit: usize,
 }
@@ -266,6 +271,8 @@ impl Session {
             dismissed: false,
             ours_prepared: Vec::new(),
             settings: books::Settings::default(),
+            sampling: sampled::Sampling::new(),
+            serving: served::Serving::new(),
             since: None,
             limit,
             shared,
@@ -337,6 +344,9 @@ impl Session {
     fn rest(&mut self) {
         if self.pass.is_some() && self.at_rest() {
             self.pass = None;
+            if self.has_sample() {
+                self.hand_over();
+            }
         }
     }
 

@@ -80,7 +80,7 @@ fn renamed(text: &[u8], name: &[u8], splice: &str) -> Option<BytesMut> {
 /// The same plan for a text that has the hidden column already.
 fn spliced(planned: &Planned, capture: &Capture) -> Arc<Planned> {
     let capture = Capture { splice: String::new(), ..capture.clone() };
-    Arc::new(Planned { facts: planned.facts.clone(), plan: Plan::Capture(Arc::new(capture)) })
+    Arc::new(Planned { plan: Plan::Capture(Arc::new(capture)), ..planned.clone() })
 }
 
 impl Session {

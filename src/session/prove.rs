@@ -62,7 +62,8 @@ impl Doubt {
             if verdict == Verdict::Proven && self.write(&shared, &self.debts, None).await {
                 shared.paid.carrying.fetch_add(1, Ordering::SeqCst);
                 info!(debt = self.id, "definitions have changed, and not those that the transaction depends on");
-                return commit_mirror(shared, clock, lease, (carrier, self.id), None).await;
+                commit_mirror(shared, clock, lease, (carrier, self.id), None).await;
+                return;
             }
             if lease.conn.roll_back().await.is_ok() {
                 lease.release();

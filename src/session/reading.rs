@@ -7,6 +7,7 @@ use super::books::Terms;
 use super::expect::{Kind, Told};
 use super::{End, Session};
 use crate::plan::cache::{Key, Planned};
+use crate::plan::read::{Read, read};
 use crate::plan::{ANY_ROLE, Opaque, Plan, narrow, plan};
 use crate::sql;
 use crate::sql::facts::Verb;
@@ -16,7 +17,7 @@ use crate::wire::frame::Report;
 pub(super) fn unread_plan() -> Planned {
     let facts = sql::facts::Facts { verb: Verb::Other, ..sql::read(b"", sql::Limits::default()) };
     let opaque = Opaque { reason: "unparsed", tables: Vec::new(), unwrapped: false, ddl: false, replays: false };
-    Planned { facts, plan: Plan::Opaque(Arc::new(opaque)) }
+    Planned::new(facts, Plan::Opaque(Arc::new(opaque)))
 }
 
 /// The statement says of itself that it changes how texts are read.
@@ -65,7 +66,11 @@ impl Session {
             let facts = sql::read(text, sql::Limits { bytes_max: limit, ..Default::default() });
             let plan = plan(&facts, &self.world.catalog, self.side, role.as_deref(), encoding_matches);
             let plan = narrow(plan, text, &self.world.catalog, self.side);
-            Planned { facts, plan }
+            let read = match plan {
+                Plan::Pass => read(text, &facts, &self.world.catalog, self.side),
+                _ => Read::Stays("writes"),
+            };
+            Planned { read, ..Planned::new(facts, plan) }
         });
         // The body of DO is a literal, which the shape leaves out.
         let planned = if planned.facts.verb == Verb::Do { planned.for_body(text) } else { planned };
@@ -107,6 +112,7 @@ impl Session {
     /// that what it may write is owed from before its first statement until the session is at rest.
     pub(super) async fn unread(&mut self, kind: Kind) -> Result<(), End> {
         self.settle().await?;
+        self.serving.alter();
         if self.queue.skipping() {
             return Ok(());
         }

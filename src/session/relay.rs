@@ -63,6 +63,9 @@ impl Session {
                     return Ok(true);
                 }
             }
+            if self.world.phase.serves() && self.serve_read(head).await? {
+                continue;
+            }
             if self.world.phase.mirror().is_some() {
                 self.remember(head);
                 match self.mirrored(head).await {
@@ -108,6 +111,7 @@ impl Session {
             if Arc::ptr_eq(&current, &self.world) {
                 return Ok(());
             }
+            self.serving.renew(current.epoch != self.world.epoch);
             self.world = current.clone();
             drop(current);
             if self.world.phase.authority() == self.side {

@@ -189,6 +189,9 @@ impl Session {
     fn ready(&mut self, at: usize, to: &To, hold: bool) -> Verdict {
         self.status = self.server.inb[at];
         self.begun = false;
+        if self.world.phase.serves() {
+            self.serving.touch();
+        }
         self.settings.unsettled &= !self.queue.is_empty();
         if self.status == b'I' {
             self.over();

@@ -51,6 +51,7 @@ impl Session {
         let quiet =
             plans.iter().all(|(planned, _)| planned.plan == Plan::Pass && matches!(done(planned), Done::Nothing));
         if quiet {
+            plans.iter().for_each(|(planned, _)| self.note_for_serving(planned));
             self.put_query(&text, "", 0);
             self.queue.push(Expected::client(Kind::Query));
             return Ok(());
@@ -147,6 +148,7 @@ impl Session {
                 {
                     return self.commit_simple(text, ending).await;
                 }
+                self.sample_query(planned, text);
                 self.send(text, planned, end, false);
                 Ok(())
             }

@@ -126,6 +126,9 @@ const CARRIED: Duration = Duration::from_millis(1500);
 /// How long one write of a phase row may take before the move is withdrawn.
 const ROW: Duration = Duration::from_secs(5);
 
+/// How long the sweep is waited for while nobody is held.
+const MOVE_SWEPT: Duration = Duration::from_secs(3);
+
 /// A block of 2^32 numbers for debts, from the sequence of the side whose ledger they stand in: nextval in a client's session would change
 /// its lastval().
 pub async fn draw_block(authority: &Client) -> Result<i64, tokio_postgres::Error> {
@@ -279,6 +282,7 @@ async fn ready(
         warn!(%from, %to, who = %ask.who, why = ask.why.as_deref().unwrap_or(""), "a gate is overridden: {}: {gate}", gate.gate);
     }
     let block = async {
+        swept(config, hands, step).await?;
         match to.mirror() {
             Some(_) => Ok(Some(draw_block(hands.on(to.authority())?).await?)),
             None => Ok(None),
@@ -312,6 +316,22 @@ async fn definitions(
 fn writers_on(from: Phase, to: Phase) -> Option<Side> {
     let gains_mirror = from.mirror().is_none() && to.mirror().is_some();
     (gains_mirror || from.authority() != to.authority()).then(|| from.authority())
+}
+
+/// Where the authority changes: a sweep that was begun has passed what was written there. Once more behind the gate; what is found now can still be
+/// paid without holding anybody.
+async fn swept(config: &Config, hands: &Hands, Step { from, to }: Step) -> Result<(), MoveError> {
+    let side = from.authority();
+    if side == to.authority() {
+        return Ok(());
+    }
+    if let Some(why) = migrate::sweep::obstacle(hands.on(side)?, side).await? {
+        return Err(MoveError::Closed(format!("{to} waits: {why}")));
+    }
+    if !migrate::sweep::passed(Shared::database(config, side), side, Instant::now() + MOVE_SWEPT).await? {
+        return Err(MoveError::Closed(format!("{to} waits: the sweep has not passed yet what was written on {side}")));
+    }
+    Ok(())
 }
 
 /// One step.
@@ -474,6 +494,12 @@ impl Move<'_> {
             copies = owe_everything(self.shared, self.config, self.hands, to, catalog).await?;
         }
         if from.authority() != to.authority() {
+            let side = from.authority();
+            if !migrate::sweep::passed(Shared::database(self.config, side), side, deadline).await? {
+                return Err(MoveError::Held(format!(
+                    "the sweep has not passed all that was written on {side} within move.pause: it may have found rows that differ; clients were released and the phase stays {from}"
+                )));
+            }
             nothing_owed(self.shared, self.config, self.hands.on(from.authority())?, from, catalog, deadline).await?;
             let losing = (from.authority(), self.hands.on(from.authority())?);
             let gaining = (to.authority(), self.hands.on(to.authority())?);

@@ -160,8 +160,18 @@ pub async fn reference() -> Cluster {
 
 #[tokio::test]
 async fn messages_in_any_order_are_answered_as_postgresql_does() {
+    are_answered_as_postgresql_does("dual-write").await;
+}
+
+/// ... also where new answers what it may.
+#[tokio::test]
+async fn messages_in_any_order_are_answered_as_postgresql_does_in_dual_read() {
+    are_answered_as_postgresql_does("dual-read").await;
+}
+
+async fn are_answered_as_postgresql_does(phase: &str) {
     let reference = reference().await;
-    let stage = Stage::start("dual-write", "").await;
+    let stage = Stage::start(phase, "").await;
     let direct = reference.client(DATABASE).await.expect("connects");
     let old = stage.databases.old.client(DATABASE).await.expect("connects");
     let first: u64 = std::env::var("CROSSFADE_SEED").map_or(0, |seed| seed.parse().expect("a number"));

@@ -5,6 +5,7 @@
 mod common;
 
 mod crashes;
+mod growth;
 mod hidden;
 mod interleavings;
 mod isolation;

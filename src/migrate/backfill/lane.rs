@@ -335,6 +335,7 @@ impl<'a> Lane<'a> {
             late: None,
             debts: vec![Debt::Table { table: table.number }],
             unreadable: None,
+            reason: None,
         };
         let debts: Vec<Entry> = first.debts.iter().map(debt).collect();
         clear(&mut self.pair, &debts, &self.incarnation).await?;

@@ -13,13 +13,13 @@ use super::super::across::{key_across, row_across};
 use super::super::binary::values;
 use super::super::error::Error;
 use super::super::link::{Link, Pair};
-use super::super::payable;
+use super::super::owes::Owes;
 use super::super::reconcile::ask;
 use super::super::rules::{Place, place};
 use super::super::sql::TableSql;
 use super::Found;
 use crate::catalog::Table;
-use crate::ledger::debts::{Debt, Values};
+use crate::ledger::debts::Values;
 
 /// In which way a row differs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,41 +91,12 @@ pub(super) async fn suspects(
     Ok(())
 }
 
-/// What the ledger holds of one table.
-#[derive(Default)]
-struct Owes {
-    whole: bool,
-    any: bool,
-    keys: HashSet<Values>,
-}
-
-impl Owes {
-    async fn read(pair: &mut Pair, table: &Table) -> Result<Owes, Error> {
-        let (mut owes, mut after) = (Owes::default(), 0);
-        loop {
-            let rows = payable::fetch_debts(pair.authority.at(), after).await?;
-            let Some((last, _)) = rows.last() else { return Ok(owes) };
-            after = *last;
-            for debt in rows.into_iter().flat_map(|(_, debts)| debts).filter(|debt| debt.table() == table.number) {
-                match debt {
-                    Debt::Key { key, .. } => {
-                        owes.any = true;
-                        owes.keys.insert(key);
-                    }
-                    _ => owes.whole = true,
-                }
-            }
-        }
-    }
-
-    fn of(&self, table: &Table, key: &Values) -> Option<Unsettled> {
-        // Equal keys with other bytes are one key: which of them is owed cannot be seen from here.
-        let blurred = !table.key.as_ref().is_some_and(|found| found.bytewise);
-        match () {
-            _ if self.whole => Some(Unsettled::Covered),
-            _ if self.keys.contains(key) || (blurred && self.any) => Some(Unsettled::Owed),
-            _ => None,
-        }
+/// What the ledger says of a key.
+fn owed(owes: &Owes, table: &Table, key: &Values) -> Option<Unsettled> {
+    match () {
+        _ if owes.whole => Some(Unsettled::Covered),
+        _ if owes.names(table, key) => Some(Unsettled::Owed),
+        _ => None,
     }
 }
 
@@ -160,7 +131,7 @@ async fn at_once(
                     Some(other) => How::Columns(differing(table, &row, &other)),
                     None => How::Missing,
                 };
-                match owes.of(table, key) {
+                match owed(&owes, table, key) {
                     Some(why) => unsettled.push((key.clone(), why)),
                     None => different.push(Difference { key: key.clone(), shown: Vec::new(), how }),
                 }
@@ -211,7 +182,7 @@ async fn alone(pair: &mut Pair, table: &Table, keys: Vec<Values>) -> Result<Vec<
     for (at, key) in keys.into_iter().enumerate() {
         match (before.get(&at), after.get(&at)) {
             (Some(one), Some(other)) if one == other && !there.contains(&at) => {
-                let why = owes.of(table, &key);
+                let why = owed(&owes, table, &key);
                 found.push((key, why));
             }
             (None, None) => {}

@@ -1,0 +1,640 @@
+//! Reads that new answers although it is not the authority (R1 to R3): over a login of the client of its own, which cannot write, and only while new has all
+//! that this session, or anybody to whom something was acknowledged, can know of. Whatever is in the way, the authority answers.
+//!
+//! A read comes as a whole: one Query, or Parse, Bind, Describe, Execute, Sync in one piece, outside any block. Its frames stay in the client's buffer until new has
+//! begun to answer, so that nothing has happened where it does not.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::task::JoinHandle;
+use tracing::debug;
+
+use super::answer::{Begun, Ended};
+use super::books::{Prepared, There};
+use super::carry::literal;
+use super::{End, Session};
+use crate::backend::connect::{self, Address, read_only, to_database};
+use crate::config::Commit;
+use crate::ledger::debts;
+use crate::phase::Side;
+use crate::plan::Plan;
+use crate::plan::cache::Planned;
+use crate::plan::read::Read;
+use crate::reads::look::{LEASE, STUCK, Says};
+use crate::reads::tally::Kept;
+use crate::shared::Shared;
+use crate::sql::facts::Verb;
+use crate::wire::conn::Conn;
+use crate::wire::frame::{self, Fields, HEAD, Head};
+use crate::wire::stream::Stream;
+
+/// A longer read goes to the authority, in bytes.
+const LONGEST: usize = 64 * 1024;
+/// After so many eligible reads without anything else between, a session waits for a look instead of going on with the authority.
+const STREAK: u32 = 3;
+/// ... for so long; in vain, and it waits behind twice as many reads the next time.
+const GRACE: Duration = Duration::from_millis(100);
+const STREAK_MAX: u32 = 96;
+/// New did not answer: for so long this session does not ask again.
+const SHUNNED: Duration = Duration::from_secs(2);
+/// Statements prepared on new for one session, at most.
+const PREPARED_MAX: usize = 256;
+
+/// What new's session must have as the authority's has it; and why it cannot, if so.
+const STATE: &[u8] = b"SELECT '', CASE WHEN EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace = pg_catalog.pg_my_temp_schema()) THEN 'temporary' \
+    WHEN pg_catalog.current_setting('default_transaction_isolation') = 'serializable' THEN 'serializable' \
+    WHEN current_user <> session_user THEN 'role' ELSE '' END UNION ALL \
+    SELECT name, setting FROM pg_catalog.pg_settings WHERE context = 'user' AND (source IN ('session', 'user', 'database', 'database user', 'client') \
+    OR name IN ('DateStyle', 'TimeZone', 'IntervalStyle', 'extra_float_digits', 'bytea_output', 'client_encoding', 'search_path', 'lc_monetary', 'lc_numeric', \
+    'lc_time', 'standard_conforming_strings', 'xmlbinary', 'xmloption', 'default_text_search_config', 'array_nulls', 'timezone_abbreviations')) \
+    AND name NOT IN ('transaction_isolation', 'transaction_read_only', 'transaction_deferrable', 'default_transaction_read_only', \
+    'default_transaction_isolation', 'default_transaction_deferrable', 'session_authorization', 'role', 'is_superuser')";
+
+/// The session on new.
+pub(super) struct Seat {
+    pub(super) conn: Conn<Stream>,
+    address: Address,
+    key: Bytes,
+    /// Texts by the names that they are prepared under.
+    prepared: HashMap<Bytes, Bytes>,
+    counted: prometheus::IntGauge,
+}
+
+/// What a session has on new.
+enum Place {
+    /// Nothing yet.
+    Empty,
+    /// A session.
+    Taken(Box<Seat>),
+    /// New did not answer; not before this moment again.
+    Shunned(Instant),
+}
+
+/// Whether new's session has the settings that the authority's has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// They must be asked for.
+    Unknown,
+    /// It has.
+    Same,
+    /// It cannot have.
+    Unfit,
+}
+
+/// What a session needs in order to be served by new.
+pub(super) struct Serving {
+    place: Place,
+    state: State,
+    /// When the authority last answered in a phase in which new serves.
+    contact: Option<Instant>,
+    /// Eligible reads since anything else was asked.
+    streak: u32,
+    /// So many make it worth a wait.
+    patience: u32,
+    /// Among sessions, 0 to 1: whether it is in a share.
+    lot: f64,
+}
+
+impl Serving {
+    pub(super) fn new() -> Serving {
+        let lot = f64::from(rand::random::<u32>()) / f64::from(u32::MAX);
+        Serving { place: Place::Empty, state: State::Unknown, contact: None, streak: 0, patience: STREAK, lot }
+    }
+
+    /// The authority has answered.
+    pub(super) fn touch(&mut self) {
+        self.contact = Some(Instant::now());
+    }
+
+    /// A statement that may change what later ones see, beside rows.
+    pub(super) fn alter(&mut self) {
+        self.state = State::Unknown;
+    }
+
+    /// The world is another: in phases without a mirror nobody notes what a statement alters. `moved`: of another epoch, which began when all that was under
+    /// way in the one before had ended.
+    pub(super) fn renew(&mut self, moved: bool) {
+        self.state = State::Unknown;
+        if moved {
+            (self.contact, self.place) = (None, Place::Empty);
+        }
+    }
+}
+
+/// A read, as it lies in the client's buffer.
+pub(super) struct Asked {
+    text: Bytes,
+    /// Of the extended protocol.
+    piped: Option<Piped>,
+    /// Bytes of all its frames.
+    pub(super) total: usize,
+}
+
+struct Piped {
+    statement: Bytes,
+    types: Bytes,
+    /// The client has sent Parse itself.
+    parses: bool,
+    /// Bind's payload.
+    bind: Bytes,
+    /// What lies behind Parse.
+    rest: usize,
+}
+
+/// What stands between the authority's COMMIT and its acknowledgement, where new serves.
+pub(super) enum Behind {
+    /// Nothing was written.
+    Nothing,
+    /// The mirror's COMMIT is under way; it tells whether it was answered.
+    Commit(JoinHandle<bool>),
+    /// The mirror does not have it.
+    Owed,
+    /// It was planned under definitions that have changed: it may have written anywhere.
+    Doubt,
+}
+
+impl Session {
+    /// Serves the read that begins the client's buffer from new, where that is proven right. False: nothing has happened, and the authority is asked.
+    pub(super) async fn serve_read(&mut self, head: Head) -> Result<bool, End> {
+        if !matches!(head.tag, b'Q' | b'P' | b'B') || !self.is_between() || head.total > LONGEST {
+            return Ok(false);
+        }
+        let config = self.shared.config.load_full();
+        if config.most.serve <= 0.0 || config.mirror.commit == Commit::BestEffort {
+            return Ok(false);
+        }
+        let Some(asked) = self.asked(head)? else { return Ok(false) };
+        let (planned, _) = self.plan_for(&asked.text);
+        let Read::Eligible(read) = &planned.read else {
+            // A driver that prepares in one pipeline and runs in the next has not written.
+            self.serving.streak = 0;
+            return Ok(false);
+        };
+        if planned.plan != Plan::Pass || planned.is_refused() {
+            return Ok(false);
+        }
+        let lot = self.serving.lot;
+        let within = lot < config.most.serve
+            && read.tables.iter().all(|table| {
+                config.tables.is_none() && lot < config.serve_share("") || lot < config.serve_share(&table.label())
+            });
+        let kept = match within {
+            false => Some(Kept::Share),
+            true => self.why_not(&planned, &asked).await?,
+        };
+        let kept = match kept {
+            None if self.answered_by_new(&planned, &asked).await? => None,
+            None => Some(Kept::Failed),
+            why => why,
+        };
+        match kept {
+            None => {
+                self.shared.reads.tally.served();
+                self.shared.metrics.read_served.with_label_values(&[Side::New.name()]).inc();
+                Ok(true)
+            }
+            Some(why) => {
+                self.shared.reads.tally.kept(why);
+                self.shared.metrics.read_kept.with_label_values(&[why.name()]).inc();
+                self.shared.metrics.read_served.with_label_values(&[self.side.name()]).inc();
+                Ok(false)
+            }
+        }
+    }
+
+    /// Between two statements, outside any block and pipeline.
+    fn is_between(&self) -> bool {
+        self.at_rest()
+            && self.aside.is_none()
+            && !self.queue.skipping()
+            && !self.settings.unsettled
+            && !self.entry.is_over()
+            && self.registered.is_empty()
+            && self.copying.is_none()
+    }
+
+    /// None: it has not come whole, or has another form.
+    fn asked(&self, head: Head) -> Result<Option<Asked>, End> {
+        let inb = &self.client.inb;
+        if inb.len() < head.total {
+            return Ok(None);
+        }
+        if head.tag == b'Q' {
+            let text = Fields::new(&inb[HEAD..head.total]).string()?;
+            return Ok(Some(Asked { text: Bytes::copy_from_slice(text), piped: None, total: head.total }));
+        }
+        let mut at = 0;
+        let mut parsed = None;
+        if head.tag == b'P' {
+            let mut fields = Fields::new(&inb[HEAD..head.total]);
+            let (name, text) = (fields.string()?, fields.string()?);
+            if !name.is_empty() && self.prepared.contains_key(name) {
+                return Ok(None);
+            }
+            let copy = |bytes: &[u8]| Bytes::copy_from_slice(bytes);
+            parsed = Some((copy(name), copy(text), copy(fields.rest())));
+            at = head.total;
+        }
+        let rest = at;
+        let Some(bind) = whole(inb, &mut at, b'B')? else { return Ok(None) };
+        let mut fields = Fields::new(bind);
+        if !fields.string()?.is_empty() {
+            return Ok(None);
+        }
+        let statement = Bytes::copy_from_slice(fields.string()?);
+        let bind = Bytes::copy_from_slice(bind);
+        if let Some(describe) = whole(inb, &mut at, b'D')?
+            && describe != b"P\0"
+        {
+            return Ok(None);
+        }
+        let Some(execute) = whole(inb, &mut at, b'E')? else { return Ok(None) };
+        if execute != b"\0\0\0\0\0" || whole(inb, &mut at, b'S')?.is_none() || at > LONGEST {
+            return Ok(None);
+        }
+        let parses = parsed.is_some();
+        let (text, types) = match parsed {
+            Some((name, text, types)) if name == statement => (text, types),
+            Some(_) => return Ok(None),
+            None => match self.prepared.get(&statement) {
+                Some(Prepared { text: Some(text), types, .. }) => (text.clone(), types.clone()),
+                _ => return Ok(None),
+            },
+        };
+        Ok(Some(Asked { text, piped: Some(Piped { statement, types, parses, bind, rest }), total: at }))
+    }
+
+    /// What is in the way of new's answer; at the end nothing has been waited for since it was asked.
+    async fn why_not(&mut self, planned: &Planned, asked: &Asked) -> Result<Option<Kept>, End> {
+        if !self.shared.health.get(Side::New).up() {
+            return Ok(Some(Kept::Failed));
+        }
+        if self.settings.role_changed || self.serving.state == State::Unfit {
+            return Ok(Some(Kept::State));
+        }
+        self.serving.streak = self.serving.streak.saturating_add(1);
+        match self.what_new_has(planned) {
+            Says::Later if !self.wait_for_look(planned).await => return Ok(Some(Kept::Grace)),
+            Says::Owed => return Ok(Some(Kept::Owed)),
+            _ => {}
+        }
+        if !self.take_place().await {
+            return Ok(Some(Kept::Failed));
+        }
+        if self.serving.state == State::Unknown {
+            self.bring_state().await?;
+        }
+        if self.serving.state != State::Same {
+            return Ok(Some(Kept::State));
+        }
+        debug_assert!(asked.total <= self.client.inb.len());
+        Ok(match self.what_new_has(planned) {
+            Says::Serve => None,
+            Says::Owed => Some(Kept::Owed),
+            Says::Later => Some(Kept::Grace),
+        })
+    }
+
+    fn what_new_has(&self, planned: &Planned) -> Says {
+        let Read::Eligible(read) = &planned.read else { return Says::Later };
+        let tables = read.tables.iter().map(|table| table.number);
+        self.shared.reads.looks.ask(tables, self.world.epoch, self.serving.contact, Instant::now())
+    }
+
+    /// A session that only reads waits for a look that is late enough. True: there is one.
+    async fn wait_for_look(&mut self, planned: &Planned) -> bool {
+        if self.serving.streak < self.serving.patience {
+            return false;
+        }
+        let deadline = Instant::now() + GRACE;
+        while let Some(left) = deadline.checked_duration_since(Instant::now()) {
+            self.shared.reads.looks.next(left).await;
+            if self.what_new_has(planned) != Says::Later {
+                self.serving.patience = STREAK;
+                return true;
+            }
+        }
+        self.serving.patience = (self.serving.patience * 2).min(STREAK_MAX);
+        self.serving.streak = 0;
+        false
+    }
+
+    /// Logs in to new as the client, once. False: new does not let it.
+    async fn take_place(&mut self) -> bool {
+        match &self.serving.place {
+            Place::Taken(_) => return true,
+            Place::Shunned(until) if Instant::now() < *until => return false,
+            _ => {}
+        }
+        let config = self.shared.config.load_full();
+        let open = open(Shared::database(&config, Side::New), &self.login.credentials, &self.parameters, self.minor);
+        match self.worker.clock.limit(config.mirror.timeout, open).await {
+            Ok(Ok((conn, address, key))) => {
+                let counted = self.shared.metrics.servers(Side::New);
+                counted.inc();
+                let seat = Seat { conn, address, key, prepared: HashMap::new(), counted };
+                self.serving.place = Place::Taken(Box::new(seat));
+                self.serving.state = State::Unknown;
+                true
+            }
+            failed => {
+                let why = failed.map_or("no answer".to_owned(), |open| open.err().unwrap_or_default());
+                debug!(user = %self.user(), %why, "new does not serve this session's reads");
+                self.shun();
+                false
+            }
+        }
+    }
+
+    pub(super) fn shun(&mut self) {
+        self.serving.place = Place::Shunned(Instant::now() + SHUNNED);
+    }
+
+    pub(super) fn seat(&mut self) -> Option<&mut Seat> {
+        taken(&mut self.serving)
+    }
+
+    /// The settings of the authority's session for new's. It reads no rows: it is no contact.
+    async fn bring_state(&mut self) -> Result<(), End> {
+        let contact = self.serving.contact;
+        if let Some(unnamed) = self.prepared.get_mut(&b""[..]) {
+            // A Query takes its place.
+            unnamed.there = There::Nothing;
+        }
+        self.ask_ours(STATE).await?;
+        self.serving.contact = contact;
+        self.serving.state = State::Unfit;
+        let rows = std::mem::take(&mut self.kept.rows);
+        if self.kept.error.take().is_some() || rows.is_empty() {
+            return Ok(());
+        }
+        let mut set = "RESET ALL".to_owned();
+        for row in &rows {
+            let text = |at: usize| row.get(at).and_then(|value| std::str::from_utf8(value.as_ref()?).ok());
+            match (text(0), text(1)) {
+                (Some(""), Some("")) => {}
+                (Some(""), _) | (_, None) | (None, _) => return Ok(()),
+                (Some(name), Some(value)) => {
+                    set += &format!("; SELECT pg_catalog.set_config({}, {}, false)", literal(name), literal(value));
+                }
+            }
+        }
+        let limit = self.shared.config.load().mirror.timeout;
+        let clock = self.worker.clock.clone();
+        let Some(seat) = self.seat() else { return Ok(()) };
+        match clock.limit(limit, seat.query(set.as_bytes())).await {
+            Ok(Ok(())) => self.serving.state = State::Same,
+            Ok(Err(why)) => debug!(%why, "new cannot have this session's settings"),
+            Err(_) => self.shun(),
+        }
+        Ok(())
+    }
+
+    /// Asks new, and passes its answer on. False: it has not begun to answer, and the client knows of nothing.
+    async fn answered_by_new(&mut self, planned: &Planned, asked: &Asked) -> Result<bool, End> {
+        let started = Instant::now();
+        let inb = self.client.inb[..asked.total].to_vec();
+        let Some(seat) = self.seat() else { return Ok(false) };
+        let swallowed = seat.put(asked, &inb);
+        let usual = self.cancel_at_new();
+        let begun = self.answer_begins(&swallowed).await;
+        let ended = match begun {
+            Begun::Answer => {
+                self.client.inb.advance(asked.total);
+                Some(self.answer_ends().await)
+            }
+            Begun::Refused { shape } => {
+                if shape {
+                    planned.refuse();
+                }
+                if let (Some(seat), Some(piped)) = (self.seat(), &asked.piped) {
+                    seat.prepared.remove(&piped.statement);
+                }
+                None
+            }
+            Begun::Broken => {
+                // A session that new has ended since it was last used: the next read logs in again.
+                self.serving.place = Place::Empty;
+                None
+            }
+            Begun::Late => {
+                self.abandon();
+                None
+            }
+        };
+        self.cancel_at(usual);
+        let Some(ended) = ended else { return Ok(false) };
+        self.note_served(asked, planned);
+        match ended {
+            Ended::Whole => self.shared.metrics.observe_statement(Side::New, started.elapsed().as_secs_f64()),
+            Ended::Broken => {
+                self.serving.place = Place::Empty;
+                frame::ready(&mut self.client.out, b'I');
+            }
+            Ended::Gone(end) => return Err(end),
+        }
+        Ok(true)
+    }
+
+    /// What a read that new has answered leaves in our books.
+    fn note_served(&mut self, asked: &Asked, planned: &Planned) {
+        planned.see();
+        self.shared.metrics.statements.with_label_values(&["pass", Side::New.name()]).inc();
+        self.portals.remove(&b""[..]);
+        let Some(piped) = &asked.piped else {
+            self.prepared.remove(&b""[..]);
+            self.sample_query(planned, &asked.text);
+            return;
+        };
+        if piped.parses {
+            let there = There::Nothing;
+            let prepared =
+                Prepared { text: Some(asked.text.clone()), types: piped.types.clone(), planned: None, there };
+            self.prepared.insert(piped.statement.clone(), prepared);
+        }
+        if self.is_sampled(planned) {
+            self.sample(planned, asked.text.clone(), Some((piped.types.clone(), piped.bind.clone())));
+        }
+    }
+
+    /// A CancelRequest of the client goes to new from now on: where it went before.
+    fn cancel_at_new(&mut self) -> Option<(Side, Address, Bytes)> {
+        let client = self.cancel_key.clone()?;
+        let usual = self.shared.cancels.get(&client);
+        let shared = self.shared.clone();
+        let seat = self.seat()?;
+        shared.cancels.set(client, Side::New, seat.address.clone(), seat.key.clone());
+        usual
+    }
+
+    fn cancel_at(&self, usual: Option<(Side, Address, Bytes)>) {
+        if let (Some(client), Some((side, address, key))) = (&self.cancel_key, usual) {
+            self.shared.cancels.set(client.clone(), side, address, key);
+        }
+    }
+
+    /// New has not begun to answer in time: it is told to stop, and not asked again for a while.
+    fn abandon(&mut self) {
+        if let Place::Taken(seat) = std::mem::replace(&mut self.serving.place, Place::Empty) {
+            let config = self.shared.config.load_full();
+            tokio::task::spawn_local(async move {
+                let new = Shared::database(&config, Side::New);
+                if let Err(error) = connect::cancel(new, &seat.address, &seat.key).await {
+                    debug!(%error, "a read on new could not be cancelled");
+                }
+            });
+        }
+        self.shun();
+    }
+
+    /// Where new serves, an acknowledgement waits for the mirror's COMMIT (R2). What the mirror does not have blocks its tables, and where other proxies may
+    /// serve, waits until none of them can rely on a look at the ledger from before it (R3).
+    pub(super) async fn before_acknowledging(&mut self, behind: Behind, (debts, taints): (Bytes, Bytes)) {
+        let config = self.shared.config.load_full();
+        if !config.fleet && config.most.serve <= 0.0 {
+            return;
+        }
+        match behind {
+            Behind::Nothing => return,
+            Behind::Commit(answered) => {
+                if let Ok(Ok(true)) = self.worker.clock.limit(config.mirror.timeout, answered).await {
+                    return;
+                }
+            }
+            Behind::Owed => {}
+            Behind::Doubt => self.owe_all(),
+        }
+        let tables = [debts, taints].into_iter().filter_map(|debts| debts::decode(debts).ok()).flatten();
+        self.shared.reads.looks.owe(tables.map(|debt| debt.table()));
+        if config.fleet {
+            tokio::time::sleep(LEASE + STUCK).await;
+        }
+    }
+
+    /// What is about to run has left debts in the ledger (CALL), or is about to show them (COMMIT PREPARED).
+    pub(super) fn owe_all(&self) {
+        if self.world.phase.serves() {
+            self.shared.reads.looks.owe(self.world.catalog.tables.keys().copied());
+        }
+    }
+
+    /// A statement is about to run on the authority.
+    pub(super) fn note_for_serving(&mut self, planned: &Planned) {
+        if planned.alters {
+            self.serving.alter();
+        }
+        if planned.facts.verb == Verb::CommitPrepared {
+            self.owe_all();
+        }
+    }
+}
+
+/// The session on new, if there is one.
+pub(super) fn taken(serving: &mut Serving) -> Option<&mut Seat> {
+    match &mut serving.place {
+        Place::Taken(seat) => Some(seat),
+        _ => None,
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.counted.dec();
+    }
+}
+
+/// The payload of the frame at that place, if it is a whole one with this tag; steps over it.
+fn whole<'b>(inb: &'b [u8], at: &mut usize, tag: u8) -> Result<Option<&'b [u8]>, End> {
+    let Some(head) = frame::head(&inb[*at..])? else { return Ok(None) };
+    if head.tag != tag || inb.len() - *at < head.total {
+        return Ok(None);
+    }
+    let payload = &inb[*at + HEAD..*at + head.total];
+    frame::check(tag, payload)?;
+    *at += head.total;
+    Ok(Some(payload))
+}
+
+/// Logs in to new as the client; whatever it begins there is READ ONLY, whatever it resets.
+async fn open(
+    db: &crate::config::Database,
+    credentials: &crate::auth::Credentials,
+    parameters: &[(Bytes, Bytes)],
+    minor: u16,
+) -> Result<(Conn<Stream>, Address, Bytes), String> {
+    let parameters = read_only(to_database(parameters, &db.database));
+    let connected = connect::connect(db, credentials, &parameters, minor).await.map_err(|error| error.to_string())?;
+    let mut conn = Conn::new(connected.stream, connected.buf);
+    let mut key = Bytes::new();
+    loop {
+        let (tag, payload) = conn.frame().await.map_err(|error| error.to_string())?;
+        match tag {
+            b'K' => key = payload,
+            b'E' => return Err(frame::server_error(&payload).message),
+            b'Z' => break,
+            _ => {}
+        }
+    }
+    Ok((conn, connected.address, key))
+}
+
+impl Seat {
+    /// Runs statements of ours.
+    async fn query(&mut self, text: &[u8]) -> Result<(), String> {
+        frame::query(&mut self.conn.out, text);
+        let mut refused = None;
+        loop {
+            let (tag, payload) = self.conn.frame().await.map_err(|error| error.to_string())?;
+            match tag {
+                b'E' => refused = Some(frame::server_error(&payload).message),
+                b'Z' => return refused.map_or(Ok(()), Err),
+                _ => {}
+            }
+        }
+    }
+
+    /// Sends a read; says which answers to messages of ours come first, by their tags.
+    fn put(&mut self, asked: &Asked, inb: &[u8]) -> Vec<u8> {
+        let mut ours = Vec::new();
+        let out: &mut BytesMut = &mut self.conn.out;
+        let Some(piped) = &asked.piped else {
+            self.prepared.remove(&b""[..]);
+            out.extend_from_slice(inb);
+            return ours;
+        };
+        let known = self.prepared.get(&piped.statement);
+        let there = known == Some(&asked.text) && !piped.statement.is_empty();
+        if self.prepared.len() >= PREPARED_MAX
+            && !there
+            && let Some(other) = self.prepared.keys().next().cloned()
+        {
+            self.prepared.remove(&other);
+            frame::close_statement(out, &other);
+            ours.push(b'3');
+        }
+        if (!there || piped.parses) && !piped.statement.is_empty() {
+            // There may be another one of that name.
+            frame::close_statement(out, &piped.statement);
+            ours.push(b'3');
+        }
+        self.prepared.insert(piped.statement.clone(), asked.text.clone());
+        if piped.parses {
+            out.extend_from_slice(inb);
+            return ours;
+        }
+        if !there {
+            ours.push(b'1');
+            frame::put(out, b'P', |out| {
+                out.extend_from_slice(&piped.statement);
+                out.extend_from_slice(b"\0");
+                out.extend_from_slice(&asked.text);
+                out.extend_from_slice(b"\0");
+                out.extend_from_slice(&piped.types);
+            });
+        }
+        out.extend_from_slice(&inb[piped.rest..]);
+        ours
+    }
+}
