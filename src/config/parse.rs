@@ -124,6 +124,7 @@ struct RawConfig {
     verify: Verify,
     #[serde(default)]
     sweep: Sweep,
+    #[serde(default)]
     reads: Reads,
     admins: Option<Vec<String>>,
     #[serde(default)]
