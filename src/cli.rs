@@ -2,6 +2,7 @@
 
 mod backfill;
 mod check;
+mod phase;
 mod report;
 mod sweep;
 mod uninstall;
@@ -20,10 +21,12 @@ use crate::server;
 use crate::shared::Shared;
 use crate::sql;
 use crate::switch::mover;
+use crate::switch::record;
 use crate::switch::rows::{self, Holds, Verdict};
 
 pub use backfill::{BackfillArguments, backfill};
 pub use check::check;
+pub use phase::{PhaseArguments, phase};
 pub use report::report;
 pub use sweep::{SweepArguments, sweep};
 pub use uninstall::uninstall;
@@ -163,6 +166,9 @@ fn named<'c>(catalog: &'c Catalog, name: &str) -> Result<&'c Arc<Table>, Trouble
     }
 }
 
+/// Entries of the history that are shown.
+const HISTORY: i64 = 10;
+
 /// `crossfade status`.
 pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
     let config = config::load(path)?;
@@ -181,11 +187,14 @@ pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
         "mirror": holds.phase.mirror(),
         "proxy": proxy,
     });
-    if let Ok(client) = Shared::database(&config, authority).connect("crossfade status").await
-        && let Some(slot) = migrate::sweep::standing(&client, authority).await?
-    {
-        document["sweep"] =
-            serde_json::json!({ "behind_bytes": slot.behind, "retained_bytes": slot.retained, "lost": slot.lost });
+    if let Ok(client) = Shared::database(&config, authority).connect("crossfade status").await {
+        // Nothing is installed before the first move.
+        let history = record::read(&client, HISTORY).await.unwrap_or_default();
+        document["history"] = serde_json::json!(history);
+        if let Some(slot) = migrate::sweep::standing(&client, authority).await? {
+            document["sweep"] =
+                serde_json::json!({ "behind_bytes": slot.behind, "retained_bytes": slot.retained, "lost": slot.lost });
+        }
     }
     if let Some(mirror) = holds.phase.mirror() {
         let (catalog, whole) = mover::load_catalog(&config, authority).await?;
@@ -295,6 +304,9 @@ fn for_people(document: &serde_json::Value) -> String {
             out += &format!("  {} because {}{said}\n", why["transactions"], text(&why["reason"]));
         }
     }
+    for entry in document["history"].as_array().into_iter().flatten() {
+        out += &told(entry);
+    }
     for table in document["tables"].as_array().into_iter().flatten() {
         let mut notes = Vec::new();
         if table["whole_table_owed"] == true {
@@ -324,6 +336,31 @@ fn for_people(document: &serde_json::Value) -> String {
         );
     }
     out
+}
+
+/// One line of the history.
+fn told(entry: &serde_json::Value) -> String {
+    let detail = &entry["detail"];
+    let mut line = format!(
+        "  {} epoch {}: {}",
+        entry["at"].as_str().unwrap_or_default(),
+        entry["epoch"],
+        entry["event"].as_str().unwrap_or_default()
+    );
+    for (before, key) in [("", "phase"), ("by ", "who"), ("because ", "why"), ("", "what"), ("", "error")] {
+        if let Some(text) = detail[key].as_str() {
+            line += &format!(", {before}{text}");
+        }
+    }
+    let forced: Vec<&str> =
+        detail["forced"].as_array().into_iter().flatten().filter_map(|gate| gate.as_str()).collect();
+    if !forced.is_empty() {
+        line += &format!(", forced {}", forced.join(" "));
+    }
+    if let Some(pause) = detail["pause_ms"].as_f64() {
+        line += &format!(", held clients for {pause:.0} ms");
+    }
+    line + "\n"
 }
 
 /// `crossfade explain`.

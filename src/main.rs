@@ -51,6 +51,8 @@ enum Command {
         #[arg(long)]
         table: Vec<String>,
     },
+    /// The phase that holds and the gates of the next one; with a NAME, moves there.
+    Phase(cli::PhaseArguments),
     /// Ends a migration: removes schema crossfade on both sides. Refuses while a phase or a proxy needs it.
     Uninstall {
         /// Remove it all the same.
@@ -102,6 +104,7 @@ async fn run(arguments: Arguments) -> ExitCode {
         Command::Repair { wait, timeout, table } => {
             cli::repair(&path, wait, std::time::Duration::from_secs(timeout), &table).await
         }
+        Command::Phase(arguments) => cli::phase(&path, arguments).await,
         Command::Uninstall { force } => cli::uninstall(&path, force).await,
         Command::Status { json } => cli::status(&path, json).await,
         Command::Report { json } => cli::report(&path, json).await,

@@ -154,6 +154,10 @@ pub struct Shared {
     pub owed: Notify,
     /// The file may want another phase.
     pub wanted: Notify,
+    /// An operator asks for the file to be read again.
+    pub reload: Notify,
+    /// ... and for the end of this proxy.
+    pub shutdown: Notify,
     /// This proxy's sweep, while it is at work.
     pub sweep: Arc<AtWork>,
     /// A control connection to the ledger of a side, for debts that say more than is owed.

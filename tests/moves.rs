@@ -23,6 +23,7 @@ async fn a_claim_that_is_refused_withdraws_the_move() {
     proxy.settle().await;
 
     databases.new.psql(DATABASE, OBSTACLE).await.unwrap();
+    proxy.verify().await;
     proxy.request_phase("new-primary");
     let withdrawn = "SELECT count(*) FROM crossfade.history WHERE event = 'withdrawn'";
     until("the move is withdrawn by a later epoch", async || {

@@ -1,4 +1,4 @@
-//! What the application's roles have on old and lack on new; and who may write and not read.
+//! What the application's roles have on one side and lack on the other; and who may write and not read.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,7 +18,16 @@ struct Role {
     may: BTreeSet<(u32, String)>,
 }
 
+/// What they have on old and lack on new; and who may write and not read.
 pub(super) async fn compare(view: &mut View<'_>) -> Result<(), CheckError> {
+    lacking(view, Side::Old).await?;
+    unread(view);
+    Ok(())
+}
+
+/// What they have on the side that `loses` authority, and lack on the other.
+pub(super) async fn lacking(view: &mut View<'_>, loses: Side) -> Result<(), CheckError> {
+    let gains = loses.other();
     let mut roles = Sides::<BTreeMap<String, Role>>::default();
     for side in Side::BOTH {
         for row in view.rows(side, "privileges", GRANTS, &[&view.oids(side)]).await? {
@@ -28,18 +37,23 @@ pub(super) async fn compare(view: &mut View<'_>) -> Result<(), CheckError> {
             role.may.insert((table.number, row.get(3)));
         }
     }
-    let all = "SELECT rolname::text FROM pg_roles";
-    let on_new: BTreeSet<String> =
-        view.rows(Side::New, "roles", all, &[]).await?.iter().map(|row| row.get(0)).collect();
-    for (name, role) in &roles.old {
-        if !on_new.contains(name) {
-            let what = format!("role {name} is missing on new");
-            let login = if role.logs_in { " LOGIN PASSWORD '...'" } else { "" };
-            let mend = format!("CREATE ROLE {}{login}; (pg_dumpall --roles-only keeps the password)", quote(name));
-            view.error("role", Side::New, name, what, mend);
+    // A superuser there may do all of it.
+    let all = "SELECT rolname::text, rolsuper FROM pg_roles";
+    let there: BTreeMap<String, bool> =
+        view.rows(gains, "roles", all, &[]).await?.iter().map(|row| (row.get(0), row.get(1))).collect();
+    for (name, role) in roles.get(loses) {
+        match there.get(name) {
+            Some(true) => continue,
+            Some(false) => {}
+            None => {
+                let what = format!("role {name} is missing on {gains}");
+                let login = if role.logs_in { " LOGIN PASSWORD '...'" } else { "" };
+                let mend = format!("CREATE ROLE {}{login}; (pg_dumpall --roles-only keeps the password)", quote(name));
+                view.error("role", gains, name, what, mend);
+            }
         }
         let none = BTreeSet::new();
-        let there = roles.new.get(name).map_or(&none, |role| &role.may);
+        let there = roles.get(gains).get(name).map_or(&none, |role| &role.may);
         let mut lacks: BTreeMap<u32, Vec<&str>> = BTreeMap::new();
         for (number, privilege) in role.may.difference(there) {
             lacks.entry(*number).or_default().push(privilege);
@@ -47,11 +61,10 @@ pub(super) async fn compare(view: &mut View<'_>) -> Result<(), CheckError> {
         for (number, privileges) in lacks {
             let table = &view.catalog.tables[&number];
             let list = privileges.join(", ");
-            let mend = format!("GRANT {list} ON {} TO {};", table.qualified(Side::New), quote(name));
-            view.error("privilege", Side::New, &table.label(), format!("role {name} lacks {list} on new"), mend);
+            let mend = format!("GRANT {list} ON {} TO {};", table.qualified(gains), quote(name));
+            view.error("privilege", gains, &table.label(), format!("role {name} lacks {list} on {gains}"), mend);
         }
     }
-    unread(view);
     Ok(())
 }
 

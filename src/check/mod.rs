@@ -2,10 +2,11 @@
 //! must be, or that an operator should know, with the SQL that mends it.
 //!
 //! `facts` are what both sides have by name and must have alike; `columns` compares tables column by column; `role` is what the control role
-//! lacks; `clients` is what the application's roles lack. Nothing here writes, but that loading the catalog gives tables their numbers where the schema is installed.
+//! lacks; `clients` is what the application's roles lack; `expect` is what the file asks of new. Nothing here writes, but that loading the catalog gives tables their numbers where the schema is installed.
 
 mod clients;
 mod columns;
+mod expect;
 mod facts;
 mod role;
 
@@ -128,10 +129,33 @@ pub async fn run(config: &Config, old: &Client, new: &Client) -> Result<Vec<Find
     facts::compare(&mut view).await?;
     role::privileges(&mut view).await?;
     clients::compare(&mut view).await?;
+    expect::compare(&mut view, &config.expect).await?;
     found.append(&mut view.found);
     found.sort();
     found.dedup();
     Ok(found)
+}
+
+/// What the application's roles have on the side that `loses` authority and lack on the other. `catalog`: of both sides.
+pub async fn privileges(
+    catalog: &Catalog,
+    old: &Client,
+    new: &Client,
+    loses: Side,
+) -> Result<Vec<Finding>, CheckError> {
+    let tables: Vec<&Table> = catalog.tables.values().map(AsRef::as_ref).collect();
+    let mut view = View { clients: Sides { old, new }, catalog, tables, found: Vec::new() };
+    clients::lacking(&mut view, loses).await?;
+    view.found.sort();
+    Ok(view.found)
+}
+
+/// What the file's `expect` asks of new, and new does not have.
+pub async fn expected(config: &Config, old: &Client, new: &Client) -> Result<Vec<Finding>, CheckError> {
+    let nothing = Catalog::default();
+    let mut view = View { clients: Sides { old, new }, catalog: &nothing, tables: Vec::new(), found: Vec::new() };
+    expect::compare(&mut view, &config.expect).await?;
+    Ok(view.found)
 }
 
 fn servers(view: &mut View<'_>) {

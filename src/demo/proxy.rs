@@ -100,6 +100,30 @@ impl Proxy {
         write_config(&self.setup, self.listen, self.admin, phase)
     }
 
+    /// Runs another command of the program with the same file. True: done; false: its answer is no.
+    ///
+    /// # Errors
+    /// When it cannot be run, with what it says.
+    pub async fn command(&self, arguments: &[&str]) -> Result<bool, DemoError> {
+        let output = Command::new(&self.setup.program)
+            .args(arguments)
+            .arg("--config")
+            .arg(config_path(&self.setup.directory))
+            .stdin(Stdio::null())
+            .kill_on_drop(true)
+            .output()
+            .await
+            .map_err(DemoError::io("running a command"))?;
+        match output.status.code() {
+            Some(0) => Ok(true),
+            Some(1) => Ok(false),
+            _ => Err(DemoError::Proxy {
+                what: format!("`crossfade {}` could not run", arguments.join(" ")),
+                log: String::from_utf8_lossy(&output.stderr).into_owned(),
+            }),
+        }
+    }
+
     /// What it says of itself now.
     ///
     /// # Errors

@@ -227,6 +227,7 @@ impl Steps<'_> {
 
     /// Writes the phase into the proxy's file and waits until it holds.
     async fn move_to(&self, phase: Phase) -> Result<(), DemoError> {
+        self.bring_evidence(phase).await?;
         self.board.say(format!("phase: {phase} is written into the configuration file"));
         let deadline = Instant::now() + PATIENCE;
         let mut asked = Instant::now();
@@ -241,10 +242,28 @@ impl Steps<'_> {
             }
             if asked.elapsed() > ASK_AGAIN {
                 asked = Instant::now();
+                self.bring_evidence(phase).await?;
                 self.proxy.set_phase(phase)?;
             }
             sleep(POLL).await;
         }
+    }
+
+    /// What the gates of that phase ask an operator for.
+    async fn bring_evidence(&self, phase: Phase) -> Result<(), DemoError> {
+        match phase {
+            Phase::NewPrimary => {
+                self.board.say("`crossfade verify` compares both databases while clients write");
+                // A row that differs closes the gate, which says so.
+                self.proxy.command(&["verify"]).await?;
+            }
+            Phase::New => {
+                self.board.say("`crossfade phase --backup` says that a backup of new is not needed here");
+                self.proxy.command(&["phase", "--backup", "none: these databases are thrown away"]).await?;
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     async fn wait_until(&self, what: &str, enough: impl Fn(&Gauges) -> bool) -> Result<(), DemoError> {

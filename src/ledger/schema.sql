@@ -17,10 +17,6 @@ CREATE TABLE IF NOT EXISTS crossfade.migration (
     authority text NOT NULL,
     changed timestamptz NOT NULL DEFAULT clock_timestamp()
 );
--- What migrates, as the file of the proxy that moved says: proxies of other files refuse to serve while writes are mirrored.
-ALTER TABLE crossfade.migration ADD COLUMN IF NOT EXISTS definition text;
--- Of a pointer: somebody is about to write the claim. From then on the move cannot be withdrawn.
-ALTER TABLE crossfade.migration ADD COLUMN IF NOT EXISTS taken boolean NOT NULL DEFAULT false;
 CREATE TABLE IF NOT EXISTS crossfade.history (
     id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     at timestamptz NOT NULL DEFAULT clock_timestamp(),
@@ -203,6 +199,25 @@ CREATE TABLE IF NOT EXISTS crossfade.verified (
     equal_epoch bigint,
     equal_at timestamptz
 );
+-- How often debts of a table were owed, and so had to be paid; what their carriers brought is not counted. A look of verify that began at one count says
+-- nothing of what was owed later: `equal_owings` is the count at which the last one began that found all equal.
+CREATE TABLE IF NOT EXISTS crossfade.owings (number integer PRIMARY KEY, times bigint NOT NULL);
+
+-- Columns that came later. ALTER TABLE would wait for whoever moves, and have all others wait behind it, also where there is nothing to add.
+--   migration.definition: what migrates, as the file of the proxy that moved says: proxies of other files refuse to serve while writes are mirrored.
+--   migration.taken: of a pointer: somebody is about to write the claim. From then on the move cannot be withdrawn.
+DO $$
+DECLARE
+    wanted record;
+BEGIN
+    FOR wanted IN SELECT * FROM (VALUES ('migration', 'definition', 'text'), ('migration', 'taken', 'boolean NOT NULL DEFAULT false'),
+        ('verified', 'equal_owings', 'bigint')) AS v(relation, name, kind)
+    LOOP
+        IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = format('crossfade.%I', wanted.relation)::regclass AND attname = wanted.name) THEN
+            EXECUTE format('ALTER TABLE crossfade.%I ADD COLUMN %I %s', wanted.relation, wanted.name, wanted.kind);
+        END IF;
+    END LOOP;
+END $$;
 
 -- The sweep's logical slot on this side (src/migrate/sweep/slot.rs). lost: why its changes are lost, until the next one has begun and all tables
 -- are owed.

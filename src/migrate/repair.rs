@@ -216,6 +216,7 @@ impl Repair {
         }
         let ledger = self.pay(&payable).await?;
         summary.repaired_rows = ledger.repaired;
+        let mut paid = BTreeSet::new();
         for entry in payable {
             if let Some(why) = &entry.unreadable {
                 summary.owed += 1;
@@ -229,7 +230,10 @@ impl Repair {
                 .filter_map(|debt| Some((debt, ledger.unpaid(debt)?)))
                 .max_by_key(|(_, why)| matches!(why, Unpaid::Refused(_)))
             {
-                None => clear.push(entry),
+                None => {
+                    paid.extend(entry.debts.iter().map(|debt| debt.table() as i32));
+                    clear.push(entry);
+                }
                 Some((_, Unpaid::Busy)) => summary.owed += 1,
                 Some((debt, Unpaid::Refused(message))) => {
                     summary.owed += 1;
@@ -243,8 +247,21 @@ impl Repair {
                 }
             }
         }
+        self.note_owings(paid).await?;
         summary.cleared = self.clear(clear, incarnation).await?;
         Ok(summary)
+    }
+
+    /// Between paying and clearing: while a debt stands, it stands in the ledger, and once it does not, no look of verify that began before counts.
+    async fn note_owings(&mut self, paid: BTreeSet<i32>) -> Result<(), Error> {
+        if paid.is_empty() {
+            return Ok(());
+        }
+        let paid: Vec<i32> = paid.into_iter().collect();
+        let text = "INSERT INTO crossfade.owings AS o (number, times) SELECT n, 1 FROM unnest($1::int[]) AS n ORDER BY n \
+            ON CONFLICT (number) DO UPDATE SET times = o.times + 1";
+        self.pair.authority.execute("noting what was owed", text, &[&paid]).await?;
+        Ok(())
     }
 
     /// The ledger says why a debt stays.

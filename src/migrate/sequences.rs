@@ -40,8 +40,8 @@ enum Target {
     Next(i64),
     /// It has nothing left.
     Exhausted(i64),
-    /// Its bounds do not hold what the other side has given out.
-    TooNarrow,
+    /// Its bounds, of which this is the last, do not hold what the other side has given out.
+    TooNarrow(i64),
 }
 
 impl Position {
@@ -67,7 +67,7 @@ fn target(losing: &Position, gaining: &Position, margin: u32) -> Target {
         // There is no "beyond" in a circle: go on where the other side is.
         let span = i128::from(losing.most) - i128::from(losing.least) + 1;
         next = i128::from(losing.least) + (next - i128::from(losing.least)).rem_euclid(span);
-        return if gaining.holds(next) { Target::Next(next as i64) } else { Target::TooNarrow };
+        return if gaining.holds(next) { Target::Next(next as i64) } else { Target::TooNarrow(gaining.end()) };
     }
     let ahead = |a: i128, b: i128| if up { a >= b } else { a <= b };
     if (gaining.increment > 0) == up && ahead(gaining.next(), next) {
@@ -82,7 +82,56 @@ fn target(losing: &Position, gaining: &Position, margin: u32) -> Target {
         // Without the margin, rather than exhausted.
         next = losing.next();
     }
-    if gaining.holds(next) { Target::Next(next as i64) } else { Target::TooNarrow }
+    if gaining.holds(next) { Target::Next(next as i64) } else { Target::TooNarrow(gaining.end()) }
+}
+
+/// Where a sequence of the side that gains authority stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ahead {
+    /// `schema.name` on that side.
+    pub name: String,
+    /// The move sets it; false: it is beyond the other side's already.
+    pub set: bool,
+    /// Values that it has left once it is set; None: it begins again at its end (CYCLE), or its bounds do not hold what it is to be set to.
+    pub left: Option<u64>,
+    /// It can be set.
+    pub fits: bool,
+}
+
+/// Looks at what [`sequences`] would do, and changes nothing. Values may be drawn on `losing` meanwhile.
+pub async fn look(losing: (Side, &Client), gaining: (Side, &Client), catalog: &Catalog) -> Result<Vec<Ahead>, Error> {
+    let mut ahead = Vec::new();
+    for (name, their, our) in pairs(losing, gaining, catalog).await? {
+        let found = target(&their, &our, 0);
+        let next = match found {
+            Target::Stay => our.next(),
+            Target::Next(next) => i128::from(next),
+            Target::Exhausted(last) | Target::TooNarrow(last) => i128::from(last) + i128::from(our.increment),
+        };
+        let room = (i128::from(our.end()) - next) / i128::from(our.increment) + 1;
+        let fits = !matches!(found, Target::TooNarrow(_));
+        let left = (fits && !our.cycle).then(|| u64::try_from(room.max(0)).unwrap_or(u64::MAX));
+        ahead.push(Ahead { name: format!("{}.{}", name.0, name.1), set: found != Target::Stay, left, fits });
+    }
+    ahead.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(ahead)
+}
+
+/// Sequences that stand for each other: the name of `gaining`'s, and both positions.
+async fn pairs(
+    losing: (Side, &Client),
+    gaining: (Side, &Client),
+    catalog: &Catalog,
+) -> Result<Vec<(Name, Position, Position)>, Error> {
+    let theirs = positions(losing).await?;
+    let ours = positions(gaining).await?;
+    let renamed = owned(losing, gaining, catalog).await?;
+    let pair = |(name, their): (Name, Position)| {
+        let ours_name = renamed.get(&name).unwrap_or(&name).clone();
+        let our = *ours.get(&ours_name)?;
+        Some((ours_name, their, our))
+    };
+    Ok(theirs.into_iter().filter_map(pair).collect())
 }
 
 /// Sets every sequence of `gaining` (the side that becomes authority) beyond the one of `losing` that stands for it: those that
@@ -94,20 +143,15 @@ pub async fn sequences(
     catalog: &Catalog,
     margin: u32,
 ) -> Result<Vec<Moved>, Error> {
-    let theirs = positions(losing).await?;
-    let ours = positions(gaining).await?;
-    let renamed = owned(losing, gaining, catalog).await?;
     let mut moved = Vec::new();
     let mut sql = String::from("BEGIN; SET LOCAL synchronous_commit = on; UPDATE crossfade.flush SET n = n + 1;");
-    for (name, their) in &theirs {
-        let ours_name = renamed.get(name).unwrap_or(name);
-        let Some(our) = ours.get(ours_name) else { continue };
+    for (ours_name, their, our) in pairs(losing, gaining, catalog).await? {
         let label = format!("{}.{}", ours_name.0, ours_name.1);
-        let (value, called) = match target(their, our, margin) {
+        let (value, called) = match target(&their, &our, margin) {
             Target::Stay => continue,
             Target::Next(next) => (next, false),
             Target::Exhausted(last) => (last, true),
-            Target::TooNarrow => {
+            Target::TooNarrow(_) => {
                 return Err(Error::Unfit(format!(
                     "sequence {label} on {} cannot give out {}, which {} would give out next: ALTER SEQUENCE {label} with wider bounds",
                     gaining.0,
@@ -213,7 +257,7 @@ mod tests {
         let wide = Position { most: 1000, ..up(1, false) };
         assert_eq!(target(&up(100, true), &wide, 5), Target::Next(101));
         let narrow = Position { most: 5, ..up(1, false) };
-        assert_eq!(target(&up(10, true), &narrow, 0), Target::TooNarrow);
+        assert_eq!(target(&up(10, true), &narrow, 0), Target::TooNarrow(5));
     }
 
     #[test]

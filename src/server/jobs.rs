@@ -18,6 +18,7 @@ use crate::migrate::{self, Pair};
 use crate::phase::Side;
 use crate::shared::{Paid, Shared, World, lock};
 use crate::switch::mover::{self, Stays};
+use crate::switch::record::Ask;
 use crate::switch::renew::renew;
 
 /// How often debts that were paid are cleared.
@@ -51,6 +52,8 @@ pub fn signals(stop: watch::Sender<Stop>, path: PathBuf, shared: Arc<Shared>) {
         loop {
             tokio::select! {
                 _ = hangup.recv() => reload(&shared, &path),
+                () = shared.reload.notified() => reload(&shared, &path),
+                () = shared.shutdown.notified() => further(&stop),
                 _ = terminate.recv() => further(&stop),
                 _ = interrupt.recv() => further(&stop),
             }
@@ -455,14 +458,15 @@ async fn move_phase(shared: Arc<Shared>) {
             if shared.world.load().epoch != world.epoch {
                 continue;
             }
-            match mover::step(&shared, want).await {
+            let ask = Ask::by_file(shared.config.load().listen);
+            match mover::step(&shared, want, &ask).await {
                 Ok(_) => {
                     said.clear();
                     pause = MOVE_AGAIN;
                     *lock(&shared.waiting) = None;
                     continue;
                 }
-                Err(Stays { error, held }) => {
+                Err(Stays { error, held, .. }) => {
                     // A move that held clients in vain must not hold them again and again.
                     pause = if held { (pause * 2).max(MOVE_HELD).min(MOVE_HELD * 8) } else { MOVE_AGAIN };
                     let error = error.to_string();

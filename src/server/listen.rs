@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
 use super::logins::Logins;
-use super::{RunError, Stop};
+use super::{RunError, Stop, console};
 use crate::auth::client::{Login, authenticate};
 use crate::backend::connect;
 use crate::config::Config;
@@ -93,6 +93,7 @@ pub async fn serve(
             shared.clone(),
             tls.clone(),
             counts.clone(),
+            tokio::runtime::Handle::current(),
             config.mirror.connections.div_ceil(threads),
         )
         .map_err(RunError::Threads)?;
@@ -163,6 +164,7 @@ fn thread(
     shared: Arc<Shared>,
     tls: Option<Arc<ServerTls>>,
     counts: Arc<Counts>,
+    jobs: tokio::runtime::Handle,
     mirrors: usize,
 ) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -172,10 +174,10 @@ fn thread(
         runtime.block_on(local.run_until(async move {
             tokio::task::spawn_local(call(worker.clone()));
             while let Some(stream) = streams.recv().await {
-                let (worker, tls, counts) = (worker.clone(), tls.clone(), counts.clone());
+                let (worker, tls, counts, jobs) = (worker.clone(), tls.clone(), counts.clone(), jobs.clone());
                 tokio::task::spawn_local(async move {
                     match TcpStream::from_std(stream) {
-                        Ok(stream) => client(worker, stream, tls, counts).await,
+                        Ok(stream) => client(worker, stream, tls, counts, jobs).await,
                         Err(error) => warn!(%error, "a connection could not be served"),
                     }
                 });
@@ -186,12 +188,25 @@ fn thread(
 }
 
 /// One connection from its first byte to its last.
-async fn client(worker: Rc<Worker>, tcp: TcpStream, tls: Option<Arc<ServerTls>>, counts: Arc<Counts>) {
+async fn client(
+    worker: Rc<Worker>,
+    tcp: TcpStream,
+    tls: Option<Arc<ServerTls>>,
+    counts: Arc<Counts>,
+    jobs: tokio::runtime::Handle,
+) {
     let shared = worker.shared.clone();
     let config = shared.config.load_full();
     let login = counts.logins.enter(config.limits.logins);
     let served = async {
         let startup = greet(&shared, &config, tcp, tls.as_deref()).await?;
+        if console::is_meant(&config, &startup) {
+            // Beside the sessions: a move must not hold up the clients of this thread.
+            if let Some((startup, user)) = admit_operator(&shared, &config, startup).await {
+                jobs.spawn(console::serve(shared.clone(), startup, user));
+            }
+            return None;
+        }
         admit(&shared, &config, &counts, startup).await
     };
     let admitted = tokio::select! {
@@ -250,6 +265,22 @@ async fn admit<'a>(
         Ok(Err(error)) => debug!(%error, "a login failed"),
         Err(_) => debug!("a login took too long"),
     }
+    None
+}
+
+/// Logs an operator in. None: it was refused, and told why.
+async fn admit_operator(shared: &Shared, config: &Config, mut startup: Startup) -> Option<(Startup, String)> {
+    let authenticated = authenticate(&mut startup, config.auth, &shared.verifiers);
+    let login = match tokio::time::timeout(config.limits.login, authenticated).await {
+        Ok(Ok(login)) => login,
+        _ => return None,
+    };
+    let user = String::from_utf8_lossy(&login.user).into_owned();
+    if config.admins.contains(&user) {
+        return Some((startup, user));
+    }
+    let hint = "Name it in `admins` of crossfade's file.";
+    refuse(startup, &Report::fatal("42501", format!("role {user:?} may not use the admin console"), hint)).await;
     None
 }
 

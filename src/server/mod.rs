@@ -1,5 +1,6 @@
 //! The proxy as a process: threads that run sessions, jobs beside them, an end in good order.
 
+mod console;
 pub mod http;
 mod jobs;
 mod listen;
@@ -88,7 +89,8 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
     listen::serve(listener, tls, shared, stopping).await
 }
 
-fn share(config: Config) -> Result<Shared, RunError> {
+/// What all of one process share, before anything is known of the databases.
+pub fn share(config: Config) -> Result<Shared, RunError> {
     let verifiers = Verifiers::new(&config.users, vec![config.old.clone(), config.new.clone()]);
     let plans = Plans::new(config.limits.plan_cache);
     // In a fleet the row says the phase, and a proxy that starts never moves it.
@@ -117,6 +119,8 @@ fn share(config: Config) -> Result<Shared, RunError> {
         intent: std::sync::Mutex::new(intent),
         owed: Notify::new(),
         wanted: Notify::new(),
+        reload: Notify::new(),
+        shutdown: Notify::new(),
         sweep: Default::default(),
         ledger: Default::default(),
         switching: tokio::sync::Mutex::new(()),

@@ -50,9 +50,16 @@ pub async fn same(authority: &Client, side: Side, definition: &str) -> Result<()
     )))
 }
 
-/// Waits until no transaction of this epoch is left on that side, and lets none begin. In the transaction that `begin` opened, or in a new one.
-pub async fn close(client: &Client, side: Side, epoch: u64, pause: Duration) -> Result<(), MoveError> {
-    client.batch_execute("BEGIN").await?;
+/// Waits until no transaction of this epoch is left on that side, and lets none begin; for as long as `patience`. In the transaction that `begin` opened,
+/// or in a new one. `pause`: what the operator has allowed, for the message.
+pub async fn close(
+    client: &Client,
+    side: Side,
+    epoch: u64,
+    patience: Duration,
+    pause: Duration,
+) -> Result<(), MoveError> {
+    client.batch_execute(&format!("BEGIN; SET LOCAL lock_timeout = {}", patience.as_millis().max(1))).await?;
     let there = client
         .query_one("SELECT pg_catalog.to_regclass($1) IS NOT NULL", &[&format!("crossfade.epoch_{epoch}")])
         .await?;
@@ -61,7 +68,8 @@ pub async fn close(client: &Client, side: Side, epoch: u64, pause: Duration) -> 
     }
     let lock = format!("LOCK TABLE crossfade.epoch_{epoch} IN ACCESS EXCLUSIVE MODE");
     match client.batch_execute(&lock).await {
-        Ok(()) => Ok(()),
+        // What follows in this transaction waits for no more than the pause.
+        Ok(()) => Ok(client.batch_execute(&format!("SET LOCAL lock_timeout = {}", pause.as_millis().max(1))).await?),
         Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => Err(MoveError::Held(format!(
             "transactions that other proxies began on {side} have not ended within move.pause ({pause:?}); clients were released"
         ))),
@@ -75,7 +83,7 @@ pub async fn turn(
     side: Side,
     name: (&str, Option<&str>),
     holds: Holds,
-    event: &str,
+    event: (&str, &serde_json::Value),
 ) -> Result<(), RowError> {
     let failed = |error| RowError::Database { side, error };
     // One that `begin` or `close` has opened goes on.

@@ -144,13 +144,14 @@ pub struct Announcement {
     epoch: i64,
 }
 
-/// Announces it, and waits until each proxy that hears is still.
+/// Announces it, and waits until each proxy that hears is still; with `terminate` the transactions of those that are not in time are ended.
 pub async fn announce(
     shared: &Shared,
     config: &Config,
     side: Side,
     epoch: u64,
     to: Phase,
+    terminate: bool,
 ) -> Result<Announcement, MoveError> {
     let client = Shared::database(config, side).connect("crossfade announces").await?;
     let sql = "INSERT INTO crossfade.announced (epoch, phase, pid, start, proxy) \
@@ -160,23 +161,35 @@ pub async fn announce(
     let epoch = epoch as i64;
     client.execute(sql, &[&epoch, &to.name(), &me]).await?;
     let announcement = Announcement { client, side, me, epoch };
-    announcement.stillness(config.moves.pause).await?;
+    announcement.stillness(config.moves.pause, terminate).await?;
     Ok(announcement)
 }
 
 impl Announcement {
-    async fn stillness(&self, pause: Duration) -> Result<(), MoveError> {
+    async fn stillness(&self, pause: Duration, terminate: bool) -> Result<(), MoveError> {
         let since = Instant::now();
-        let sql = "SELECT p.listen, coalesce(p.heard = $1, false), coalesce(p.still = $1, false) FROM crossfade.proxies p \
+        let end = "SELECT pg_catalog.pg_terminate_backend(s.pid) FROM crossfade.sessions s JOIN pg_catalog.pg_stat_activity a ON a.pid = s.pid \
+            AND a.backend_start IS NOT DISTINCT FROM s.start WHERE s.proxy = ANY ($1) AND a.xact_start IS NOT NULL";
+        let mut patience = pause.max(HEARS);
+        let mut ended = false;
+        let sql = "SELECT p.listen, coalesce(p.heard = $1, false), coalesce(p.still = $1, false), p.id FROM crossfade.proxies p \
             JOIN pg_catalog.pg_stat_activity a ON a.pid = p.pid AND a.backend_start IS NOT DISTINCT FROM p.start WHERE p.id <> $2";
         loop {
             let rows = self.client.query(sql, &[&self.epoch, &self.me]).await?;
-            let waits = rows.iter().find(|row| {
+            let waiting = rows.iter().filter(|row| {
                 let (heard, still): (bool, bool) = (row.get(1), row.get(2));
                 !still && (heard || since.elapsed() < HEARS)
             });
-            let Some(waits) = waits else { return Ok(()) };
-            if since.elapsed() > pause.max(HEARS) {
+            let waiting: Vec<&tokio_postgres::Row> = waiting.collect();
+            let Some(waits) = waiting.first() else { return Ok(()) };
+            // A little before the other proxy releases its clients by itself.
+            if terminate && !ended && since.elapsed() + HEARS / 8 > pause {
+                (ended, patience) = (true, patience + super::end::ENDS);
+                let of: Vec<String> = waiting.iter().map(|row| row.get(3)).collect();
+                let found = self.client.query(end, &[&of]).await?;
+                warn!(side = %self.side, sessions = found.len(), "transactions that last longer than move.pause are ended");
+            }
+            if since.elapsed() > patience {
                 return Err(MoveError::Held(format!(
                     "the proxy that listens on {} has transactions that have not ended within move.pause ({pause:?}); clients were released",
                     waits.get::<_, String>(0)
@@ -217,7 +230,7 @@ impl Announcement {
     }
 
     /// The move is over, or was given up.
-    pub async fn end(self) {
+    pub async fn end(&self) {
         let sql = "DELETE FROM crossfade.announced WHERE proxy = $1";
         if let Err(error) = self.client.execute(sql, &[&self.me]).await {
             // With its connection it means nothing.

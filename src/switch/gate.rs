@@ -1,18 +1,23 @@
 //! Where transactions wait while the phase moves: those under way end in the phase in which they began, new ones wait at their start.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 
 use arc_swap::ArcSwap;
 use tokio::sync::Notify;
 
+/// Who keeps it closed: each opens it for himself only.
+const MOVE: u8 = 1;
+const PAUSE: u8 = 2;
+/// Closed for good: the proxy ends.
+const SHUT: u8 = 4;
+
 /// Counts the transactions under way; closed, it lets no new one begin.
 #[derive(Debug, Default)]
 pub struct Gate {
     under_way: AtomicU64,
-    closed: AtomicBool,
-    /// Closed for good: the proxy ends.
-    shut: AtomicBool,
+    /// By whom it is closed.
+    closed: AtomicU8,
     opened: Notify,
     drained: Notify,
     /// Held by the transactions that began since the last `turn`.
@@ -43,7 +48,7 @@ impl Gate {
         // First count, then look: the mover first closes, then counts. Whichever comes second sees the other (hence SeqCst).
         self.under_way.fetch_add(1, Ordering::SeqCst);
         let pass = Pass { gate: self.clone(), _cohort: self.cohort.load_full() };
-        (!self.closed.load(Ordering::SeqCst)).then_some(pass)
+        (self.closed.load(Ordering::SeqCst) == 0).then_some(pass)
     }
 
     /// Begins a transaction; waits while the gate is closed. None: it was shut for good.
@@ -53,16 +58,32 @@ impl Gate {
             if let Some(pass) = self.try_enter() {
                 return Some(pass);
             }
-            if self.shut.load(Ordering::SeqCst) {
+            if self.is_shut() {
                 return None;
             }
             opened.await;
         }
     }
 
-    /// Lets no new transaction begin.
+    /// Lets no new transaction begin, for a move.
     pub fn close(&self) {
-        self.closed.store(true, Ordering::SeqCst);
+        self.closed.fetch_or(MOVE, Ordering::SeqCst);
+    }
+
+    /// Lets no new transaction begin, until an operator says otherwise.
+    pub fn pause(&self) {
+        self.closed.fetch_or(PAUSE, Ordering::SeqCst);
+    }
+
+    /// The end of `pause`.
+    pub fn resume(&self) {
+        self.closed.fetch_and(!PAUSE, Ordering::SeqCst);
+        self.opened.notify_waiters();
+    }
+
+    /// An operator has paused it.
+    pub fn is_paused(&self) -> bool {
+        self.closed.load(Ordering::SeqCst) & PAUSE != 0
     }
 
     /// Waits until none is under way.
@@ -81,27 +102,21 @@ impl Gate {
         Cohort(Arc::downgrade(&self.cohort.swap(Arc::new(()))))
     }
 
-    /// Lets transactions begin again, unless the gate was shut.
+    /// The end of `close`. Transactions begin again, unless the gate was paused or shut.
     pub fn open(&self) {
-        if !self.shut.load(Ordering::SeqCst) {
-            self.closed.store(false, Ordering::SeqCst);
-            if self.shut.load(Ordering::SeqCst) {
-                self.closed.store(true, Ordering::SeqCst);
-            }
-        }
+        self.closed.fetch_and(!MOVE, Ordering::SeqCst);
         self.opened.notify_waiters();
     }
 
     /// Closes for good: no move opens it again, and whoever waits is sent away.
     pub fn shut(&self) {
-        self.shut.store(true, Ordering::SeqCst);
-        self.close();
+        self.closed.fetch_or(SHUT, Ordering::SeqCst);
         self.opened.notify_waiters();
     }
 
     /// It was shut.
     pub fn is_shut(&self) -> bool {
-        self.shut.load(Ordering::SeqCst)
+        self.closed.load(Ordering::SeqCst) & SHUT != 0
     }
 
     /// Transactions under way.
@@ -112,7 +127,7 @@ impl Gate {
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        if self.gate.under_way.fetch_sub(1, Ordering::SeqCst) == 1 && self.gate.closed.load(Ordering::SeqCst) {
+        if self.gate.under_way.fetch_sub(1, Ordering::SeqCst) == 1 && self.gate.closed.load(Ordering::SeqCst) != 0 {
             self.gate.drained.notify_waiters();
         }
     }
@@ -175,5 +190,19 @@ mod tests {
         assert!(!waiting.await.unwrap());
         gate.open();
         assert!(gate.try_enter().is_none(), "the end of a move opens nothing");
+    }
+
+    #[tokio::test]
+    async fn a_pause_outlives_a_move_and_its_end_does_not_end_the_move() {
+        let gate = Arc::new(Gate::default());
+        gate.pause();
+        gate.close();
+        gate.open();
+        assert!(gate.is_paused() && gate.try_enter().is_none());
+        gate.close();
+        gate.resume();
+        assert!(gate.try_enter().is_none(), "the move still holds it");
+        gate.open();
+        assert!(gate.try_enter().is_some());
     }
 }

@@ -4,12 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use serde_json::json;
 use tokio_postgres::Client;
 use tracing::{debug, info, warn};
 
 use super::epoch;
 use super::fleet::{self, Seen};
 use super::mover::{self, MoveError, next};
+use super::record;
 use super::rows::{self, Holds, Verdict};
 use crate::catalog::Catalog;
 use crate::config::Config;
@@ -76,10 +78,11 @@ async fn believed(config: &Config) -> Result<Holds, MoveError> {
                 return Err(MoveError::Overtaken { epoch: holds.epoch });
             }
             let client = Shared::database(config, side).connect("crossfade").await?;
+            let detail = json!({ "who": format!("the proxy on {} ({})", config.listen, record::machine()), "why": "its mover has not written the claim" });
             // Where the mover is still alive this waits for it, and then changes nothing.
             let pause = config.moves.pause.as_millis();
             client.batch_execute(&format!("SET lock_timeout = {pause}; SET client_min_messages = error")).await?;
-            epoch::turn(&client, side, (&config.name, None), holds, "claim").await?;
+            epoch::turn(&client, side, (&config.name, None), holds, ("claim", &detail)).await?;
             Ok(holds)
         }
     }

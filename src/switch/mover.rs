@@ -4,15 +4,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
 use tokio_postgres::Client;
 use tracing::{info, warn};
 
-use super::epoch;
+use super::copies::{KeylessCopy, owe_everything};
 use super::fleet::{self, Announcement};
+use super::gates::evidence::{Eyes, Facts, Question};
+use super::gates::rules::{self, Step};
+use super::gates::{self, Gate, Name, Standing};
+use super::record::{self, Ask};
 use super::rows::{Holds, RowError};
+use super::{end, epoch, writers};
 use crate::catalog::{self, Catalog, CatalogError};
-use crate::config::Config;
-use crate::ledger::debts::{Debt, encode};
+use crate::config::{Commit, Config};
 use crate::migrate;
 use crate::phase::{Phase, Side};
 use crate::shared::{Shared, World};
@@ -56,10 +61,22 @@ pub struct Stays {
     pub error: MoveError,
     /// Clients were held in vain: it must not happen again and again.
     pub held: bool,
+    /// The gates as they stood; none where they could not be looked at.
+    pub gates: Vec<Gate>,
+}
+
+impl Stays {
+    fn at_once(error: MoveError, gates: Vec<Gate>) -> Stays {
+        Stays { error, held: false, gates }
+    }
+
+    fn held(error: MoveError, gates: Vec<Gate>) -> Stays {
+        Stays { error, held: true, gates }
+    }
 }
 
 /// Control connections of one move. A side that the move can do without may be out of reach.
-struct Hands {
+pub(super) struct Hands {
     old: Result<Client, crate::config::ConnectError>,
     new: Result<Client, crate::config::ConnectError>,
 }
@@ -94,47 +111,23 @@ impl Hands {
         }
     }
 
-    fn on(&self, side: Side) -> Result<&Client, MoveError> {
+    pub(super) fn on(&self, side: Side) -> Result<&Client, MoveError> {
         self.get(side).as_ref().map_err(|error| MoveError::Closed(format!("{side} cannot be reached: {error}")))
     }
-}
-
-/// The move writes on that side. Leaving a mirror, or keeping it, needs the authority only: the way back is open while the mirror is dead.
-fn needed(from: Phase, to: Phase, side: Side) -> bool {
-    from.authority() == side || to.authority() == side || (to.mirror() == Some(side) && from.mirror() != Some(side))
 }
 
 /// Values that sequences are set ahead of the other side's. None: while they are read no client draws, and what sessions have cached
 /// (`CACHE`) is behind `last_value` already. A margin would only leave a gap at every move, in small sequences a dear one.
 const SEQUENCE_MARGIN: u32 = 0;
 
+/// How long the mirror's transactions have, at least, when those of the authority are over.
+const CARRIED: Duration = Duration::from_millis(1500);
+
 /// How long one write of a phase row may take before the move is withdrawn.
 const ROW: Duration = Duration::from_secs(5);
 
 /// How long the sweep is waited for while nobody is held.
 const MOVE_SWEPT: Duration = Duration::from_secs(3);
-
-/// A transaction around the proxy that is older than this is named before anybody is held.
-const LONG: &str = "1 second";
-
-/// A table without a key, to be copied in the snapshot that was taken while no client wrote. The mirror's table was emptied then; rows that clients
-/// insert since are mirrored.
-struct KeylessCopy {
-    pair: migrate::Pair,
-    /// Its transaction keeps the snapshot.
-    _exporter: Client,
-    snapshot: String,
-    table: Arc<crate::catalog::Table>,
-    debt: i64,
-}
-
-impl KeylessCopy {
-    async fn run(mut self) -> Result<(), migrate::Error> {
-        let rows = migrate::copy::keyless(&mut self.pair, &self.table, &self.snapshot, &[self.debt]).await?;
-        info!(table = %self.table.label(), rows, "a table without a key was copied");
-        Ok(())
-    }
-}
 
 /// A block of 2^32 numbers for debts, from the sequence of the side whose ledger they stand in: nextval in a client's session would change
 /// its lastval().
@@ -159,6 +152,19 @@ pub fn next(from: Phase, to: Phase) -> Phase {
     }
 }
 
+/// Where a step leads if nobody says: to what the file wants, else onwards.
+pub fn onwards(holds: Phase, file: Phase) -> Phase {
+    if file != holds {
+        return file;
+    }
+    match holds {
+        Phase::Old => Phase::DualWrite,
+        Phase::DualWrite | Phase::DualRead => Phase::NewPrimary,
+        Phase::NewPrimary | Phase::OldReadOnly => Phase::New,
+        Phase::New => Phase::NewPrimary,
+    }
+}
+
 /// Loads the definitions of both sides. Where the mirror cannot be reached its definitions are taken to be the authority's:
 /// keys of debts need no more, and nothing is sent to a mirror that is down.
 pub async fn load_catalog(config: &Config, authority: Side) -> Result<(Catalog, bool), MoveError> {
@@ -176,40 +182,39 @@ pub async fn load_catalog(config: &Config, authority: Side) -> Result<(Catalog, 
     }
 }
 
+/// What a step was found to be able to do, before anybody is held.
+struct Ready {
+    catalog: Arc<Catalog>,
+    /// The first of the numbers for debts on the side that will be authority.
+    block: Option<i64>,
+    eyes: Eyes,
+    facts: Facts,
+    gates: Vec<Gate>,
+}
+
 /// Moves one step on the way to `want`. Gives the phase that holds then.
-pub async fn step(shared: &Arc<Shared>, want: Phase) -> Result<Phase, Stays> {
+pub async fn step(shared: &Arc<Shared>, want: Phase, ask: &Ask) -> Result<Phase, Stays> {
     let world = shared.world.load_full();
-    let (from, to) = (world.phase, next(world.phase, want));
+    let step = Step { from: world.phase, to: next(world.phase, want) };
     let config = shared.config.load_full();
     let hands = Hands::open(&config).await;
-    let ready = async {
-        for side in Side::BOTH.into_iter().filter(|side| needed(from, to, *side)) {
-            migrate::install(hands.on(side)?, side).await?;
-        }
-        let catalog = definitions(&config, &hands, from, to, &world).await?;
-        let definition = from.mirror().map(|_| config.definition());
-        let side = from.authority();
-        epoch::begin(hands.on(side)?, side, world.epoch, definition.as_deref()).await?;
-        before(shared, &hands, (from, to), world.epoch, &catalog).await?;
-        let block = match to.mirror() {
-            Some(_) => Some(draw_block(hands.on(to.authority())?).await?),
-            None => None,
-        };
-        Ok((catalog, block))
-    };
-    let (catalog, block) = match ready.await {
+    let ready = match ready(shared, &config, &hands, &world, step, ask).await {
         Ok(ready) => ready,
-        Err(error) => {
-            if matches!(error, MoveError::Overtaken { .. }) {
+        Err(stays) => {
+            if matches!(stays.error, MoveError::Overtaken { .. }) {
                 shared.overtaken.notify_one();
             }
-            return Err(Stays { error, held: false });
+            return Err(stays);
         }
     };
-    let announcement = match from.mirror().is_none() && to.mirror().is_some() {
+    let terminate = ask.terminate || config.moves.terminate;
+    let announcement = match step.enters_mirror() {
         true => {
-            let announced = fleet::announce(shared, &config, from.authority(), world.epoch, to).await;
-            Some(announced.map_err(|error| Stays { error, held: true })?)
+            let announced = fleet::announce(shared, &config, step.from.authority(), world.epoch, step.to, terminate);
+            match announced.await {
+                Ok(announcement) => Some(announcement),
+                Err(error) => return Err(Stays::held(error, ready.gates)),
+            }
         }
         false => None,
     };
@@ -217,32 +222,76 @@ pub async fn step(shared: &Arc<Shared>, want: Phase) -> Result<Phase, Stays> {
         shared,
         config: &config,
         hands: &hands,
-        from,
-        to,
-        catalog: &catalog,
-        block,
+        from: step.from,
+        to: step.to,
+        step,
+        ask,
+        terminate,
+        ready: &ready,
         world: &world,
-        announcement: &announcement,
+        announcement,
     };
     let started = Instant::now();
     shared.gate.close();
     let outcome = plan.behind_the_gate().await;
     hands.let_go().await;
-    if let Some(announcement) = announcement {
+    if let Some(announcement) = &plan.announcement {
         announcement.end().await;
     }
     shared.gate.open();
     let held = started.elapsed();
     shared.metrics.move_pause_seconds.observe(held.as_secs_f64());
-    let copies = outcome.map_err(|error| Stays { error, held: true })?;
-    info!(%from, %to, pause_ms = held.as_millis() as u64, "the phase has moved");
-    for copy in copies {
-        if let Err(error) = copy.run().await {
-            warn!(%error, "a table without a key was not copied; its debt stays: `crossfade repair --table NAME` copies it under a lock");
+    plan.after(held, outcome).await
+}
+
+/// Whether the step can be made, with nobody held: what it needs is made or read, other movers are kept out, the gates are looked at.
+async fn ready(
+    shared: &Arc<Shared>,
+    config: &Config,
+    hands: &Hands,
+    world: &World,
+    step: Step,
+    ask: &Ask,
+) -> Result<Ready, Stays> {
+    let Step { from, to } = step;
+    let prepared = async {
+        for side in Side::BOTH.into_iter().filter(|side| step.needs(*side)) {
+            migrate::install(hands.on(side)?, side).await?;
         }
+        let catalog = definitions(config, hands, from, to, world).await?;
+        let definition = from.mirror().map(|_| config.definition());
+        let side = from.authority();
+        epoch::begin(hands.on(side)?, side, world.epoch, definition.as_deref()).await?;
+        let eyes = Eyes::open(config).await;
+        let known = if from.mirror().is_some() { &world.catalog } else { &catalog };
+        let ours = shared.cancels.pids(side);
+        let question = Question { config, step, epoch: world.epoch, catalog: known, ours: &ours };
+        let facts = question.ask(&eyes).await?;
+        Ok((catalog, eyes, facts))
+    };
+    let (catalog, eyes, facts) = prepared.await.map_err(|error| Stays::at_once(error, Vec::new()))?;
+    let mut gates = rules::judge(step, &config.moves, &facts);
+    ask.force.open(&mut gates);
+    if let Some(why) = gates::why(to, &gates) {
+        if gates.iter().any(|gate| gate.gate == Name::Debt && gate.standing == Standing::Closed) {
+            shared.owed.notify_one();
+        }
+        return Err(Stays::at_once(MoveError::Closed(why), gates));
     }
-    shared.owed.notify_one();
-    Ok(to)
+    for gate in gates.iter().filter(|gate| gate.standing == Standing::Forced) {
+        warn!(%from, %to, who = %ask.who, why = ask.why.as_deref().unwrap_or(""), "a gate is overridden: {}: {gate}", gate.gate);
+    }
+    let block = async {
+        swept(config, hands, step).await?;
+        match to.mirror() {
+            Some(_) => Ok(Some(draw_block(hands.on(to.authority())?).await?)),
+            None => Ok(None),
+        }
+    };
+    match block.await {
+        Ok(block) => Ok(Ready { catalog, block, eyes, facts, gates }),
+        Err(error) => Err(Stays::at_once(error, gates)),
+    }
 }
 
 /// The definitions that hold after the move.
@@ -269,50 +318,18 @@ fn writers_on(from: Phase, to: Phase) -> Option<Side> {
     (gains_mirror || from.authority() != to.authority()).then(|| from.authority())
 }
 
-/// What can be known to be in the way before anybody is held.
-async fn before(
-    shared: &Arc<Shared>,
-    hands: &Hands,
-    (from, to): (Phase, Phase),
-    epoch: u64,
-    catalog: &Catalog,
-) -> Result<(), MoveError> {
+/// Where the authority changes: a sweep that was begun has passed what was written there. Once more behind the gate; what is found now can still be
+/// paid without holding anybody.
+async fn swept(config: &Config, hands: &Hands, Step { from, to }: Step) -> Result<(), MoveError> {
     let side = from.authority();
-    if let Some(holder) = epoch::foreign_holder(hands.on(side)?, epoch, &shared.cancels.pids(side)).await? {
-        return Err(MoveError::Closed(format!(
-            "{to} waits: {holder} on {side} holds the lock of the epoch's table in schema crossfade; end it, or wait for it (and exclude the schema from dumps)"
-        )));
-    }
-    if let Some(side) = writers_on(from, to) {
-        let ours = shared.cancels.pids(side);
-        if let Some(writer) = foreign_writer(hands.on(side)?, catalog, side, &ours).await? {
-            return Err(MoveError::Closed(format!(
-                "{to} waits: {writer} on {side} holds a writer's lock on a migrating table; end its transaction, or wait for it"
-            )));
-        }
-    }
-    if from.authority() == to.authority() {
+    if side == to.authority() {
         return Ok(());
     }
     if let Some(why) = migrate::sweep::obstacle(hands.on(side)?, side).await? {
         return Err(MoveError::Closed(format!("{to} waits: {why}")));
     }
-    // Once more behind the gate; what is found now can still be paid without holding anybody.
-    if !migrate::sweep::passed(Shared::database(&shared.config.load(), side), side, Instant::now() + MOVE_SWEPT).await?
-    {
+    if !migrate::sweep::passed(Shared::database(config, side), side, Instant::now() + MOVE_SWEPT).await? {
         return Err(MoveError::Closed(format!("{to} waits: the sweep has not passed yet what was written on {side}")));
-    }
-    let row = hands
-        .on(from.authority())?
-        .query_one("SELECT count(*) FROM crossfade.ledger WHERE at < clock_timestamp() - interval '5 seconds' OR carrier_xid IS NULL", &[])
-        .await?;
-    let owed: i64 = row.get(0);
-    if owed > 0 {
-        shared.owed.notify_one();
-        return Err(MoveError::Closed(format!(
-            "{to} waits: {owed} debts are still owed on {}; they are being paid (`crossfade status` shows them)",
-            from.authority()
-        )));
     }
     Ok(())
 }
@@ -324,28 +341,31 @@ struct Move<'a> {
     hands: &'a Hands,
     from: Phase,
     to: Phase,
-    catalog: &'a Arc<Catalog>,
-    /// The first of the numbers for debts on the side that will be authority.
-    block: Option<i64>,
+    step: Step,
+    ask: &'a Ask,
+    /// Transactions that last are ended.
+    terminate: bool,
+    ready: &'a Ready,
     world: &'a World,
     /// Where other proxies hold no locks: they know.
-    announcement: &'a Option<Announcement>,
+    announcement: Option<Announcement>,
+}
+
+/// What was done with clients held.
+struct Done {
+    copies: Vec<KeylessCopy>,
+    epoch: u64,
 }
 
 impl Move<'_> {
     /// With every client transaction ended and new ones waiting.
-    async fn behind_the_gate(&self) -> Result<Vec<KeylessCopy>, MoveError> {
+    async fn behind_the_gate(&self) -> Result<Done, MoveError> {
         let (shared, from) = (self.shared, self.from);
         let pause = self.config.moves.pause;
         let deadline = Instant::now() + pause;
-        if tokio::time::timeout(pause, shared.gate.drained()).await.is_err() {
-            return Err(MoveError::Held(format!(
-                "{} transactions have not ended within move.pause ({pause:?}); clients were released and the phase stays {from}",
-                shared.gate.under_way()
-            )));
-        }
+        self.drain().await?;
         if from.mirror().is_some() {
-            self.close_epoch().await?;
+            self.close_epoch(deadline).await?;
         }
         // What waits inside ends at the deadline by itself and says why; the rest is bounded here: a server may be frozen.
         let Ok(prepared) = tokio::time::timeout(pause + ROW, self.prepare(deadline)).await else {
@@ -353,15 +373,16 @@ impl Move<'_> {
                 "the move was not prepared within move.pause ({pause:?}): does a server not answer? Clients were released and the phase stays {from}"
             )));
         };
-        let copies = prepared?;
+        let (copies, gates) = prepared?;
+        let detail = record::detail(from, self.ask, &gates);
         let epoch = self.world.epoch + 1;
-        if let Err(error) = self.write_rows(self.hands, epoch).await {
-            self.settle_rows(epoch, error).await?;
+        if let Err(error) = self.write_rows(self.hands, epoch, &detail).await {
+            self.settle_rows(epoch, error, &detail).await?;
         }
         if from.authority() != self.to.authority() {
             self.number_debts();
         }
-        self.holds(epoch, self.to, self.catalog.clone());
+        self.holds(epoch, self.to, self.ready.catalog.clone());
         if from.mirror().is_some() && self.to.mirror().is_none() {
             // Without a mirror nothing is owed to it any more: the next mirrored phase begins with whole-table debts.
             let emptied = self.hands.on(from.authority())?.batch_execute("DELETE FROM crossfade.ledger").await;
@@ -369,20 +390,82 @@ impl Move<'_> {
                 warn!(%error, "the ledger could not be emptied; nothing reads it in this phase");
             }
         }
-        Ok(copies)
+        shared.owed.notify_one();
+        Ok(Done { copies, epoch })
+    }
+
+    /// With clients released: what is still to be done, and what the history says.
+    async fn after(&self, held: Duration, outcome: Result<Done, MoveError>) -> Result<Phase, Stays> {
+        let (from, to) = (self.from, self.to);
+        let done = match outcome {
+            Ok(done) => done,
+            Err(error) => {
+                let mut detail = record::detail(from, self.ask, &[]);
+                detail["to"] = to.name().into();
+                detail["error"] = error.to_string().into();
+                detail["pause_ms"] = (held.as_secs_f64() * 1000.0).into();
+                self.ready.eyes.note(from.authority(), self.world.epoch, "given-up", &detail).await;
+                return Err(Stays::held(error, self.ready.gates.clone()));
+            }
+        };
+        info!(%from, %to, who = %self.ask.who, pause_ms = held.as_millis() as u64, "the phase has moved");
+        self.ready.eyes.paused(done.epoch, held).await;
+        for copy in done.copies {
+            if let Err(error) = copy.run().await {
+                warn!(%error, "a table without a key was not copied; its debt stays: `crossfade repair --table NAME` copies it under a lock");
+            }
+        }
+        Ok(to)
+    }
+
+    /// The transactions of this process end, and none begins.
+    async fn drain(&self) -> Result<(), MoveError> {
+        let (gate, pause) = (&self.shared.gate, self.config.moves.pause);
+        if tokio::time::timeout(pause, gate.drained()).await.is_ok() {
+            return Ok(());
+        }
+        if self.terminate {
+            let side = self.from.authority();
+            let pids = self.shared.cancels.pids(side);
+            let ended = self.ready.eyes.end_sessions(side, &pids).await;
+            warn!(%side, ended, "transactions that last longer than move.pause are ended");
+            if tokio::time::timeout(end::ENDS, gate.drained()).await.is_ok() {
+                return Ok(());
+            }
+        }
+        Err(MoveError::Held(format!(
+            "{} transactions have not ended within move.pause ({pause:?}); clients were released and the phase stays {}",
+            gate.under_way(),
+            self.from
+        )))
     }
 
     /// The transactions of other proxies: they end, and none begins. First on the authority: who holds its lock there may still need the mirror's.
-    async fn close_epoch(&self) -> Result<(), MoveError> {
+    /// Sessions of a proxy that is frozen are ended meanwhile (B7), and with `terminate` all that last.
+    async fn close_epoch(&self, deadline: Instant) -> Result<(), MoveError> {
         let (epoch, pause) = (self.world.epoch, self.config.moves.pause);
+        // There no ledger would say what a carrier that was ended had brought.
+        let best_effort = self.config.mirror.commit == Commit::BestEffort;
         for side in [self.from.authority(), self.from.authority().other()] {
             let client = match self.hands.on(side) {
                 Ok(client) => client,
                 // It is left behind: nothing commits on a server that is down, and nothing that it has is counted on.
-                Err(_) if !needed(self.from, self.to, side) => continue,
+                Err(_) if !self.step.needs(side) => continue,
                 Err(error) => return Err(error),
             };
-            match tokio::time::timeout(pause + ROW, epoch::close(client, side, epoch, pause)).await {
+            let mirror = side != self.from.authority();
+            let late = end::Late { epoch, deadline, terminate: self.terminate, mirror };
+            let left = deadline.saturating_duration_since(Instant::now());
+            let patience = match (mirror, self.terminate) {
+                (true, _) => left.max(CARRIED),
+                (false, true) => left + end::ENDS,
+                (false, false) => left,
+            };
+            let closed = tokio::select! {
+                closed = tokio::time::timeout(patience + ROW, epoch::close(client, side, epoch, patience, pause)) => closed,
+                never = self.ready.eyes.end_late(side, late), if !(mirror && best_effort) => match never {},
+            };
+            match closed {
                 Ok(closed) => closed?,
                 Err(_) => {
                     return Err(MoveError::Held(format!(
@@ -396,19 +479,19 @@ impl Move<'_> {
     }
 
     /// Everything up to the rows; may be given up at any point.
-    async fn prepare(&self, deadline: Instant) -> Result<Vec<KeylessCopy>, MoveError> {
-        let (from, to) = (self.from, self.to);
-        if let Some(announcement) = self.announcement {
+    async fn prepare(&self, deadline: Instant) -> Result<(Vec<KeylessCopy>, Vec<Gate>), MoveError> {
+        let (from, to, catalog) = (self.from, self.to, &self.ready.catalog);
+        if let Some(announcement) = &self.announcement {
             announcement.fence(self.hands.on(from.authority())?, deadline).await?;
         }
         if let Some(side) = writers_on(from, to) {
-            writers_gone(self.hands.on(side)?, self.catalog, side, deadline).await?;
+            writers::gone(self.hands.on(side)?, catalog, side, deadline, self.terminate).await?;
         }
         let mut copies = Vec::new();
         if from.mirror().is_none() && to.mirror().is_some() {
             // Nobody else owes anything yet.
             self.number_debts();
-            copies = owe_everything(self.shared, self.config, self.hands, to, self.catalog).await?;
+            copies = owe_everything(self.shared, self.config, self.hands, to, catalog).await?;
         }
         if from.authority() != to.authority() {
             let side = from.authority();
@@ -417,23 +500,40 @@ impl Move<'_> {
                     "the sweep has not passed all that was written on {side} within move.pause: it may have found rows that differ; clients were released and the phase stays {from}"
                 )));
             }
-            nothing_owed(self.shared, self.config, self.hands.on(from.authority())?, from, self.catalog, deadline)
-                .await?;
+            nothing_owed(self.shared, self.config, self.hands.on(from.authority())?, from, catalog, deadline).await?;
             let losing = (from.authority(), self.hands.on(from.authority())?);
             let gaining = (to.authority(), self.hands.on(to.authority())?);
-            migrate::sequences::sequences(losing, gaining, self.catalog, SEQUENCE_MARGIN).await?;
+            migrate::sequences::sequences(losing, gaining, catalog, SEQUENCE_MARGIN).await?;
+            // What verify found here in an earlier stretch is not about the side that loses.
+            gaining.1.batch_execute("DELETE FROM crossfade.verified").await?;
         }
-        Ok(copies)
+        Ok((copies, self.look_again().await?))
+    }
+
+    /// The gates once more, with nobody writing.
+    async fn look_again(&self) -> Result<Vec<Gate>, MoveError> {
+        let known = if self.from.mirror().is_some() { &self.world.catalog } else { &self.ready.catalog };
+        let question =
+            Question { config: self.config, step: self.step, epoch: self.world.epoch, catalog: known, ours: &[] };
+        let facts = question.under_the_barrier(&self.ready.eyes, Some(self.ready.facts.clone())).await?;
+        let mut gates = rules::judge(self.step, &self.config.moves, &facts);
+        self.ask.force.open(&mut gates);
+        match gates::why(self.to, &gates) {
+            Some(why) => {
+                Err(MoveError::Held(format!("{why}. It was met before clients were held; they were released")))
+            }
+            None => Ok(gates),
+        }
     }
 
     /// The side that loses authority points first; then the side that gains it claims. Where authority stays, its side's row is what counts;
     /// the other's is written for those who look there, if it can be.
-    async fn write_rows(&self, hands: &Hands, epoch: u64) -> Result<(), MoveError> {
+    async fn write_rows(&self, hands: &Hands, epoch: u64, detail: &Value) -> Result<(), MoveError> {
         let holds = Holds { epoch, phase: self.to };
         let (losing, gaining) = (self.from.authority(), self.to.authority());
-        self.write_row(hands, losing, holds, "move").await?;
+        self.write_row(hands, losing, holds, ("move", detail)).await?;
         let other = if losing == gaining { gaining.other() } else { gaining };
-        match self.write_row(hands, other, holds, "move").await {
+        match self.write_row(hands, other, holds, ("move", detail)).await {
             Err(error) if losing == gaining => {
                 warn!(side = %other, %error, "the phase row of the other side was not written; the authority's holds");
                 Ok(())
@@ -442,7 +542,7 @@ impl Move<'_> {
         }
     }
 
-    async fn write_row(&self, hands: &Hands, side: Side, holds: Holds, event: &str) -> Result<(), MoveError> {
+    async fn write_row(&self, hands: &Hands, side: Side, holds: Holds, event: (&str, &Value)) -> Result<(), MoveError> {
         let definition = self.config.definition();
         let name = (self.config.name.as_str(), Some(definition.as_str()));
         let write = epoch::turn(hands.on(side)?, side, name, holds, event);
@@ -454,17 +554,17 @@ impl Move<'_> {
 
     /// A row could not be written, or nobody knows whether it was: before clients go on it must be certain what holds. The move is withdrawn by a
     /// later epoch on the side that was authority; where that side is gone, it is finished.
-    async fn settle_rows(&self, epoch: u64, error: MoveError) -> Result<(), MoveError> {
+    async fn settle_rows(&self, epoch: u64, error: MoveError, detail: &Value) -> Result<(), MoveError> {
         warn!(%error, "the phase rows were not written; clients wait until it is certain which phase holds");
         let back = Holds { epoch: epoch + 1, phase: self.from };
         self.hands.let_go().await;
         loop {
             let hands = Hands::open(self.config).await;
-            if self.write_row(&hands, self.from.authority(), back, "withdrawn").await.is_ok() {
+            if self.write_row(&hands, self.from.authority(), back, ("withdrawn", detail)).await.is_ok() {
                 self.holds(back.epoch, self.from, self.world.catalog.clone());
                 return Err(error);
             }
-            if self.write_rows(&hands, epoch).await.is_ok() {
+            if self.write_rows(&hands, epoch, detail).await.is_ok() {
                 return Ok(());
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -473,7 +573,7 @@ impl Move<'_> {
 
     /// Numbers of another ledger from here on: those drawn from one side's sequence may be taken on the other.
     fn number_debts(&self) {
-        if let Some(block) = self.block {
+        if let Some(block) = self.ready.block {
             self.shared.next_debt.store(block, Ordering::SeqCst);
         }
     }
@@ -484,77 +584,6 @@ impl Move<'_> {
         self.shared.metrics.set_phase(phase, epoch);
         self.shared.call();
     }
-}
-
-/// Backends with a writer's lock on a migrating table. $1: the tables, $2: backends to leave out, $3: younger transactions are left out.
-const WRITERS: &str = "SELECT coalesce('backend ' || l.pid, 'a prepared transaction'), coalesce(a.application_name, '') FROM pg_catalog.pg_locks l \
-    LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \
-    WHERE l.locktype = 'relation' AND l.relation = ANY ($1) AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) \
-    AND l.mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock') AND l.granted \
-    AND (l.pid IS NULL OR l.pid <> ALL ($2)) AND coalesce(a.xact_start < clock_timestamp() - $3::text::interval, true) LIMIT 1";
-
-/// Who writes around this proxy, and has for a while.
-async fn foreign_writer(
-    authority: &Client,
-    catalog: &Catalog,
-    side: Side,
-    ours: &[i32],
-) -> Result<Option<String>, MoveError> {
-    let oids: Vec<u32> = catalog.by_oid.get(side).keys().copied().collect();
-    let row = authority.query_opt(WRITERS, &[&oids, &ours, &LONG]).await?;
-    Ok(row.map(|row| format!("{} ({})", row.get::<_, String>(0), row.get::<_, String>(1))))
-}
-
-/// Transactions that write migrating tables and are not ours to hold (a proxy that died, other clients) must have ended: what they write later
-/// would be mirrored by nobody and copied too early, or owed by a side that is no authority any more.
-async fn writers_gone(authority: &Client, catalog: &Catalog, side: Side, deadline: Instant) -> Result<(), MoveError> {
-    let oids: Vec<u32> = catalog.by_oid.get(side).keys().copied().collect();
-    loop {
-        let row = authority.query_opt(WRITERS, &[&oids, &Vec::<i32>::new(), &"0 seconds"]).await?;
-        let Some(row) = row else { return Ok(()) };
-        if Instant::now() > deadline {
-            let (who, name): (String, String) = (row.get(0), row.get(1));
-            return Err(MoveError::Held(format!(
-                "{who} ({name}) on {side} holds a writer's lock on a migrating table and has not ended within move.pause"
-            )));
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-/// A whole-table debt for each migrating table; those without a key are copied in the snapshot of this move.
-async fn owe_everything(
-    shared: &Arc<Shared>,
-    config: &Config,
-    hands: &Hands,
-    to: Phase,
-    catalog: &Arc<Catalog>,
-) -> Result<Vec<KeylessCopy>, MoveError> {
-    let authority = to.authority();
-    hands.on(authority)?.batch_execute("DELETE FROM crossfade.ledger").await?;
-    let mut keyless = Vec::new();
-    for table in catalog.tables.values() {
-        let id = shared.debt_id();
-        let mut debts = bytes::BytesMut::new();
-        encode(&Debt::Table { table: table.number }, &mut debts);
-        let sql = "INSERT INTO crossfade.ledger (id, debts, reason) VALUES ($1, $2, 'move')";
-        hands.on(authority)?.execute(sql, &[&id, &&debts[..]]).await?;
-        if table.key.is_none() && table.opaque.is_none() {
-            keyless.push((table.clone(), id));
-        }
-    }
-    let mut copies = Vec::new();
-    for (table, id) in keyless {
-        let reader = Shared::database(config, authority).connect("crossfade copy").await?;
-        let writer = Shared::database(config, authority.other()).connect("crossfade copy").await?;
-        let exporter = Shared::database(config, authority).connect("crossfade copy").await?;
-        exporter.batch_execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY").await?;
-        let snapshot = exporter.query_one("SELECT pg_export_snapshot()", &[]).await?.get(0);
-        let mut pair = migrate::Pair::new(authority, reader, writer, migrate::Settings::default()).await?;
-        migrate::copy::prepare(&mut pair, catalog, &table).await?;
-        copies.push(KeylessCopy { pair, _exporter: exporter, snapshot, table, debt: id });
-    }
-    Ok(copies)
 }
 
 /// Debts in flight are cleared, what is owed is paid; then nothing may be left, and no transaction under way to the mirror (`best-effort` has no

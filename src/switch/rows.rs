@@ -126,14 +126,14 @@ pub async fn take(client: &Client, side: Side, pointer: Holds) -> Result<bool, R
     Ok(taken.await.map_err(|error| RowError::Database { side, error })? == 1)
 }
 
-/// Writes the row of one side, with an entry in its history; flushed when it returns. A row of a higher epoch stays: what comes late (a statement
+/// Writes the row of one side, with an entry in its history (an event, and what else is known of it: an object); flushed when it returns. A row of a higher epoch stays: what comes late (a statement
 /// that was given up, another proxy) never takes a phase back. No `definition`: the one that stands there stays.
 pub async fn write(
     client: &Client,
     side: Side,
     (name, definition): (&str, Option<&str>),
     holds: Holds,
-    event: &str,
+    (event, detail): (&str, &serde_json::Value),
 ) -> Result<(), RowError> {
     let epoch = holds.epoch as i64;
     let sql = "WITH row AS ( \
@@ -141,10 +141,10 @@ pub async fn write(
             ON CONFLICT (one) DO UPDATE SET name = $1, epoch = $2, phase = $3, authority = $4, definition = coalesce($6, m.definition), changed = clock_timestamp(), \
             taken = m.taken AND m.epoch = $2 \
             WHERE m.epoch <= $2 AND NOT (m.taken AND $5 = 'withdrawn') RETURNING epoch) \
-        INSERT INTO crossfade.history (epoch, event, detail) SELECT $2, $5, jsonb_build_object('phase', $3::text, 'authority', $4::text) FROM row";
+        INSERT INTO crossfade.history (epoch, event, detail) SELECT $2, $5, $7::jsonb || jsonb_build_object('phase', $3::text, 'authority', $4::text) FROM row";
     let phase = holds.phase;
-    let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 6] =
-        [&name, &epoch, &phase.name(), &phase.authority().name(), &event, &definition];
+    let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 7] =
+        [&name, &epoch, &phase.name(), &phase.authority().name(), &event, &definition, detail];
     let written = async {
         client.batch_execute("SET synchronous_commit = on").await?;
         client.execute(sql, &parameters).await

@@ -138,7 +138,53 @@ impl Proxy {
     /// Changes the phase in the file, as an operator would, and waits until it holds.
     pub async fn set_phase(&mut self, phase: &str) {
         self.request_phase(phase);
-        until(&format!("phase {phase} holds"), async || self.holds(phase).await).await;
+        self.reaches(phase).await;
+    }
+
+    /// Waits until a phase that was asked for holds, and brings the evidence that its gates ask for meanwhile.
+    pub async fn reaches(&self, phase: &str) {
+        until(&format!("phase {phase} holds"), async || {
+            if self.holds(phase).await {
+                return true;
+            }
+            self.bring_evidence().await;
+            false
+        })
+        .await;
+    }
+
+    /// What an operator does about the gate that the move waits for, if it is one of these.
+    async fn bring_evidence(&self) {
+        let status = self.http("/status").await.map(|(_, status)| status).unwrap_or_default();
+        let waits: serde_json::Value = serde_json::from_str(&status).unwrap_or_default();
+        let waits = waits["waiting_for"].as_str().unwrap_or_default();
+        let arguments: &[&str] = if waits.contains("run `crossfade verify`") {
+            &["verify"]
+        } else if waits.contains("`crossfade phase --backup WHERE`") {
+            &["phase", "--backup", "of a test"]
+        } else {
+            return;
+        };
+        let output = self.crossfade(arguments).await;
+        if output.status.code() == Some(2) {
+            eprintln!("{arguments:?}: {output:?}");
+        }
+        // It looks again at once, and not in a while.
+        self.hang_up();
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+
+    /// Compares both sides: `crossfade verify`. Its answer is no where a table has no key; the gates say what they make of it.
+    pub async fn verify(&self) {
+        let output = self.crossfade(&["verify"]).await;
+        assert_ne!(output.status.code(), Some(2), "verify: {output:?}");
+    }
+
+    /// SIGHUP: the file is read again.
+    pub fn hang_up(&self) {
+        let pid = self.pid().to_string();
+        let sent = Command::new("kill").args(["-HUP", pid.as_str()]).status();
+        assert!(sent.expect("runs").success());
     }
 
     /// Changes the phase in the file and does not wait.

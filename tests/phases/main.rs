@@ -133,7 +133,7 @@ async fn the_file_is_followed_however_it_changes_and_a_bad_one_is_refused() {
     fs::rename(folder.join("link"), &path).expect("renames");
     std::os::unix::fs::symlink("..v2", folder.join("..data_tmp")).expect("links");
     fs::rename(folder.join("..data_tmp"), folder.join("..data")).expect("renames");
-    until("a link that changed holds", async || proxy.holds("new-primary").await).await;
+    proxy.reaches("new-primary").await;
     // A bad file: what was read before stays in force, and is said.
     fs::write(&path, with("dual-write").replace("listen:", "lisssten:")).expect("writes");
     until("the failure is counted", async || proxy.metrics("crossfade_config_reload_failures_total").await == 1.0)
@@ -220,7 +220,7 @@ async fn authority_does_not_move_while_anything_is_owed() {
     write(&client, "goes on").await;
     assert!(pair.proxy.holds("dual-write").await);
     pair.databases.new.psql(DATABASE, "ALTER TABLE users DROP CONSTRAINT odd").await.expect("drops");
-    until("paid, and moved by itself", async || pair.proxy.holds("new-primary").await).await;
+    pair.proxy.reaches("new-primary").await;
     pair.settle_and_assert_equal().await;
     // The mirror is down.
     pair.databases.old.stop(Stop::Fast).await.expect("stops");
@@ -229,7 +229,7 @@ async fn authority_does_not_move_while_anything_is_owed() {
     waits_for(&pair.proxy, "old cannot be reached").await;
     write(&client, "still down").await;
     pair.databases.old.start().await.expect("starts");
-    until("paid, and moved by itself", async || pair.proxy.holds("dual-write").await).await;
+    until("paid, and moved by itself: old was authority before", async || pair.proxy.holds("dual-write").await).await;
     write(&client, "back").await;
     pair.settle_and_assert_equal().await;
     // A taint is paid before authority moves.
@@ -242,7 +242,7 @@ async fn authority_does_not_move_while_anything_is_owed() {
     waits_for(&pair.proxy, "1 debts are still owed on old").await;
     let repair = pair.proxy.crossfade(&["repair", "--wait", "--table", "public.history"]).await;
     assert!(repair.status.success(), "{repair:?}");
-    until("paid, and moved by itself", async || pair.proxy.holds("new-primary").await).await;
+    pair.proxy.reaches("new-primary").await;
     assert_eq!(value(&client, "SELECT name FROM photos WHERE id = 2").await, "out of sight");
     pair.settle_and_assert_equal().await;
 }

@@ -31,11 +31,14 @@ pub struct Standing {
     pub different: i64,
     /// Epoch, and seconds since 1970, of the last look that found all equal.
     pub equal: Option<(i64, f64)>,
+    /// Nothing of the table was owed since that look began.
+    pub still: bool,
 }
 
 /// What is known of each table, by its number. Nothing where schema crossfade does not have it yet.
 pub async fn standing(authority: &Client) -> Result<BTreeMap<u32, Standing>, tokio_postgres::Error> {
-    let text = "SELECT number, epoch, extract(epoch FROM at)::float8, rows, different, equal_epoch, extract(epoch FROM equal_at)::float8 FROM crossfade.verified";
+    let text = "SELECT v.number, v.epoch, extract(epoch FROM v.at)::float8, v.rows, v.different, v.equal_epoch, extract(epoch FROM v.equal_at)::float8, \
+        coalesce(v.equal_owings = coalesce(o.times, 0), false) FROM crossfade.verified v LEFT JOIN crossfade.owings o USING (number)";
     let rows = authority.query(text, &[]).await?;
     let standing = |row: &tokio_postgres::Row| Standing {
         epoch: row.get(1),
@@ -43,21 +46,36 @@ pub async fn standing(authority: &Client) -> Result<BTreeMap<u32, Standing>, tok
         rows: row.get(3),
         different: row.get(4),
         equal: row.get::<_, Option<i64>>(5).zip(row.get(6)),
+        still: row.get(7),
     };
     Ok(rows.iter().map(|row| (row.get::<_, i32>(0) as u32, standing(row))).collect())
 }
 
-/// Writes down what was found.
-pub(super) async fn record(pair: &mut Pair, table: &Table, epoch: u64, found: &Found) -> Result<(), Error> {
-    let text = "INSERT INTO crossfade.verified AS v (number, epoch, rows, different, unsettled, equal_epoch, equal_at) \
-        VALUES ($1, $2::bigint, $3, $4, $5, CASE WHEN $6::boolean THEN $2::bigint END, CASE WHEN $6::boolean THEN clock_timestamp() END) \
+/// How often debts of the table were owed and paid so far: to be read before it is compared.
+pub(super) async fn owings(pair: &mut Pair, table: &Table) -> Result<i64, Error> {
+    let text = "SELECT coalesce((SELECT times FROM crossfade.owings WHERE number = $1), 0)";
+    Ok(pair.authority.rows("reading what was owed", text, &[&(table.number as i32)]).await?[0].get(0))
+}
+
+/// Writes down what was found by a look that began when debts of the table had been owed so often (`owings`).
+pub(super) async fn record(
+    pair: &mut Pair,
+    table: &Table,
+    epoch: u64,
+    owings: i64,
+    found: &Found,
+) -> Result<(), Error> {
+    let text = "INSERT INTO crossfade.verified AS v (number, epoch, rows, different, unsettled, equal_epoch, equal_at, equal_owings) \
+        VALUES ($1, $2::bigint, $3, $4, $5, CASE WHEN $6::boolean THEN $2::bigint END, CASE WHEN $6::boolean THEN clock_timestamp() END, \
+        CASE WHEN $6::boolean THEN $7::bigint END) \
         ON CONFLICT (number) DO UPDATE SET epoch = excluded.epoch, at = clock_timestamp(), rows = excluded.rows, different = excluded.different, \
-        unsettled = excluded.unsettled, equal_epoch = coalesce(excluded.equal_epoch, v.equal_epoch), equal_at = coalesce(excluded.equal_at, v.equal_at)";
+        unsettled = excluded.unsettled, equal_epoch = coalesce(excluded.equal_epoch, v.equal_epoch), equal_at = coalesce(excluded.equal_at, v.equal_at), \
+        equal_owings = CASE WHEN $6::boolean THEN $7::bigint WHEN $4 > 0 THEN NULL ELSE v.equal_owings END";
     let different = found.different.len() as i64 - found.repaired as i64;
     let unsettled = (found.owed + found.covered + found.busy) as i64;
     let (number, epoch, rows) = (table.number as i32, epoch as i64, found.rows as i64);
     pair.authority
-        .execute("writing down", text, &[&number, &epoch, &rows, &different, &unsettled, &found.is_equal()])
+        .execute("writing down", text, &[&number, &epoch, &rows, &different, &unsettled, &found.is_equal(), &owings])
         .await?;
     Ok(())
 }

@@ -96,13 +96,14 @@ pub async fn run(
         while let Some(table) = next() {
             let mut pair = open(verify, options).await?;
             let begun = Instant::now();
+            let owings = mend::owings(&mut pair, &table).await?;
             let mut found = compare(&mut pair, &table, &pace).await?;
             found.took = begun.elapsed();
             if options.repair && !found.different.is_empty() {
                 let id = ids.fetch_add(1, Ordering::Relaxed);
                 mend::repair(verify, &mut pair, &table, id, &mut found).await?;
             }
-            mend::record(&mut pair, &table, verify.epoch, &found).await?;
+            mend::record(&mut pair, &table, verify.epoch, owings, &found).await?;
             tell(&table, &found);
         }
         Ok(())

@@ -1,0 +1,91 @@
+//! The admin console, with a client of PostgreSQL: what it shows, and what it does.
+
+mod common;
+
+use std::time::Duration;
+
+use common::pair::{APP, CONTROL, DATABASE};
+use common::{Pair, until};
+use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
+
+async fn console(pair: &Pair, role: (&str, &str)) -> Result<Client, tokio_postgres::Error> {
+    let url = pair.proxy.url_as(role.0, role.1, "crossfade");
+    let (client, connection) = tokio_postgres::connect(&url, NoTls).await?;
+    tokio::spawn(async move { drop(connection.await) });
+    Ok(client)
+}
+
+/// A column of each row, asked for by a simple Query.
+async fn column(console: &Client, sql: &str, name: &str) -> Vec<String> {
+    let rows = console.simple_query(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+    let rows = rows.iter().filter_map(|message| match message {
+        SimpleQueryMessage::Row(row) => Some(row.get(name).unwrap_or("NULL").to_owned()),
+        _ => None,
+    });
+    rows.collect()
+}
+
+#[tokio::test]
+async fn an_operator_sees_the_gates_and_moves() {
+    let mut pair = Pair::start("old", "CREATE TABLE notes (id int PRIMARY KEY)", "").await;
+    let error = console(&pair, APP).await.expect_err("the application is no operator");
+    assert_eq!(error.code().expect("is told").code(), "42501");
+    let operator = console(&pair, CONTROL).await.expect("the control role is");
+    assert_eq!(column(&operator, "SHOW PHASE", "phase").await, ["old"]);
+    // The extended protocol, too.
+    let rows = operator.query("SHOW PHASE", &[]).await.expect("shows");
+    assert_eq!(rows[0].get::<_, &str>("authority"), "old");
+    operator.batch_execute("SET phase = 'dual-write'").await.expect("moves");
+    assert!(pair.proxy.holds("dual-write").await);
+    pair.proxy.settle().await;
+    let client = pair.client().await;
+    client.batch_execute("INSERT INTO notes VALUES (1)").await.expect("writes");
+    assert!(column(&operator, "SHOW GATES new-primary", "standing").await.contains(&"closed".to_owned()));
+    let refused = operator.batch_execute("SET phase = 'new-primary'").await.expect_err("never verified");
+    let refused = refused.as_db_error().expect("is told");
+    assert_eq!(refused.code().code(), "55000");
+    assert!(refused.detail().is_some_and(|detail| detail.contains("verified: public.notes")), "{refused:?}");
+    let refused = operator.batch_execute("SET phase = 'new-primary' FORCE").await.expect_err("without a word");
+    assert!(refused.as_db_error().expect("is told").message().contains("REASON"), "{refused:?}");
+    operator.batch_execute("SET phase = 'new-primary' FORCE 'verified' REASON 'a test'").await.expect("moves");
+    assert!(pair.proxy.holds("new-primary").await);
+    assert_eq!(column(&operator, "SHOW HISTORY", "forced").await[0], "verified");
+    assert_eq!(column(&operator, "SHOW HISTORY", "why").await[0], "a test");
+    client.batch_execute("INSERT INTO notes VALUES (2)").await.expect("carried over");
+    pair.settle_and_assert_equal().await;
+    for what in ["TABLES", "CLIENTS", "SERVERS", "PROXIES", "DEBT", "STATS", "CONFIG", "VERSION", "HELP", "GATES"] {
+        let rows =
+            operator.simple_query(&format!("SHOW {what}")).await.unwrap_or_else(|error| panic!("{what}: {error:?}"));
+        assert!(what == "DEBT" || rows.len() > 1, "{what}: {rows:?}");
+    }
+    let settings = column(&operator, "SHOW CONFIG", "value").await.join("\n");
+    assert!(!settings.contains(CONTROL.1), "a password is shown");
+    // The file still says old: it is not obeyed, and it is said.
+    until("the disagreement shows", async || pair.proxy.metrics("crossfade_file_disagrees").await == 1.0).await;
+    assert!(operator.batch_execute("SELECT 1").await.is_err());
+    pair.proxy.request_phase("new-primary");
+    operator.batch_execute("RELOAD").await.expect("reloads");
+}
+
+#[tokio::test]
+async fn a_pause_waits_for_transactions_and_holds_new_ones() {
+    let pair = Pair::start("old", "CREATE TABLE notes (id int PRIMARY KEY)", "").await;
+    let operator = console(&pair, CONTROL).await.expect("connects");
+    let (busy, idle) = (pair.client().await, pair.client().await);
+    busy.batch_execute("BEGIN; INSERT INTO notes VALUES (1)").await.expect("begins");
+    let pausing = tokio::spawn(async move {
+        operator.batch_execute("PAUSE").await.expect("pauses");
+        operator
+    });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!pausing.is_finished(), "a transaction is under way");
+    busy.batch_execute("COMMIT").await.expect("ends");
+    let operator = pausing.await.expect("joins");
+    let held = tokio::spawn(async move { idle.batch_execute("INSERT INTO notes VALUES (2)").await });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!held.is_finished(), "it is held");
+    assert_eq!(column(&operator, "SHOW PHASE", "paused").await, ["true"]);
+    operator.batch_execute("RESUME").await.expect("resumes");
+    held.await.expect("joins").expect("no error");
+    assert_eq!(pair.databases.old.psql(DATABASE, "SELECT count(*) FROM notes").await.unwrap().trim(), "2");
+}
