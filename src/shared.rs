@@ -156,6 +156,8 @@ pub struct Shared {
     pub wanted: Notify,
     /// An operator asks for the file to be read again.
     pub reload: Notify,
+    /// That was done.
+    pub reloaded: Notify,
     /// ... and for the end of this proxy.
     pub shutdown: Notify,
     /// This proxy's sweep, while it is at work.

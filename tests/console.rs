@@ -65,6 +65,35 @@ async fn an_operator_sees_the_gates_and_moves() {
     assert!(operator.batch_execute("SELECT 1").await.is_err());
     pair.proxy.request_phase("new-primary");
     operator.batch_execute("RELOAD").await.expect("reloads");
+    let shapes = column(&operator, "SHOW SHAPES", "shape").await.join("\n");
+    assert!(shapes.to_lowercase().contains("insert into notes"), "{shapes}");
+    // What drivers send around a statement.
+    for sql in ["BEGIN", "SET application_name = 'x'", "SHOW VERSION", "COMMIT"] {
+        operator.batch_execute(sql).await.unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+    }
+    let path = pair.proxy.config_path();
+    let text = std::fs::read_to_string(&path).expect("reads");
+    std::fs::write(&path, format!("{text}\nlimit: 5\n")).expect("writes");
+    let refused = operator.batch_execute("RELOAD").await.expect_err("the file is wrong");
+    let refused = refused.as_db_error().expect("is told").message().to_owned();
+    assert!(refused.contains("limit") && refused.contains("stay in force"), "{refused}");
+    std::fs::write(&path, text).expect("writes");
+    operator.batch_execute("RELOAD").await.expect("reloads");
+}
+
+/// `auth: plain` without a look at pg_authid lets the servers check passwords: the console has none behind it.
+#[tokio::test]
+async fn an_operator_whose_password_nobody_checks_is_refused() {
+    let pair = Pair::start("old", "CREATE TABLE notes (id int PRIMARY KEY)", "auth: plain").await;
+    console(&pair, CONTROL).await.expect("its password is known");
+    let unprivileged = "ALTER ROLE crossfade NOSUPERUSER";
+    pair.databases.old.psql("postgres", unprivileged).await.expect("alters");
+    pair.databases.new.psql("postgres", unprivileged).await.expect("alters");
+    until("nobody can check it", async || {
+        let error = console(&pair, (CONTROL.0, "wrong")).await.err().expect("is refused");
+        error.code().expect("is told").code() == "28000"
+    })
+    .await;
 }
 
 #[tokio::test]

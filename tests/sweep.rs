@@ -510,6 +510,7 @@ async fn the_authority_does_not_move_before_the_sweep_has_passed() {
     let follower = consumer(&pair, &link, dir.path());
     until("it follows", async || slot(&pair).await).await;
     let client = pair.client().await;
+    pair.proxy.verify().await;
     client.batch_execute("BEGIN; UPDATE t SET v = 'open' WHERE k = 1").await.expect("holds the gate open");
     pair.proxy.request_phase("new-primary");
     // The gate is closed, and waits for the transaction.
@@ -554,6 +555,7 @@ async fn a_sweep_follows_the_authority() {
 async fn a_sweep_that_nobody_follows_closes_the_way() {
     let mut pair = dual_write(TABLE, "").await;
     swept(&pair).await;
+    pair.proxy.verify().await;
     pair.proxy.request_phase("new-primary");
     until("the move waits", async || pair.proxy.log().contains("nobody follows it")).await;
     assert!(pair.proxy.holds("dual-write").await);

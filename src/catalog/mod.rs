@@ -239,7 +239,7 @@ impl Table {
 }
 
 /// Everything known of the migrating tables at one moment.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Catalog {
     /// By number.
     pub tables: HashMap<u32, Arc<Table>>,

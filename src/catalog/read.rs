@@ -348,10 +348,11 @@ const GRAMMAR: &[(u32, &[&str])] = &[
     (170_000, &["json", "json_exists", "json_query", "json_scalar", "json_serialize", "json_table", "json_value"]),
 ];
 
-/// Names that are written like a function's and are no user's: the system's functions, and types (a cast).
+/// Names that are written like a function's and are no user's: the system's functions, and types (a cast). Ours are none of them: each move makes one.
 async fn callable(client: &Client, version: u32) -> Result<HashSet<String>, Error> {
     let query = "SELECT p.proname::text FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
-                 WHERE n.nspname IN ('pg_catalog', 'information_schema') UNION SELECT t.typname::text FROM pg_type t WHERE t.typelem = 0";
+                 WHERE n.nspname IN ('pg_catalog', 'information_schema') UNION SELECT t.typname::text
+                 FROM pg_type t JOIN pg_namespace n ON n.oid = t.typnamespace WHERE t.typelem = 0 AND n.nspname <> 'crossfade'";
     let there = client.query(query, &[]).await?;
     let grammar = GRAMMAR.iter().filter(|(since, _)| version >= *since).flat_map(|(_, names)| *names);
     Ok(there.iter().map(|row| row.get(0)).chain(grammar.map(|name| name.to_string())).collect())

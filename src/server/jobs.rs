@@ -19,7 +19,7 @@ use crate::phase::Side;
 use crate::shared::{Paid, Shared, World, lock};
 use crate::switch::mover::{self, Stays};
 use crate::switch::record::Ask;
-use crate::switch::renew::renew;
+use crate::switch::renew::{renew, renew_if_other};
 
 /// How often debts that were paid are cleared.
 const CLEAR: Duration = Duration::from_millis(200);
@@ -52,7 +52,10 @@ pub fn signals(stop: watch::Sender<Stop>, path: PathBuf, shared: Arc<Shared>) {
         loop {
             tokio::select! {
                 _ = hangup.recv() => reload(&shared, &path),
-                () = shared.reload.notified() => reload(&shared, &path),
+                () = shared.reload.notified() => {
+                    reload(&shared, &path);
+                    shared.reloaded.notify_waiters();
+                }
                 () = shared.shutdown.notified() => further(&stop),
                 _ = terminate.recv() => further(&stop),
                 _ = interrupt.recv() => further(&stop),
@@ -301,9 +304,14 @@ async fn refresh(shared: Arc<Shared>) {
         if !changed && (told || prints.is_none() || compared.elapsed() > FINGERPRINT) {
             let now = async { Some((fingerprint(authority).await.ok()?, fingerprint(other).await.ok()?)) };
             let Some(now) = now.await else { continue };
-            // The first ones are later than the definitions that they are to watch over: those are read once more.
-            changed = prints.as_ref() != Some(&now);
+            changed = prints.as_ref().is_some_and(|known| *known != now);
+            let first = prints.is_none();
             (prints, compared) = (Some(now), Instant::now());
+            // It is later than the definitions that it is to watch over: those are read once more.
+            if first && let Err(error) = renew_if_other(&shared).await {
+                prints = None;
+                debug!(%error, "definitions cannot be read once more");
+            }
         }
         if (changed || told)
             && let Err(error) = renew(&shared).await

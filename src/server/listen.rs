@@ -276,6 +276,12 @@ async fn admit_operator(shared: &Shared, config: &Config, mut startup: Startup) 
         _ => return None,
     };
     let user = String::from_utf8_lossy(&login.user).into_owned();
+    if !login.credentials.checked {
+        let hint =
+            "Let the control role read pg_authid, or name the role and its password in `users` of crossfade's file.";
+        refuse(startup, &Report::fatal("28000", "crossfade could not check this role's password itself", hint)).await;
+        return None;
+    }
     if config.admins.contains(&user) {
         return Some((startup, user));
     }

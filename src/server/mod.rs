@@ -120,6 +120,7 @@ pub fn share(config: Config) -> Result<Shared, RunError> {
         owed: Notify::new(),
         wanted: Notify::new(),
         reload: Notify::new(),
+        reloaded: Notify::new(),
         shutdown: Notify::new(),
         sweep: Default::default(),
         ledger: Default::default(),

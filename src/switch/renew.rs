@@ -57,6 +57,15 @@ fn kept(before: &Catalog, known: &Table, table: &Table) -> bool {
 
 /// Reads the definitions of both sides again; from now on transactions plan with them.
 pub async fn renew(shared: &Arc<Shared>) -> Result<(), MoveError> {
+    read(shared, false).await
+}
+
+/// The same, where they are found to be other ones; else plans and the mirror's sessions stay.
+pub async fn renew_if_other(shared: &Arc<Shared>) -> Result<(), MoveError> {
+    read(shared, true).await
+}
+
+async fn read(shared: &Arc<Shared>, only_other: bool) -> Result<(), MoveError> {
     let _switching = shared.switching.lock().await;
     let world = shared.world.load_full();
     if world.phase.mirror().is_none() {
@@ -67,6 +76,9 @@ pub async fn renew(shared: &Arc<Shared>) -> Result<(), MoveError> {
     let (catalog, whole) = mover::load_catalog(&config, authority).await?;
     if !whole {
         return Err(MoveError::Closed("the mirror's definitions cannot be read".into()));
+    }
+    if only_other && *world.catalog == catalog {
+        return Ok(());
     }
     let found = Difference::between(&world.catalog, &catalog);
     let client = Shared::database(&config, authority).connect("crossfade definitions").await?;

@@ -58,6 +58,13 @@ pub enum Command {
     Set(Set),
     /// SET of anything else: drivers and tools send some by themselves.
     SetOther,
+    /// BEGIN, COMMIT, ROLLBACK: drivers send them around whatever is asked. Nothing here is undone.
+    Transaction {
+        /// Of its answer.
+        tag: &'static str,
+        /// BEGIN.
+        begins: bool,
+    },
     /// Reads the file again.
     Reload,
     /// Waits until no transaction is under way, and lets none begin.
@@ -104,6 +111,9 @@ pub fn read(text: &str) -> Result<Command, String> {
         }
         ["set", "phase", "=" | "to", rest @ ..] => set(&words[3..], rest).map(Command::Set),
         ["set", ..] => Ok(Command::SetOther),
+        ["begin" | "start", ..] => Ok(Command::Transaction { tag: "BEGIN", begins: true }),
+        ["commit" | "end", ..] => Ok(Command::Transaction { tag: "COMMIT", begins: false }),
+        ["rollback" | "abort", ..] => Ok(Command::Transaction { tag: "ROLLBACK", begins: false }),
         ["reload"] => Ok(Command::Reload),
         ["pause"] => Ok(Command::Pause),
         ["resume"] => Ok(Command::Resume),

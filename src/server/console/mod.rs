@@ -74,6 +74,9 @@ struct Console {
 enum Answer {
     Table(Table),
     Done(&'static str),
+    /// Of what a driver calls a transaction.
+    Begun(&'static str),
+    Ended(&'static str),
 }
 
 /// An error for the operator.
@@ -92,8 +95,16 @@ impl Console {
             Command::Set(set) => return self.set_phase(set).await,
             // psql and drivers send some by themselves.
             Command::SetOther => Answer::Done("SET"),
+            Command::Transaction { tag, begins: true } => Answer::Begun(tag),
+            Command::Transaction { tag, begins: false } => Answer::Ended(tag),
             Command::Reload => {
+                let mut reloaded = std::pin::pin!(shared.reloaded.notified());
+                reloaded.as_mut().enable();
                 shared.reload.notify_one();
+                reloaded.await;
+                if let Some(error) = lock(&shared.config_error).clone() {
+                    return Err(refused("F0000", format!("{error}; the settings of before stay in force")));
+                }
                 Answer::Done("RELOAD")
             }
             Command::Pause => {
@@ -138,6 +149,8 @@ impl Console {
         let command = command::read(text).map_err(|error| refused("42601", error))?;
         Ok(match self.carry_out(command).await? {
             Answer::Done(tag) => Response::Execution(Tag::new(tag)),
+            Answer::Begun(tag) => Response::TransactionStart(Tag::new(tag)),
+            Answer::Ended(tag) => Response::TransactionEnd(Tag::new(tag)),
             Answer::Table(table) => {
                 let fields = Arc::new(fields(table.columns, format));
                 let mut rows = Vec::with_capacity(table.rows.len());

@@ -36,7 +36,17 @@ pub fn columns(show: Show) -> &'static [&'static str] {
         Show::Servers => &["side", "addresses", "database", "sessions", "up"],
         Show::Proxies => &["id", "listen", "live"],
         Show::Debt => &["table", "keys", "ranges", "whole", "taints", "rows"],
-        Show::Shapes => &["shapes"],
+        Show::Shapes => &[
+            "count",
+            "shape",
+            "tables",
+            "mirrored",
+            "opaque",
+            "served_by_new",
+            "stays_because",
+            "compared",
+            "different",
+        ],
         Show::Stats | Show::Config => &["name", "value"],
         Show::History => &["at", "epoch", "event", "phase", "who", "why", "forced", "pause_ms", "error"],
         Show::Version => &["version"],
@@ -56,9 +66,7 @@ pub async fn show(shared: &Shared, show: Show) -> Result<Table, String> {
         Show::Servers => Side::BOTH.into_iter().map(|side| server(shared, &config, side)).collect(),
         Show::Proxies => proxies(shared, &config).await?,
         Show::Debt => debt(shared, &config).await?,
-        Show::Shapes => {
-            return Err("statement shapes are not listed yet: `crossfade explain SQL` says what becomes of one".into());
-        }
+        Show::Shapes => shapes(shared),
         Show::Stats => stats(shared),
         Show::Config => settings(shared, &config),
         Show::History => history(shared, &config).await?,
@@ -66,6 +74,26 @@ pub async fn show(shared: &Shared, show: Show) -> Result<Table, String> {
         Show::Help => HELP.iter().map(|(command, does)| vec![text(command), text(does)]).collect(),
     };
     Ok(Table { columns: columns(show), rows })
+}
+
+/// What `crossfade report` has, in short.
+fn shapes(shared: &Shared) -> Vec<Vec<Option<String>>> {
+    let report = crate::server::report::report(shared);
+    let text = |value: &serde_json::Value| match value {
+        serde_json::Value::Null => None,
+        serde_json::Value::String(text) => Some(text.clone()),
+        serde_json::Value::Array(values) => {
+            Some(values.iter().filter_map(|value| value.as_str()).collect::<Vec<_>>().join(", "))
+        }
+        other => Some(other.to_string()),
+    };
+    let names = ["count", "shape", "tables", "mirrored", "opaque", "served_by_new", "stays_because"];
+    let row = |shape: &serde_json::Value| {
+        let mut row: Vec<Option<String>> = names.iter().map(|name| text(&shape[*name])).collect();
+        row.extend(["runs", "different"].map(|name| text(&shape["compared"][name])));
+        row
+    };
+    report["shapes"].as_array().into_iter().flatten().map(row).collect()
 }
 
 /// The gates of the next step on the way to a phase.
