@@ -164,6 +164,19 @@ impl Writes {
 mod tests {
     use super::*;
 
+    /// A sweep makes up for rows that nobody saw, and not for definitions.
+    #[test]
+    fn a_reason_about_definitions_goes_before_others() {
+        let reasons = |given: &[&'static str]| {
+            let mut writes = Writes::default();
+            given.iter().for_each(|reason| writes.taint(1, reason));
+            writes.reason
+        };
+        assert_eq!(reasons(&["function", "cte"]), Some("function"));
+        assert_eq!(reasons(&["function", "definition"]), Some("definition"));
+        assert_eq!(reasons(&["ddl", "function"]), Some("ddl"));
+    }
+
     fn op(byte: u8) -> Op {
         let table = Table {
             number: 1,
