@@ -90,7 +90,7 @@ async fn an_operator_whose_password_nobody_checks_is_refused() {
     pair.databases.old.psql("postgres", unprivileged).await.expect("alters");
     pair.databases.new.psql("postgres", unprivileged).await.expect("alters");
     until("nobody can check it", async || {
-        let error = console(&pair, (CONTROL.0, "wrong")).await.err().expect("is refused");
+        let error = console(&pair, (CONTROL.0, "wrong")).await.expect_err("is refused");
         error.code().expect("is told").code() == "28000"
     })
     .await;
