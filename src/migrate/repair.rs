@@ -377,11 +377,13 @@ impl Repair {
     /// it was not paid, for a reason that does not concern them.
     async fn pay_whole(&mut self, table: &Arc<Table>, owes: &Owes, ledger: &mut Ledger) -> Result<bool, Error> {
         let number = table.number;
-        let left = match self.leaves_backfills {
-            Some(patience) => backfill::under_way(&mut self.pair.authority, number, patience).await?,
-            None => false,
-        };
-        if left || !locks::take(&mut self.pair, Kind::Table, &[number]).await? {
+        if self.backfill_is_at(number).await? || !locks::take(&mut self.pair, Kind::Table, &[number]).await? {
+            ledger.tables.insert(number, Unpaid::Busy);
+            return Ok(false);
+        }
+        // Once more under the lock: a backfill may have begun between the look and the lock, and would find its debts gone.
+        if self.backfill_is_at(number).await? {
+            locks::release(&mut self.pair, Kind::Table, &[number]).await?;
             ledger.tables.insert(number, Unpaid::Busy);
             return Ok(false);
         }
@@ -411,6 +413,14 @@ impl Repair {
         unpaid.extend(outcome.refused.into_iter().map(|(key, message)| (key, Unpaid::Refused(message))));
         locks::release(&mut self.pair, Kind::Table, &[number]).await?;
         Ok(true)
+    }
+
+    /// A backfill is at this table, and repair leaves it to that.
+    async fn backfill_is_at(&mut self, number: u32) -> Result<bool, Error> {
+        match self.leaves_backfills {
+            Some(patience) => backfill::under_way(&mut self.pair.authority, number, patience).await,
+            None => Ok(false),
+        }
     }
 
     /// What a change of definitions has left is not paid by the definitions of before: a new column would not be looked at.
