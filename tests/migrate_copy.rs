@@ -266,6 +266,64 @@ async fn a_table_without_a_key_is_copied_by_name_while_clients_insert() {
     assert_eq!(world.debts_left().await, 0);
 }
 
+/// Whoever has the table's lock for a moment (repair, which looks at each debt) does not make the copy of a move give up: nobody would make it again.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_copy_of_a_move_waits_for_another_job() {
+    let world = World::new(H).await;
+    world.on_old("INSERT INTO h SELECT n % 10, n, 'é' FROM generate_series(1, 100) n").await;
+    let (table, catalog) = (world.table("h").await, world.catalog().await);
+    let debt = world.owe(&[Debt::Table { table: table.number }]).await;
+    let (mover, other) = (world.old().await, world.new_replica().await);
+    exec(&mover, "BEGIN ISOLATION LEVEL REPEATABLE READ").await;
+    let snapshot: String = mover.query_one("SELECT pg_export_snapshot()", &[]).await.unwrap().get(0);
+    let mut pair = world.pair().await;
+    // Kind::Table.
+    let lock = format!("({}, {})", 0x4346_5442, table.number);
+    exec(&other, &format!("SELECT pg_advisory_lock{lock}")).await;
+    let mut emptying = Box::pin(copy::prepare(&mut pair, &catalog, &table));
+    assert!(tokio::time::timeout(Duration::from_millis(300), &mut emptying).await.is_err(), "has not waited");
+    exec(&other, &format!("SELECT pg_advisory_unlock{lock}")).await;
+    emptying.await.expect("empties");
+    exec(&other, &format!("SELECT pg_advisory_lock{lock}")).await;
+    let debts = [debt];
+    let mut copying = Box::pin(copy::keyless(&mut pair, &table, &snapshot, &debts));
+    assert!(tokio::time::timeout(Duration::from_millis(300), &mut copying).await.is_err(), "has not waited");
+    // What it cannot pay, repair does not lock.
+    let mut repair = world.repair().await;
+    let summary = repair.pass().await.expect("passes");
+    assert!(summary.refused[0].1.contains("repair --table"), "{summary:?}");
+    exec(&other, &format!("SELECT pg_advisory_unlock{lock}")).await;
+    assert_eq!(copying.await.expect("copies"), 100);
+    assert_eq!(world.debts_left().await, 0);
+    world.assert_equal("h").await;
+}
+
+/// A taint goes with the images of its transaction. While the mirror's COMMIT is under way the copy waits for it, or the taint would stay behind.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_by_name_waits_for_debts_in_flight() {
+    let world = World::new(H).await;
+    let (h, t) = (world.table("h").await, world.table("t").await);
+    let mirror = world.new_replica().await;
+    exec(&mirror, "BEGIN; INSERT INTO t VALUES (5, 5)").await;
+    let carrier = carrier_of(&mirror).await;
+    let authority = world.old().await;
+    exec(&authority, "BEGIN; INSERT INTO h VALUES (1, 1, 'by a trigger'); INSERT INTO t VALUES (5, 5)").await;
+    owe(&authority, Some(&carrier), &[Debt::Taint { table: h.number }, key(&t, 5)]).await;
+    exec(&authority, "COMMIT").await;
+    let mut repair = world.repair().await;
+    let catalog = world.catalog().await;
+    let mut copying = Box::pin(copy::locked(&mut repair.pair, &catalog, &h));
+    let early = tokio::time::timeout(Duration::from_millis(500), &mut copying).await;
+    assert!(early.is_err(), "copied, and the taint stays: {early:?}");
+    exec(&mirror, "COMMIT").await;
+    assert_eq!(copying.await.expect("copies"), 1);
+    repair::wait(&mut repair, Duration::from_secs(10)).await.expect("drains");
+    assert_eq!(world.debts_left().await, 0);
+    for table in ["h", "t"] {
+        world.assert_equal(table).await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mirror_whose_session_dies_on_the_way_loses_nothing() {
     let world = World::new("CREATE TABLE big (k int PRIMARY KEY, v text)").await;

@@ -29,9 +29,11 @@ use crate::ledger::debts::{self, Debt, Values};
 /// owes to the table are in the snapshot, and count as paid.
 pub async fn prepare(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Result<(), Error> {
     let incarnation = pair.incarnation().await?;
-    let entries = debts_of(pair, table, &incarnation).await?;
+    let mut entries = debts_of(pair, table, &incarnation).await?;
+    // What is in flight is brought by its own transaction.
+    entries.retain(|entry| entry.state != State::InFlight);
     let numbers = tables_of(table, &entries);
-    if !locks::take(pair, Kind::Table, &numbers).await? {
+    if !locks::take_within(pair, Kind::Table, &numbers, pair.settings.patience).await? {
         return Err(Error::Deadline(format!(
             "another job works on table {}: try again when it has ended",
             table.label()
@@ -82,7 +84,7 @@ pub async fn keyless(pair: &mut Pair, table: &Table, snapshot: &str, ids: &[i64]
     let Some(&first) = ids.first() else {
         return Err(Error::Unfit(format!("the copy of table {} pays no debt", table.label())));
     };
-    if !locks::take(pair, Kind::Table, &[table.number]).await? {
+    if !locks::take_within(pair, Kind::Table, &[table.number], pair.settings.settle).await? {
         return Err(Error::Deadline(format!(
             "another job works on table {}: try again when it has ended",
             table.label()
@@ -233,6 +235,10 @@ async fn locked_once(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Resul
         return Err(busy(pair, format!("transactions {} stay open", holders.join(", "))));
     }
     let entries = debts_of(pair, table, &incarnation).await?;
+    // A taint whose transaction carries images of other tables is in flight with them: left out, it would stay behind the copy that pays it.
+    if entries.iter().any(|entry| entry.state == State::InFlight) {
+        return Err(busy(pair, "transactions that owe it something are in flight on the mirror".to_owned()));
+    }
     let numbers = tables_of(table, &entries);
     if !locks::take(pair, Kind::Table, &numbers).await? {
         return Err(busy(pair, "another job works on the table".to_owned()));
@@ -249,16 +255,14 @@ async fn locked_once(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Resul
     Ok(rows)
 }
 
-/// Ledger rows that have to do with the table and are not in flight.
+/// Ledger rows that have to do with the table.
 async fn debts_of(pair: &mut Pair, table: &Table, incarnation: &str) -> Result<Vec<Entry>, Error> {
     let (mut after, mut found) = (0, Vec::new());
     loop {
         let entries = payable::read(pair.authority.at(), pair.mirror.at(), after, payable::ROWS, incarnation).await?;
         let Some(last) = entries.last() else { return Ok(found) };
         after = last.id;
-        found.extend(entries.into_iter().filter(|entry| {
-            entry.state != State::InFlight && entry.debts.iter().any(|debt| debt.table() == table.number)
-        }));
+        found.extend(entries.into_iter().filter(|entry| entry.debts.iter().any(|debt| debt.table() == table.number)));
     }
 }
 

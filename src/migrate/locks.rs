@@ -1,10 +1,13 @@
 //! Which job works on what (D4): advisory locks *on the mirror*, held by the session whose statements could come late. A successor gets them
 //! when that session is gone.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::error::{Error, Meaning};
 use super::link::Pair;
+
+/// Between two tries.
+const AGAIN: Duration = Duration::from_millis(20);
 
 /// What is locked. Each kind is the first key of its advisory locks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +32,20 @@ pub(crate) async fn take(pair: &mut Pair, kind: Kind, numbers: &[u32]) -> Result
         }
     }
     Ok(true)
+}
+
+/// As [`take`], trying again for so long: who has it may have it for a moment only.
+pub(crate) async fn take_within(pair: &mut Pair, kind: Kind, numbers: &[u32], limit: Duration) -> Result<bool, Error> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if take(pair, kind, numbers).await? {
+            return Ok(true);
+        }
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
 }
 
 /// Releases what [`take`] has taken.

@@ -13,6 +13,7 @@ use super::reconcile::{self, Outcome};
 use super::sql::Bounds;
 use super::sweep::{AtWork, SPENT_BY_SWEEP};
 use super::tokens;
+use super::walk;
 use crate::catalog::{Catalog, Sides, Table};
 use crate::ledger::clear::{ClearError, Clearing, flush_and_clear};
 use crate::ledger::debts::{Debt, Values};
@@ -377,7 +378,13 @@ impl Repair {
     /// it was not paid, for a reason that does not concern them.
     async fn pay_whole(&mut self, table: &Arc<Table>, owes: &Owes, ledger: &mut Ledger) -> Result<bool, Error> {
         let number = table.number;
-        if self.backfill_is_at(number).await? || !locks::take(&mut self.pair, Kind::Table, &[number]).await? {
+        let busy = self.backfill_is_at(number).await?;
+        // Without its lock: a copy that can pay it may be about to take that.
+        if let (false, Err(why)) = (busy, walk::walkable(table)) {
+            ledger.tables.insert(number, Unpaid::Refused(why.to_string()));
+            return Ok(false);
+        }
+        if busy || !locks::take(&mut self.pair, Kind::Table, &[number]).await? {
             ledger.tables.insert(number, Unpaid::Busy);
             return Ok(false);
         }

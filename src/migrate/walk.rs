@@ -20,20 +20,24 @@ const REFUSED_MOST: usize = 1000;
 /// Rows of the first chunk; later ones by what the first have shown.
 const FIRST: usize = 100;
 
+/// Why a table cannot be walked, as an error.
+pub(crate) fn walkable(table: &Table) -> Result<(), Error> {
+    let name = table.label();
+    match &table.opaque {
+        Some(why) => Err(Error::Unfit(format!("table {name} cannot be mirrored: {why}"))),
+        None if table.key.is_none() => Err(Error::Unfit(format!(
+            "table {name} has no key that reconcile could walk: copy it by name (repair --table)"
+        ))),
+        None => Ok(()),
+    }
+}
+
 /// Makes every row of a table equal on both sides. `progress` is told the rows done after each chunk. As in
 /// [`keys`], the caller flushes before it clears the debt, and the debt is paid only if nothing is `locked` or `refused`.
 ///
 /// One pass is enough: while the debt is open every writer is mirrored, so a key that is written behind the walk is that writer's debt.
 pub async fn table(pair: &mut Pair, table: &Table, progress: &mut (dyn FnMut(u64) + Send)) -> Result<Outcome, Error> {
-    if let Some(why) = &table.opaque {
-        return Err(Error::Unfit(format!("table {} cannot be mirrored: {why}", table.label())));
-    }
-    if table.key.is_none() {
-        let name = table.label();
-        return Err(Error::Unfit(format!(
-            "table {name} has no key that reconcile could walk: copy it by name (repair --table)"
-        )));
-    }
+    walkable(table)?;
     let mut outcome = Outcome::default();
     walk_authority(pair, table, &Bounds::default(), Manners::GiveWay, progress, &mut outcome).await?;
     walk_mirror(pair, table, &Bounds::default(), &mut outcome).await?;

@@ -5,6 +5,7 @@
 //! begun to answer, so that nothing has happened where it does not.
 
 use std::collections::HashMap;
+use std::io;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -385,9 +386,13 @@ impl Session {
         let clock = self.worker.clock.clone();
         let Some(seat) = self.seat() else { return Ok(()) };
         match clock.limit(limit, seat.query(set.as_bytes())).await {
-            Ok(Ok(())) => self.serving.state = State::Same,
-            Ok(Err(why)) => debug!(%why, "new cannot have this session's settings"),
-            Err(_) => self.shun(),
+            Ok(Ok(None)) => self.serving.state = State::Same,
+            Ok(Ok(Some(why))) => debug!(%why, "new cannot have this session's settings"),
+            // Of the settings it says nothing: the next login asks again.
+            Ok(Err(_)) | Err(_) => {
+                self.serving.state = State::Unknown;
+                self.shun();
+            }
         }
         Ok(())
     }
@@ -581,15 +586,15 @@ async fn open(
 }
 
 impl Seat {
-    /// Runs statements of ours.
-    async fn query(&mut self, text: &[u8]) -> Result<(), String> {
+    /// Runs statements of ours. Returns what new refused, if it did; an error where it was cut off.
+    async fn query(&mut self, text: &[u8]) -> io::Result<Option<String>> {
         frame::query(&mut self.conn.out, text);
         let mut refused = None;
         loop {
-            let (tag, payload) = self.conn.frame().await.map_err(|error| error.to_string())?;
+            let (tag, payload) = self.conn.frame().await?;
             match tag {
                 b'E' => refused = Some(frame::server_error(&payload).message),
-                b'Z' => return refused.map_or(Ok(()), Err),
+                b'Z' => return Ok(refused),
                 _ => {}
             }
         }

@@ -5,6 +5,8 @@ use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+use tokio_postgres::Client;
+use tokio_postgres::types::ToSql;
 use tracing::{debug, warn};
 
 use super::gates::evidence::Eyes;
@@ -23,9 +25,13 @@ const LATE: Duration = Duration::from_secs(1);
 /// History is written for so long at most: nobody waits for it.
 const NOTED: Duration = Duration::from_secs(2);
 
+/// What is done to those.
+const SEEN: &str = "SELECT l.pid";
+const ENDED: &str = "SELECT pg_catalog.pg_terminate_backend(l.pid)";
+
 /// Those that hold the epoch's table ($1); $2: all of them, else those of proxies that are dead, cut off or frozen: the connection that stands for such a
 /// one is gone, or has asked nothing for three seconds (it asks four times a second, whatever its clients do). By that server's clock alone.
-const HOLDERS: &str = "SELECT pg_catalog.pg_terminate_backend(l.pid) FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \
+const HOLDERS: &str = " FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \
     WHERE l.locktype = 'relation' AND l.relation = pg_catalog.to_regclass($1) AND l.mode = 'AccessShareLock' AND l.granted \
     AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) \
     AND ($2 OR EXISTS (SELECT FROM crossfade.sessions s WHERE s.pid = a.pid AND s.start IS NOT DISTINCT FROM a.backend_start \
@@ -34,7 +40,7 @@ const HOLDERS: &str = "SELECT pg_catalog.pg_terminate_backend(l.pid) FROM pg_cat
             WHERE p.id = s.proxy AND coalesce(e.query_start > clock_timestamp() - interval '3 seconds', true))))";
 
 /// On the mirror: transactions that carry images.
-const CARRIERS: &str = "SELECT pg_catalog.pg_terminate_backend(l.pid) FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \
+const CARRIERS: &str = " FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \
     WHERE l.locktype = 'relation' AND l.relation = pg_catalog.to_regclass($1) AND l.mode = 'AccessShareLock' AND l.granted \
     AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) AND a.application_name = 'crossfade mirror'";
 
@@ -52,6 +58,21 @@ pub struct Late {
     pub terminate: bool,
     /// It is the mirror that is waited for: the authority's transactions are over, and what they owe stands in the ledger.
     pub mirror: bool,
+}
+
+/// Ends whom that finds, and says so first: whoever waits for them goes on as soon as they are gone.
+async fn end(
+    client: &Client,
+    whom: &str,
+    parameters: &[&(dyn ToSql + Sync)],
+    (side, all): (Side, bool),
+) -> Result<(), tokio_postgres::Error> {
+    let found = client.query(&format!("{SEEN}{whom}"), parameters).await?;
+    if !found.is_empty() {
+        warn!(%side, sessions = found.len(), all, "transactions that the move cannot wait for are ended");
+        client.query(&format!("{ENDED}{whom}"), parameters).await?;
+    }
+    Ok(())
 }
 
 impl Eyes {
@@ -74,17 +95,13 @@ impl Eyes {
         let since = Instant::now();
         loop {
             let all = late.terminate && Instant::now() > late.deadline;
-            let ended = match late.mirror {
-                true if since.elapsed() > LATE => client.query(CARRIERS, &[&table]).await,
-                true => Ok(Vec::new()),
-                false => client.query(HOLDERS, &[&table, &all]).await,
+            let found = match late.mirror {
+                true if since.elapsed() > LATE => end(client, CARRIERS, &[&table], (side, all)).await,
+                true => Ok(()),
+                false => end(client, HOLDERS, &[&table, &all], (side, all)).await,
             };
-            match ended {
-                Ok(rows) if rows.is_empty() => {}
-                Ok(rows) => {
-                    warn!(%side, ended = rows.len(), all, "transactions that the move cannot wait for are ended")
-                }
-                Err(error) => debug!(%side, %error, "those that the move waits for cannot be seen"),
+            if let Err(error) = found {
+                debug!(%side, %error, "those that the move waits for cannot be seen");
             }
             tokio::time::sleep(LOOK).await;
         }
