@@ -11,6 +11,8 @@ use super::stream::Stream;
 
 /// Bytes asked for by one read.
 const READ: usize = 16 * 1024;
+/// An empty buffer with more room than this is given back at once: a statement of many megabytes is no measure for the next one.
+const KEPT: usize = 1024 * 1024;
 
 /// A connection: what has been read and not used yet, what has not been written yet.
 #[derive(Debug)]
@@ -38,7 +40,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Conn<S> {
         while !self.out.is_empty() {
             match Pin::new(&mut self.stream).poll_write(cx, &self.out) {
                 Poll::Ready(Ok(0)) => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
-                Poll::Ready(Ok(written)) if written == self.out.len() => self.out.clear(),
+                Poll::Ready(Ok(written)) if written == self.out.len() => clear(&mut self.out),
                 Poll::Ready(Ok(written)) => bytes::Buf::advance(&mut self.out, written),
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 Poll::Pending => return Poll::Pending,
@@ -51,6 +53,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Conn<S> {
     pub fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
         if self.closed {
             return Poll::Pending;
+        }
+        if self.inb.is_empty() {
+            clear(&mut self.inb);
         }
         // A frame that is larger than one read is read in larger steps.
         let additional = if self.inb.len() >= READ { READ * 4 } else { READ };
@@ -124,6 +129,13 @@ impl Conn<Stream> {
     }
 }
 
+fn clear(buffer: &mut BytesMut) {
+    match buffer.capacity() > KEPT {
+        true => *buffer = BytesMut::new(),
+        false => buffer.clear(),
+    }
+}
+
 /// Moves the first `count` bytes of `from` behind `to`; takes the whole buffer over where that needs no copy.
 pub fn pass(from: &mut BytesMut, to: &mut BytesMut, count: usize) {
     if to.is_empty() && count == from.len() {
@@ -149,5 +161,24 @@ mod tests {
         assert_eq!(conn.inb.len(), READ);
         conn.fill().await.expect("reads");
         assert_eq!(conn.inb.len(), READ + READ * 4);
+    }
+
+    /// The room that one long statement took is not kept for the session's life.
+    #[tokio::test]
+    async fn much_room_is_given_back_once_it_is_empty() {
+        let (mut far, near) = tokio::io::duplex(8 << 20);
+        let mut conn = Conn::new(near, BytesMut::new());
+        conn.out.extend_from_slice(&vec![b'x'; 4 << 20]);
+        conn.flush().await.expect("writes");
+        assert!(conn.out.capacity() <= KEPT, "{}", conn.out.capacity());
+        far.write_all(&vec![b'x'; 4 << 20]).await.expect("fits");
+        while conn.inb.len() < 4 << 20 {
+            conn.fill().await.expect("reads");
+        }
+        conn.inb.clear();
+        far.write_all(b"y").await.expect("fits");
+        conn.fill().await.expect("reads");
+        assert!(conn.inb.capacity() <= KEPT, "{}", conn.inb.capacity());
+        assert_eq!(&conn.inb[..], b"y");
     }
 }
