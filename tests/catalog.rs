@@ -308,6 +308,8 @@ fn facts(verb: Verb, table: &str) -> Facts {
         functions: Vec::new(),
         returning: false,
         on_conflict: None,
+        conflict_columns: Vec::new(),
+        set_to_excluded: Vec::new(),
         modifying_cte: false,
         locking: false,
         current_of: false,

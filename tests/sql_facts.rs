@@ -300,6 +300,17 @@ fn flags_columns_parameters_and_end() {
         read("insert into t values (1) on conflict (a) where b do update set c = 1").on_conflict,
         Some(OnConflict::Update)
     );
+    let upsert = |clause: &str| read(&format!("insert into t as x values (1) on conflict {clause}"));
+    let set = |clause: &str| upsert(&format!("(a) do update set {clause}")).set_to_excluded;
+    assert_eq!(upsert("(\"B\", a) do nothing").conflict_columns, ["B", "a"]);
+    for other in ["(a collate \"C\")", "(a int4_ops)", "((a))", "(a, (b + 1))", "(a) where b", "on constraint a", ""] {
+        assert_eq!(upsert(&format!("{other} do nothing")).conflict_columns, [""; 0], "{other}");
+    }
+    assert_eq!(set("A = Excluded.a, b = excluded . \"b\", c = excluded.a, d = x.d, e = excluded.e + 1"), ["a", "b"]);
+    assert_eq!(set("(a, b) = (excluded.a, excluded.b)"), [""; 0]);
+    assert_eq!(set("a = (select excluded.a)"), [""; 0]);
+    assert_eq!(set("a = \"EXCLUDED\".a"), [""; 0]);
+    assert_eq!(read("update t set a = excluded.a from excluded").set_to_excluded, [""; 0]);
     assert!(!read("with x as (delete from u returning *) insert into t select * from x").returning);
     for lock in ["update", "no key update of a nowait", "share skip locked", "key share"] {
         assert!(read(&format!("select * from a for {lock}")).locking, "{lock}");

@@ -139,6 +139,8 @@ pub struct Key {
     pub bytewise: bool,
     /// The equality operator of the key's index for each column, usable in SQL whatever the search_path: `OPERATOR(pg_catalog.=)`.
     pub equals: Sides<Vec<String>>,
+    /// No other unique index stands over the same columns with another equality: ON CONFLICT on these columns finds rows with an equal key.
+    pub alone: Sides<bool>,
 }
 
 /// What may happen beside the rows that a statement names.

@@ -326,8 +326,13 @@ fn key(
                     deterministic,
                 )
         });
+        let alone = Sides::of(|side| {
+            let (index, names) = if side == Side::Old { (*old, old_names) } else { (*new, new_names) };
+            candidates.get(side).iter().all(|(other, others)| same_equality((index, names), (other, others)))
+        });
         return Ok(Some(Key {
             columns: positions,
+            alone,
             deferrable: Sides { old: !old.immediate, new: !new.immediate },
             bytewise,
             equals: Sides { old: old.equals.clone(), new: new_at.iter().map(|&at| new.equals[at].clone()).collect() },
@@ -338,6 +343,18 @@ fn key(
         (Some((_, names)), _) => Err(format!("its key ({}) on old is no key on new", names.join(", "))),
         (None, Some((_, names))) => Err(format!("its key ({}) on new is no key on old", names.join(", "))),
     }
+}
+
+/// Where they stand over the same columns, both take the same values for equal (and neither is deferrable alone, which ON CONFLICT does not take).
+fn same_equality((index, names): (&Index, &[&str]), (other, others): (&Index, &[&str])) -> bool {
+    let at = |name: &&str| others.iter().position(|other| other == name);
+    let found: Option<Vec<usize>> = names.iter().map(at).collect();
+    found.filter(|_| names.len() == others.len()).is_none_or(|found| {
+        let mut pairs = found.into_iter().enumerate();
+        index.immediate == other.immediate
+            && pairs
+                .all(|(a, b)| index.equals[a] == other.equals[b] && index.deterministic[a] == other.deterministic[b])
+    })
 }
 
 /// The names of an index's columns, if all are NOT NULL.

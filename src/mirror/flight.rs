@@ -309,7 +309,13 @@ mod tests {
     use crate::catalog::Key;
 
     fn table(number: u32, bytewise: bool) -> Arc<Table> {
-        let key = Key { columns: vec![], deferrable: Default::default(), bytewise, equals: Default::default() };
+        let key = Key {
+            columns: vec![],
+            deferrable: Default::default(),
+            bytewise,
+            equals: Default::default(),
+            alone: crate::catalog::Sides { old: true, new: true },
+        };
         Arc::new(Table {
             number,
             schema: Default::default(),

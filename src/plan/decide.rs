@@ -287,8 +287,20 @@ impl View<'_> {
     fn key_may_change(&self, target: &Target, table: &Table) -> bool {
         let columns = table.key.iter().flat_map(|key| &key.columns).map(|&at| &table.columns[at]);
         let mut columns = columns.map(|column| (column.name.get(self.side), *column.generated.get(self.side)));
+        let kept = |name: &String| self.finds_by_key(table) && self.facts.set_to_excluded.contains(name);
         table.effects.get(self.side).before_row
-            || columns.any(|(name, generated)| generated || target.assigned.contains(name))
+            || columns.any(|(name, generated)| generated || target.assigned.contains(name) && !kept(name))
+    }
+
+    /// The row that ON CONFLICT finds has the key of the row that was to be inserted: setting its key to that one's (as some libraries set all
+    /// columns) does not change it.
+    fn finds_by_key(&self, table: &Table) -> bool {
+        table.key.as_ref().is_some_and(|key| {
+            let mut columns: Vec<&String> =
+                key.columns.iter().map(|&at| table.columns[at].name.get(self.side)).collect();
+            columns.sort_unstable();
+            key.bytewise && *key.alone.get(self.side) && self.facts.conflict_columns.iter().eq(columns)
+        })
     }
 
     /// The hidden column for a name that may mean any of these tables.

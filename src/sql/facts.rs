@@ -155,6 +155,10 @@ pub struct Facts {
     pub returning: bool,
     /// ON CONFLICT's action.
     pub on_conflict: Option<OnConflict>,
+    /// The columns by which ON CONFLICT finds the row, where these alone are named (no expression, collation, operator class or WHERE), folded and sorted.
+    pub conflict_columns: Vec<String>,
+    /// Columns that DO UPDATE sets to what the row that conflicts has in them: `SET id = EXCLUDED.id`. Folded; `assigned` has them too.
+    pub set_to_excluded: Vec<String>,
     /// A CTE of it writes.
     pub modifying_cte: bool,
     /// FOR UPDATE, FOR NO KEY UPDATE, FOR SHARE, FOR KEY SHARE somewhere.

@@ -112,6 +112,8 @@ fn bare(text: &[u8], tokens: &[Token]) -> Facts {
         functions: Vec::new(),
         returning: false,
         on_conflict: None,
+        conflict_columns: Vec::new(),
+        set_to_excluded: Vec::new(),
         modifying_cte: false,
         locking: false,
         current_of: false,

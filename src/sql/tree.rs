@@ -167,6 +167,7 @@ impl Reader<'_> {
             K::LOCKING_CLAUSE => self.facts.locking = true,
             K::WHERE_CURRENT_OF => self.facts.current_of = true,
             K::RETURNING_CLAUSE if node.parent().as_ref() == Some(&self.top) => self.facts.returning = true,
+            K::CONFLICT_ON_INDEX => self.conflict_columns(node),
             K::CONFLICT_DO_NOTHING => self.on_conflict(node, OnConflict::Nothing),
             K::CONFLICT_DO_UPDATE_SET => self.on_conflict(node, OnConflict::Update),
             K::INTO_CLAUSE => self.into(node),
@@ -254,6 +255,8 @@ impl Reader<'_> {
         let holder = if parent.kind() == K::COLUMN_TARGET_LIST { parent.parent()? } else { parent };
         match holder.kind() {
             K::SET_SINGLE_COLUMN | K::SET_MULTIPLE_COLUMNS => {
+                let again = write.node == self.top && is_set_to_excluded(self.source, &holder, &column);
+                self.facts.set_to_excluded.extend(again.then(|| column.clone()));
                 write.assigned.insert(column);
             }
             K::INSERT if holder == self.top => self.facts.columns.get_or_insert_default().push(column),
@@ -266,6 +269,23 @@ impl Reader<'_> {
         if node.parent().and_then(|clause| clause.parent()).as_ref() == Some(&self.top) {
             self.facts.on_conflict = Some(action);
         }
+    }
+
+    fn conflict_columns(&mut self, node: &SyntaxNode) {
+        if node.parent().and_then(|clause| clause.parent()).as_ref() != Some(&self.top) {
+            return;
+        }
+        let plain = |item: &SyntaxNode| match self.source.tokens_of(item) {
+            [token] => name::fold(self.source.text, token),
+            _ => None,
+        };
+        let mut parts = node.children();
+        let (list, more) = (parts.next(), parts.next());
+        let columns =
+            list.filter(|_| more.is_none()).and_then(|list| list.children().map(|item| plain(&item)).collect());
+        let mut columns: Vec<String> = columns.unwrap_or_default();
+        columns.sort_unstable();
+        self.facts.conflict_columns = columns;
     }
 
     fn into(&mut self, node: &SyntaxNode) {
@@ -323,6 +343,18 @@ impl Reader<'_> {
         facts.reads = self.reads.into_iter().collect();
         facts.functions = self.functions.into_iter().collect();
         facts
+    }
+}
+
+/// `column = EXCLUDED.column` of DO UPDATE SET.
+fn is_set_to_excluded(source: Source<'_>, set: &SyntaxNode, column: &str) -> bool {
+    let of_conflict = set.ancestors().skip(1).take(4).any(|above| above.kind() == K::CONFLICT_DO_UPDATE_SET);
+    let fold = |token| name::fold(source.text, token);
+    match source.tokens_of(set) {
+        [_, _, excluded, _, named] if of_conflict => {
+            fold(excluded).as_deref() == Some("excluded") && fold(named).as_deref() == Some(column)
+        }
+        _ => false,
     }
 }
 

@@ -23,6 +23,9 @@ const SCHEMA: &str = "
     CREATE TABLE parted_1 PARTITION OF parted FOR VALUES IN (1);
     CREATE TABLE parted_2 (v text, part int NOT NULL, k int NOT NULL);
     ALTER TABLE parted ATTACH PARTITION parted_2 FOR VALUES IN (2);
+    CREATE COLLATION folded (provider = icu, locale = 'und-u-ks-level2', deterministic = false);
+    CREATE TABLE names (name text PRIMARY KEY, v int);
+    CREATE UNIQUE INDEX ON names (name COLLATE folded);
 ";
 
 #[tokio::test]
@@ -130,6 +133,20 @@ async fn by_other_ways(stage: &Stage) {
     let upsert = "INSERT INTO swapped VALUES (1, 'u'), (2, 'w') ON CONFLICT (u) DO UPDATE SET id = swapped.id + 10";
     script(stage, &[(upsert, "C(INSERT 0 2) Z(I)"), (upsert, "C(INSERT 0 2) Z(I)")]).await;
     story.heals("key-change", &[("swapped", &["(11,u,)", "(12,w,)"])]).await;
+
+    let story = stage.story("ON CONFLICT DO UPDATE sets all columns, those of the key to what they are").await;
+    let all = "INSERT INTO pair VALUES (1, 'x', 'a'), (2, 'y', 'b') ON CONFLICT (b, a) DO UPDATE SET a = EXCLUDED.a, b = EXCLUDED.b, v = pair.v || EXCLUDED.v RETURNING v";
+    let replies = ["T(v) D(a) D(b) C(INSERT 0 2) Z(I)", "T(v) D(aa) D(bb) C(INSERT 0 2) Z(I)"];
+    script(stage, &[("TRUNCATE pair", "C(TRUNCATE TABLE) Z(I)"), (all, replies[0]), (all, replies[1])]).await;
+    story.exact(&[("pair", &["(1,x,aa)", "(2,y,bb)"])]).await;
+
+    let story = stage.story("... found by another index, to which other keys are equal").await;
+    let (first, second) = (
+        "INSERT INTO names VALUES ('a', 1) ON CONFLICT (name) DO UPDATE SET name = EXCLUDED.name",
+        "INSERT INTO names VALUES ('A', 2) ON CONFLICT (name) DO UPDATE SET name = EXCLUDED.name",
+    );
+    script(stage, &[(first, "C(INSERT 0 1) Z(I)"), (second, "C(INSERT 0 1) Z(I)")]).await;
+    story.heals("key-change", &[("names", &["(A,1)"])]).await;
 
     let story = stage.story("a trigger keeps a row as it was: the UPDATE never reaches what was read").await;
     let lines = [

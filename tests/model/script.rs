@@ -177,7 +177,13 @@ fn number(value: &Option<Bytes>) -> usize {
 }
 
 fn table() -> Table {
-    let key = Key { columns: vec![0], deferrable: Default::default(), bytewise: true, equals: Default::default() };
+    let key = Key {
+        columns: vec![0],
+        deferrable: Default::default(),
+        bytewise: true,
+        equals: Default::default(),
+        alone: crossfade::catalog::Sides { old: true, new: true },
+    };
     Table {
         number: 1,
         schema: Default::default(),

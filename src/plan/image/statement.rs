@@ -38,13 +38,14 @@ pub fn needs_lock(table: &Table, side: Side) -> bool {
 /// One writer of a table at a time, the next one when the transaction before it has ended. Its parameter: the table's number.
 pub const KEY_LOCK: &str = "SELECT pg_catalog.pg_advisory_xact_lock(1668443764, $1)";
 
-/// `upsert` cannot be had on that side: the key is deferrable there (no arbiter of ON CONFLICT), or a GENERATED ALWAYS identity would have to
-/// be set by UPDATE. `delete` of the keys and then `insert` do instead, with SET CONSTRAINTS ALL DEFERRED.
+/// `upsert` cannot be had on that side: the key is deferrable there (no arbiter of ON CONFLICT), another index over the same columns takes other
+/// values for equal (ON CONFLICT would take its rows for the key's), or a GENERATED ALWAYS identity would have to be set by UPDATE. `delete` of the keys and then `insert` do instead, with SET CONSTRAINTS ALL DEFERRED.
 pub fn needs_replace(table: &Table, side: Side) -> bool {
     let Some(key) = &table.key else { return false };
     let of_key = |at: usize| key.columns.contains(&at);
     let identity = |at: usize| *table.columns[at].identity_always.get(side);
     *key.deferrable.get(side)
+        || !*key.alone.get(side)
         || writable(table, side).any(|at| identity(at) && !of_key(at))
         || assigned(table, side).is_empty()
 }
