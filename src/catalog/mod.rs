@@ -152,6 +152,8 @@ pub struct SideEffects {
     pub update: bool,
     /// ... on DELETE.
     pub delete: bool,
+    /// A foreign key towards the key cascades (or sets null, or default) where an UPDATE changes it.
+    pub rekey: bool,
     /// An enabled BEFORE ROW trigger on UPDATE that may change the key.
     pub before_row: bool,
     /// An enabled trigger fires on TRUNCATE.

@@ -388,10 +388,11 @@ fn effects(server: &Server, members: &BTreeSet<u32>, root: u32, key: &[(i16, &st
     {
         for foreign in foreign {
             effects.delete |= foreign.cascades_delete;
-            // An UPDATE that changes the key is opaque anyway, and one that does not cannot cascade from it.
+            // An UPDATE that leaves the key as it is cannot cascade from it.
             let to_key = referenced == root
                 && foreign.referenced_columns.iter().all(|column| key.iter().any(|(number, _)| number == column));
             effects.update |= foreign.cascades_update && !to_key;
+            effects.rekey |= foreign.cascades_update && to_key;
         }
     }
     if members.iter().any(|member| server.calling.contains(member)) {

@@ -184,7 +184,7 @@ fn whole(view: &mut View<'_>, table: &Table, told: bool) {
         }
     }
     let effects = &table.effects.old;
-    if effects.insert || effects.update || effects.delete {
+    if effects.insert || effects.update || effects.delete || effects.rekey {
         let what =
             "a trigger or a cascading foreign key of it may write tables: such writes are audited, and may taint them";
         let mend = "none needed; repair compares a tainted table as a whole".to_owned();

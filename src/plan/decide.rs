@@ -197,7 +197,8 @@ impl View<'_> {
             Written::Elsewhere => return self.read(),
         };
         let calls = self.calls();
-        let side_effects = calls || self.facts.modifying_cte || tables.iter().any(|table| self.side_effects(table));
+        let side_effects =
+            calls || self.facts.modifying_cte || tables.iter().any(|table| self.side_effects(target, table));
         let hidden = match self.refusal(target, &tables) {
             None => self.hidden(target, &tables),
             Some(reason) => Err(reason),
@@ -251,12 +252,12 @@ impl View<'_> {
     }
 
     /// Triggers or cascades may write more than the statement itself.
-    fn side_effects(&self, table: &Table) -> bool {
-        let SideEffects { insert, update, delete, .. } = table.effects.get(self.side);
+    fn side_effects(&self, target: &Target, table: &Table) -> bool {
+        let SideEffects { insert, update, delete, rekey, .. } = table.effects.get(self.side);
         // An UPDATE that moves a row to another partition deletes and inserts it.
         let moves = self.updates() && !table.partitions.get(self.side).is_empty();
         (self.facts.verb == Verb::Insert && *insert)
-            || (self.updates() && *update)
+            || (self.updates() && (*update || *rekey && self.key_may_change(target, table)))
             || (self.facts.verb == Verb::Delete && *delete)
             || (moves && (*insert || *delete))
     }
