@@ -8,7 +8,7 @@ use super::{Trouble, named, what_holds};
 use crate::catalog::Table;
 use crate::config;
 use crate::migrate;
-use crate::migrate::verify::{self, Found, How, Options, Verify};
+use crate::migrate::verify::{self, Event, Found, How, Options, Verify};
 use crate::phase::Side;
 use crate::shared::{Shared, lock};
 use crate::switch::mover;
@@ -28,9 +28,12 @@ pub struct VerifyArguments {
     /// Rows per second at most, over all jobs.
     #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
     rate: Option<u64>,
-    /// What differs is made equal to the authority's rows: entered as debts and paid.
+    /// What differs is made equal to the authority's rows: entered as debts and paid. A table without a key is copied, and its writers wait meanwhile.
     #[arg(long)]
     repair: bool,
+    /// Goes on where an earlier run was ended: what it saw as equal is not compared again, unless something of the table was owed since.
+    #[arg(long)]
+    resume: bool,
     /// One JSON document, with every row that differs.
     #[arg(long)]
     json: bool,
@@ -60,7 +63,7 @@ pub async fn verify(path: &Path, arguments: VerifyArguments) -> Result<bool, Tro
     }
     let control = Shared::database(&config, authority).connect("crossfade verify").await?;
     // Not again where all of it is there: clients' transactions see definitions change when it is made.
-    if migrate::verify::standing(&control).await.is_err() {
+    if !verify::installed(&control).await? {
         migrate::install(&control, authority).await?;
     }
     let names: Vec<&String> = arguments.tables.iter().chain(&arguments.more_tables).collect();
@@ -71,8 +74,7 @@ pub async fn verify(path: &Path, arguments: VerifyArguments) -> Result<bool, Tro
     };
     tables.sort_by_key(|table| table.label());
     tables.dedup_by_key(|table| table.number);
-    let (tables, left_out): (Vec<_>, Vec<_>) =
-        tables.into_iter().partition(|table| table.opaque.is_none() && table.key.is_some());
+    let (tables, left_out): (Vec<_>, Vec<_>) = tables.into_iter().partition(|table| table.opaque.is_none());
     let job = Verify {
         authority_side: authority,
         authority: Shared::database(&config, authority).clone(),
@@ -85,18 +87,20 @@ pub async fn verify(path: &Path, arguments: VerifyArguments) -> Result<bool, Tro
         jobs: arguments.jobs.into(),
         rate: arguments.rate,
         repair: arguments.repair,
+        resume: arguments.resume,
         patience: Duration::from_secs(arguments.patience),
     };
     let equal = Mutex::new(left_out.is_empty());
     let documents = Mutex::new(Vec::new());
     for table in &left_out {
-        let why = table.opaque.clone().unwrap_or_else(|| "it has no key".to_owned());
+        let why = table.opaque.clone().unwrap_or_default();
         if !arguments.json {
             println!("{}: not compared: {why}", table.label());
         }
         lock(&documents).push(serde_json::json!({ "table": table.label(), "not_compared": why }));
     }
-    let tell = |table: &Table, found: &Found| {
+    let tell = |event: Event<'_>| {
+        let Event::Table { table, found, .. } = event else { return };
         *lock(&equal) &= found.is_equal();
         if arguments.json {
             lock(&documents).push(document(table, found));
@@ -138,20 +142,29 @@ fn document(table: &Table, found: &Found) -> serde_json::Value {
             How::Missing => ("missing", &[][..]),
             How::Extra => ("extra", &[][..]),
             How::Columns(columns) => ("changed", &columns[..]),
+            How::Count(counts) => {
+                return serde_json::json!({ "row": difference.shown.concat(), "old": counts.old, "new": counts.new });
+            }
         };
         serde_json::json!({ "key": shown(table, &difference.shown), "how": how, "columns": columns })
     };
     serde_json::json!({
         "table": table.label(), "rows": found.rows, "rows_per_second": per_second(found), "equal": found.is_equal(),
-        "different": found.different.iter().map(difference).collect::<Vec<_>>(),
-        "repaired": found.repaired, "owed": found.owed, "owed_as_a_whole": found.covered, "locked": found.busy,
+        "different": found.different.iter().map(difference).collect::<Vec<_>>(), "rows_different": found.rows_different(),
+        "at_least": found.at_least, "repaired": found.repaired, "owed": found.owed, "owed_as_a_whole": found.covered, "locked": found.busy,
+        "unseen": found.unseen, "compared_before": found.before,
     })
 }
 
 fn lines(table: &Table, found: &Found, mirror: Side) -> String {
-    let mut out = format!("{}: {} rows, {} rows/s", table.label(), found.rows, per_second(found));
+    let mut out = format!("{}: {} rows", table.label(), found.rows);
+    out += &match found.before {
+        true => ", as an earlier run has found".to_owned(),
+        false => format!(", {} rows/s", per_second(found)),
+    };
+    let differ = if found.at_least { "or more differ" } else { "differ" };
     for (count, what) in [
-        (found.different.len() as u64, "differ"),
+        (found.rows_different(), differ),
         (found.repaired, "repaired"),
         (found.owed, "differ and are owed"),
         (found.covered, "differ while the table is owed as a whole: repair or backfill it first"),
@@ -161,12 +174,22 @@ fn lines(table: &Table, found: &Found, mirror: Side) -> String {
             out += &format!(", {count} {what}");
         }
     }
+    if let Some(why) = &found.unseen {
+        out += &format!(", not compared: {why}; try again when it is written less");
+    }
     out += if found.is_equal() { ", equal\n" } else { "\n" };
     for difference in found.different.iter().take(SHOWN) {
-        let key = shown(table, &difference.shown);
-        let key: Vec<String> =
-            key.iter().map(|(name, text)| format!("{name} {}", text.as_str().unwrap_or_default())).collect();
-        out += &format!("  {}: {}\n", key.join(", "), difference.how.told(mirror));
+        let row = match &difference.how {
+            How::Count(_) => difference.shown.concat(),
+            _ => {
+                let key = shown(table, &difference.shown);
+                let part = |(name, text): (&String, &serde_json::Value)| {
+                    format!("{name} {}", text.as_str().unwrap_or_default())
+                };
+                key.iter().map(part).collect::<Vec<_>>().join(", ")
+            }
+        };
+        out += &format!("  {row}: {}\n", difference.how.told(mirror));
     }
     if found.different.len() > SHOWN {
         out += &format!("  and {} more (--json shows all)\n", found.different.len() - SHOWN);

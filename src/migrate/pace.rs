@@ -32,6 +32,14 @@ impl Pace {
     }
 }
 
+/// How long a job rests that may use this share (0 to 1) of the time, and has worked for so long; None: for ever.
+pub(super) fn rest(share: f64, worked: Duration) -> Option<Duration> {
+    (share > 0.0).then(|| worked.mul_f64((1.0 / share.min(1.0) - 1.0).min(REST_MOST)))
+}
+
+/// ... this many times as long at most.
+const REST_MOST: f64 = 100_000.0;
+
 /// Whether the servers suffer, seen from one job: how long the commits of its steps take, beside how long they have taken at best.
 #[derive(Default)]
 pub(super) struct Strain {
@@ -80,6 +88,15 @@ mod tests {
         assert_eq!(pace.after(500, later), Duration::ZERO);
         assert_eq!(pace.after(1000, later), second / 2);
         assert_eq!(Pace::new(None, begun).after(1_000_000, begun), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_share_of_the_time_is_worked() {
+        let second = Duration::from_secs(1);
+        assert_eq!(rest(1.0, second), Some(Duration::ZERO));
+        assert_eq!(rest(0.25, second), Some(second * 3));
+        assert_eq!(rest(0.01, second).map(|rest| rest.as_secs_f64().round()), Some(99.0));
+        assert_eq!(rest(0.0, second), None);
     }
 
     #[test]
