@@ -287,7 +287,7 @@ async fn a_table_without_a_key_is_compared_as_a_whole() {
     proxied.batch_execute("INSERT INTO empty VALUES ('owed')").await.expect("is acknowledged");
     let (document, status) = verify(proxy, &[]).await;
     assert_eq!(status, Some(1), "{document:#}");
-    let bag = ["(,0,) 1 2", "(,0,\"\") 1 0", "(1,-0,\"\") 1 0", "(1,0,\"\") 1 2", "(3,0,new) 2 3", "(7,1.5,row) 50 49"];
+    let bag = ["(,0,\"\") 1 0", "(,0,) 1 2", "(1,-0,\"\") 1 0", "(1,0,\"\") 1 2", "(3,0,new) 2 3", "(7,1.5,row) 50 49"];
     assert_eq!(counts(&document, "public.bag"), bag);
     assert_eq!(counts(&document, "public.parts"), ["(3,p) 5 4", "(30,p) 0 1"]);
     assert_eq!(counts(&document, "public.empty"), Vec::<String>::new(), "{document:#}");
@@ -321,7 +321,7 @@ async fn a_table_without_a_key_is_compared_as_a_whole() {
     let (document, _) = verify(proxy, &[]).await;
     assert_eq!(
         (counts(&document, "public.bag"), document["tables"][0]["owed_as_a_whole"].as_u64()),
-        (Vec::new(), Some(4)),
+        (Vec::new(), Some(104)),
         "{document:#}"
     );
     let copied = proxy.crossfade(&["repair", "--table", "bag"]).await;
@@ -349,18 +349,14 @@ async fn equal_rows_that_come_in_meanwhile_make_up_for_none() {
     let (url, arguments) = (pair.url(), ["-n", "-c", "4", "-j", "1", "-T", "4", "-f", &script]);
     let load = try_pgbench(&program, &url, &arguments);
     let looking = async {
-        let (begun, mut looks) = (std::time::Instant::now(), 0);
-        while begun.elapsed() < Duration::from_secs(3) {
+        for _ in 0..3 {
             let (document, status) = verify(&pair.proxy, &[]).await;
-            assert_eq!((status, document["tables"][0]["rows_different"].as_u64()), (Some(1), Some(2)), "{document:#}");
-            let different = document["tables"][0]["different"].as_array().expect("a list").clone();
-            let missing =
-                different[0]["old"].as_u64().expect("a number") - different[0]["new"].as_u64().expect("a number");
-            assert!(missing == 1 && different[1]["row"] == "(planted)", "{document:#}");
-            looks += 1;
+            let found = &document["tables"][0];
+            assert_eq!((status, found["rows_different"].as_u64()), (Some(1), Some(2)), "{document:#}");
+            let count = |side: &str| found["different"][0][side].as_u64().expect("a number");
+            assert!(count("old") == count("new") + 1 && found["different"][1]["row"] == "(planted)", "{document:#}");
         }
-        looks
     };
-    let (load, looks) = tokio::join!(load, looking);
-    assert!(load.expect("the load runs").transactions > 100 && looks > 2, "{looks} looks");
+    let (load, ()) = tokio::join!(load, looking);
+    assert!(load.expect("the load runs").transactions > 100);
 }

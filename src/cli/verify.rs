@@ -1,10 +1,15 @@
 //! `crossfade verify`: what it is asked for, what it shows.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::{Trouble, named, what_holds};
+use tokio_postgres::Client;
+
+use super::progress::Show;
+use super::tables::TableArguments;
+use super::{Trouble, what_holds};
 use crate::catalog::Table;
 use crate::config;
 use crate::migrate;
@@ -16,18 +21,8 @@ use crate::switch::mover;
 /// What the command is asked for.
 #[derive(clap::Args)]
 pub struct VerifyArguments {
-    /// These tables only (old's names).
-    #[arg(value_name = "TABLE")]
-    tables: Vec<String>,
-    /// The same, one at a time.
-    #[arg(long = "table", value_name = "TABLE")]
-    more_tables: Vec<String>,
-    /// Tables that are compared at once.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
-    jobs: u16,
-    /// Rows per second at most, over all jobs.
-    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
-    rate: Option<u64>,
+    #[command(flatten)]
+    chosen: TableArguments,
     /// What differs is made equal to the authority's rows: entered as debts and paid. A table without a key is copied, and its writers wait meanwhile.
     #[arg(long)]
     repair: bool,
@@ -66,15 +61,8 @@ pub async fn verify(path: &Path, arguments: VerifyArguments) -> Result<bool, Tro
     if !verify::installed(&control).await? {
         migrate::install(&control, authority).await?;
     }
-    let names: Vec<&String> = arguments.tables.iter().chain(&arguments.more_tables).collect();
-    let mut tables: Vec<Arc<Table>> = if names.is_empty() {
-        catalog.tables.values().cloned().collect()
-    } else {
-        names.iter().map(|name| named(&catalog, name).cloned()).collect::<Result<_, _>>()?
-    };
-    tables.sort_by_key(|table| table.label());
-    tables.dedup_by_key(|table| table.number);
-    let (tables, left_out): (Vec<_>, Vec<_>) = tables.into_iter().partition(|table| table.opaque.is_none());
+    let (tables, left_out): (Vec<_>, Vec<_>) =
+        arguments.chosen.tables(&catalog)?.into_iter().partition(|table| table.opaque.is_none());
     let job = Verify {
         authority_side: authority,
         authority: Shared::database(&config, authority).clone(),
@@ -84,35 +72,24 @@ pub async fn verify(path: &Path, arguments: VerifyArguments) -> Result<bool, Tro
         first_debt: mover::draw_block(&control).await?,
     };
     let options = Options {
-        jobs: arguments.jobs.into(),
-        rate: arguments.rate,
+        jobs: arguments.chosen.jobs(),
+        rate: arguments.chosen.rate,
         repair: arguments.repair,
         resume: arguments.resume,
         patience: Duration::from_secs(arguments.patience),
     };
-    let equal = Mutex::new(left_out.is_empty());
-    let documents = Mutex::new(Vec::new());
-    for table in &left_out {
-        let why = table.opaque.clone().unwrap_or_default();
-        if !arguments.json {
-            println!("{}: not compared: {why}", table.label());
-        }
-        lock(&documents).push(serde_json::json!({ "table": table.label(), "not_compared": why }));
+    if let Some(seconds) = verify::begun(&control, holds.epoch).await?.filter(|_| !arguments.resume) {
+        eprintln!("a run was ended {seconds:.0} s ago: --resume would have gone on there; this one begins anew");
     }
-    let tell = |event: Event<'_>| {
-        let Event::Table { table, found, .. } = event else { return };
-        *lock(&equal) &= found.is_equal();
-        if arguments.json {
-            lock(&documents).push(document(table, found));
-        } else {
-            print!("{}", lines(table, found, mirror));
-        }
-    };
-    verify::run(&job, &tables, &options, &tell).await?;
+    let told = Told::new(&tables, authority, &control, arguments.json).await?;
+    left_out.iter().for_each(|table| told.left_out(table));
+    let run = verify::run(&job, &tables, &options, &|event| told.event(event)).await;
+    told.show.iter().for_each(Show::end);
+    run?;
     let now = what_holds(&config).await?;
-    let equal = *lock(&equal) && now == holds;
+    let equal = *lock(&told.equal) && now == holds;
     if arguments.json {
-        let mut tables = std::mem::take(&mut *lock(&documents));
+        let mut tables = std::mem::take(&mut *lock(&told.documents));
         // They end in any order.
         tables.sort_by_key(|found| found["table"].as_str().map(str::to_owned));
         let document =
@@ -125,6 +102,65 @@ pub async fn verify(path: &Path, arguments: VerifyArguments) -> Result<bool, Tro
         );
     }
     Ok(equal)
+}
+
+/// What is told while it runs, and kept for the document.
+struct Told {
+    mirror: Side,
+    /// Where lines are for people.
+    show: Option<Show>,
+    /// Rows of each table, as the authority's statistics have them, and those that were compared.
+    rows: Mutex<BTreeMap<u32, (f64, u64)>>,
+    documents: Mutex<Vec<serde_json::Value>>,
+    equal: Mutex<bool>,
+}
+
+impl Told {
+    async fn new(tables: &[Arc<Table>], authority: Side, client: &Client, json: bool) -> Result<Told, Trouble> {
+        let text =
+            "SELECT coalesce(sum(greatest(reltuples, 0)), 0)::float8 FROM pg_catalog.pg_class WHERE oid = ANY ($1)";
+        let mut rows = BTreeMap::new();
+        for table in tables {
+            let mut relations = vec![*table.oid.get(authority)];
+            relations.extend(table.partitions.get(authority));
+            rows.insert(table.number, (client.query_one(text, &[&relations]).await?.get(0), 0));
+        }
+        Ok(Told {
+            mirror: authority.other(),
+            show: (!json).then(|| Show::new(tables, "of about all its rows")),
+            rows: Mutex::new(rows),
+            documents: Mutex::default(),
+            equal: Mutex::new(true),
+        })
+    }
+
+    fn left_out(&self, table: &Table) {
+        *lock(&self.equal) = false;
+        let why = table.opaque.clone().unwrap_or_default();
+        if self.show.is_some() {
+            println!("{}: not compared: {why}", table.label());
+        }
+        lock(&self.documents).push(serde_json::json!({ "table": table.label(), "not_compared": why }));
+    }
+
+    fn event(&self, event: Event<'_>) {
+        match (event, &self.show) {
+            (Event::Rows { table, rows }, Some(show)) => {
+                let mut all = lock(&self.rows);
+                let (about, done) = all.entry(table).or_default();
+                *done += rows;
+                show.rows(table, rows, (*done as f64 / about.max(1.0)).min(0.99));
+            }
+            (Event::Rows { .. }, None) => {}
+            (Event::Table { table, found, .. }, show) => {
+                *lock(&self.equal) &= found.is_equal();
+                match show {
+                    Some(show) => show.result(table.number, &lines(table, found, self.mirror)),
+                    None => lock(&self.documents).push(document(table, found)),
+                }
+            }
+        }
+    }
 }
 
 fn per_second(found: &Found) -> u64 {

@@ -32,13 +32,13 @@ impl Pace {
     }
 }
 
-/// How long a job rests that may use this share (0 to 1) of the time, and has worked for so long; None: for ever.
-pub(super) fn rest(share: f64, worked: Duration) -> Option<Duration> {
-    (share > 0.0).then(|| worked.mul_f64((1.0 / share.min(1.0) - 1.0).min(REST_MOST)))
+/// How long a job rests that may use this share (above 0, up to 1) of the time, and has worked for so long.
+pub(super) fn rest(share: f64, worked: Duration) -> Duration {
+    worked.mul_f64((1.0 / share.clamp(SHARE_LEAST, 1.0)) - 1.0)
 }
 
-/// ... this many times as long at most.
-const REST_MOST: f64 = 100_000.0;
+/// A smaller share than this is none.
+const SHARE_LEAST: f64 = 0.00001;
 
 /// Whether the servers suffer, seen from one job: how long the commits of its steps take, beside how long they have taken at best.
 #[derive(Default)]
@@ -93,10 +93,9 @@ mod tests {
     #[test]
     fn a_share_of_the_time_is_worked() {
         let second = Duration::from_secs(1);
-        assert_eq!(rest(1.0, second), Some(Duration::ZERO));
-        assert_eq!(rest(0.25, second), Some(second * 3));
-        assert_eq!(rest(0.01, second).map(|rest| rest.as_secs_f64().round()), Some(99.0));
-        assert_eq!(rest(0.0, second), None);
+        assert_eq!(rest(1.0, second), Duration::ZERO);
+        assert_eq!(rest(0.25, second), second * 3);
+        assert_eq!(rest(0.01, second).as_secs_f64().round(), 99.0);
     }
 
     #[test]

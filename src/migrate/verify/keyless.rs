@@ -261,12 +261,8 @@ impl Snapshots<'_> {
         Ok(different)
     }
 
-    /// Reads rows of both sides, a piece of each at a time; `each` is told which side's (true: the authority's), and says how long to wait.
-    async fn read(
-        &mut self,
-        among: &Among<'_>,
-        each: &mut (dyn FnMut(bool, &[(Hash, Option<String>)]) -> Duration + Send),
-    ) -> Result<(), Error> {
+    /// Reads rows of both sides, a piece of each at a time.
+    async fn read(&mut self, among: &Among<'_>, each: Each<'_>) -> Result<(), Error> {
         for side in Side::BOTH {
             let text = self.declare(side, among);
             let link = if side == self.pair.authority.side { &self.pair.authority } else { &self.pair.mirror };
@@ -313,6 +309,12 @@ impl Snapshots<'_> {
     }
 }
 
+/// A row: its hashes, and its text where that is read.
+type Read = (Hash, Option<String>);
+
+/// Is told rows of one side (true: the authority's), and says how long to wait.
+type Each<'a> = &'a mut (dyn FnMut(bool, &[Read]) -> Duration + Send);
+
 /// How many of these buckets are held in memory together.
 fn fitting(buckets: &[(usize, u64)]) -> usize {
     let mut held = 0;
@@ -323,12 +325,7 @@ fn fitting(buckets: &[(usize, u64)]) -> usize {
     buckets.iter().take_while(fits).count().max(1)
 }
 
-async fn fetch(
-    link: &mut Link,
-    rows: usize,
-    among: &Among<'_>,
-    open: bool,
-) -> Result<Vec<(Hash, Option<String>)>, Error> {
+async fn fetch(link: &mut Link, rows: usize, among: &Among<'_>, open: bool) -> Result<Vec<Read>, Error> {
     if !open {
         return Ok(Vec::new());
     }

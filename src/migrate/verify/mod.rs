@@ -181,17 +181,19 @@ pub async fn pass(verify: &Verify, how: &Background, tell: Tell<'_>) -> Result<b
     let mut tables: Vec<&Arc<Table>> = verify.catalog.tables.values().filter(|table| table.opaque.is_none()).collect();
     let at = |table: &Table| seen.get(&table.number).map_or(f64::NEG_INFINITY, |seen| seen.at);
     tables.sort_by(|one, other| at(one).total_cmp(&at(other)).then_with(|| one.number.cmp(&other.number)));
+    let (job, mut failed) = (Job { verify, runner: Runner::Proxy, resume: true }, None);
     for table in tables {
         let tempo = Tempo::Beside { share: how.share, strain: Strain::default() };
-        let job = Job { verify, runner: Runner::Proxy, resume: true };
-        let (found, owings) = job.look(&mut pair, table, &mut Going { tempo, tell }).await?;
-        job.end(&mut pair, table, owings, &found, tell).await?;
-        if table.key.is_none() {
-            let rest = pace::rest(how.share, found.took).unwrap_or_default();
-            tokio::time::sleep(rest).await;
+        if let Err(error) = job.beside(&mut pair, table, how.share, &mut Going { tempo, tell }).await {
+            pair.abandon().await;
+            // One that cannot be compared must not keep the others from it.
+            if !error.is_about_a_table() || pair.is_broken() {
+                return Err(error);
+            }
+            failed.get_or_insert(error);
         }
     }
-    Ok(true)
+    failed.map_or(Ok(true), Err)
 }
 
 /// Who looks at tables, and whether an earlier look of his counts.
@@ -217,6 +219,17 @@ impl Job<'_> {
         };
         found.took = begun.elapsed();
         Ok((found, owings))
+    }
+
+    /// One table of a pass.
+    async fn beside(&self, pair: &mut Pair, table: &Table, share: f64, going: &mut Going<'_>) -> Result<(), Error> {
+        let (found, owings) = self.look(pair, table, going).await?;
+        self.end(pair, table, owings, &found, going.tell).await?;
+        if table.key.is_none() {
+            // It was compared at one moment, without a rest.
+            tokio::time::sleep(pace::rest(share, found.took)).await;
+        }
+        Ok(())
     }
 
     /// Writes down what was found, and tells of it.
@@ -284,7 +297,7 @@ impl Going<'_> {
     async fn rest(&mut self, pair: &mut Pair, table: u32, rows: usize, took: Duration) -> Result<(), Error> {
         let mut pause = self.rows(table, rows);
         if let Tempo::Beside { share, strain } = &mut self.tempo {
-            let rest = pace::rest(*share, took).unwrap_or_default();
+            let rest = pace::rest(*share, took);
             let begun = Instant::now();
             pair.authority.batch("looking how the server is", COMMIT).await?;
             pause = rest + strain.after(begun.elapsed(), took + rest);
