@@ -58,7 +58,7 @@ async fn each_gate_on_the_way_to_new_shows_its_evidence_and_the_history_keeps_it
     pair.proxy.settle().await;
     // Repaired, and never compared.
     let seen = gates(&pair.proxy, "new-primary").await;
-    assert_eq!(closed(&seen), ["verified"], "{seen:#}");
+    assert_eq!(closed(&seen), ["verified"; 2], "{seen:#}");
     for table in ["public.notes", "public.history"] {
         assert_eq!(standing(&seen, "verified", Some(table)), "closed");
     }

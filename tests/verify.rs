@@ -200,6 +200,23 @@ async fn owed() -> (Pair, tokio_postgres::Client) {
     (pair, holder)
 }
 
+/// Begins verify under a file of its own, with this port for old; the file goes with what is returned.
+fn verify_beside(pair: &Pair, old: u16, arguments: &[&str]) -> (tokio::process::Child, tempfile::TempDir) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let file = dir.path().join("crossfade.yaml");
+    let old = format!("postgres://{}:{}@127.0.0.1:{old}/{DATABASE}", CONTROL.0, CONTROL.1);
+    let new = pair.databases.new.url_as(CONTROL.0, CONTROL.1, DATABASE);
+    std::fs::write(&file, format!("listen: 127.0.0.1:1\nold: {old}\nnew: {new}\nphase: dual-write\n")).expect("writes");
+    let running = tokio::process::Command::new(env!("CARGO_BIN_EXE_crossfade"))
+        .args([&["verify", "--json"], arguments, &["--config"]].concat())
+        .arg(&file)
+        .stdout(std::process::Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .expect("runs");
+    (running, dir)
+}
+
 /// What the mirror lacks and the ledger knows of is no difference.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_row_on_its_way_is_no_difference() {
@@ -220,19 +237,8 @@ async fn a_row_on_its_way_is_no_difference() {
 async fn a_delete_that_is_paid_between_the_looks_is_no_difference() {
     let (pair, holder) = owed().await;
     let link = Link::to(pair.databases.old.port()).await;
-    let dir = tempfile::tempdir().expect("a directory");
-    let file = dir.path().join("crossfade.yaml");
-    let old = format!("postgres://{}:{}@127.0.0.1:{}/{DATABASE}", CONTROL.0, CONTROL.1, link.port());
-    let new = pair.databases.new.url_as(CONTROL.0, CONTROL.1, DATABASE);
-    std::fs::write(&file, format!("listen: 127.0.0.1:1\nold: {old}\nnew: {new}\nphase: dual-write\n")).expect("writes");
     let looking = link.trip(Way::ToServer, b"SELECT q.i FROM unnest", Trip::StallBefore);
-    let running = tokio::process::Command::new(env!("CARGO_BIN_EXE_crossfade"))
-        .args(["verify", "--json", "--patience", "60", "--config"])
-        .arg(&file)
-        .stdout(std::process::Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .expect("runs");
+    let (running, _file) = verify_beside(&pair, link.port(), &["--patience", "60"]);
     looking.await.expect("the authority is about to be asked");
     holder.batch_execute("ROLLBACK").await.expect("releases");
     pair.proxy.settle().await;
@@ -346,7 +352,7 @@ async fn equal_rows_that_come_in_meanwhile_make_up_for_none() {
     .expect("writes");
     let program = pair.databases.old.program("pgbench");
     let script = script.to_string_lossy().into_owned();
-    let (url, arguments) = (pair.url(), ["-n", "-c", "4", "-j", "1", "-T", "4", "-f", &script]);
+    let (url, arguments) = (pair.url(), ["-n", "-c", "4", "-j", "1", "-T", "3", "-f", &script]);
     let load = try_pgbench(&program, &url, &arguments);
     let looking = async {
         for _ in 0..3 {
@@ -359,4 +365,109 @@ async fn equal_rows_that_come_in_meanwhile_make_up_for_none() {
     };
     let (load, ()) = tokio::join!(load, looking);
     assert!(load.expect("the load runs").transactions > 100);
+}
+
+/// T is committed and its carrier M about to commit: V, which finds T's row on the authority, waits for M. (In `best-effort` the ledger says nothing of it.)
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_ends_on_the_mirror_is_waited_for() {
+    let more = "mirror: { timeout: 30s, commit: best-effort }";
+    let (pair, link) = Pair::dual_write_over_a_link("CREATE TABLE bag (t text)", more).await;
+    let held = link.trip_behind(b"the-row", Way::ToServer, b"S\0\0\0\x04", Trip::HoldBefore);
+    pair.client().await.batch_execute("INSERT INTO bag VALUES ('the-row')").await.expect("is acknowledged");
+    held.await.expect("is held");
+    let (mut running, _file) = verify_beside(&pair, pair.databases.old.port(), &[]);
+    let waits =
+        "SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name = 'crossfade verify' AND query ~ 'pg_locks'";
+    common::until("it asks who writes the table", async || {
+        pair.databases.new.psql(DATABASE, waits).await.expect("reads").trim() == "t"
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    assert!(running.try_wait().expect("can be asked").is_none(), "it is not over while the row is on its way");
+    link.release();
+    let output = running.wait_with_output().await.expect("ends");
+    let document: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!((output.status.code(), counts(&document, "public.bag")), (Some(0), Vec::new()), "{document:#}");
+}
+
+/// A run that was killed goes on where it was, and not where it was if something of the table has been owed since.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_was_killed_goes_on_where_it_was() {
+    let schema = "CREATE TABLE a (k int PRIMARY KEY); INSERT INTO a SELECT generate_series(1, 10); \
+        CREATE TABLE b (k int PRIMARY KEY, v text); INSERT INTO b SELECT n, 'row' FROM generate_series(1, 6000) n";
+    let pair = Pair::dual_write(schema, "").await;
+    let on_old = async |sql: &str| pair.databases.old.psql(DATABASE, sql).await.expect(sql).trim().to_owned();
+    let (mut running, _file) = verify_beside(&pair, pair.databases.old.port(), &["--jobs", "1", "--rate", "1000"]);
+    let kept =
+        "SELECT count(*) FROM crossfade.verifying WHERE done OR rows BETWEEN 1 AND 5999 AND position IS NOT NULL";
+    common::until("a is done, b begun", async || on_old(kept).await == "2").await;
+    running.kill().await.expect("is killed");
+    let planted = "UPDATE b SET v = 'planted' WHERE k IN (1, 6000); INSERT INTO a VALUES (11)";
+    pair.databases.new.psql(DATABASE, planted).await.expect("plants");
+    on_old("CREATE TABLE crossfade.kept AS SELECT * FROM crossfade.verifying").await;
+    // What was seen before is not looked at again.
+    let (document, status) = verify(&pair.proxy, &["--resume"]).await;
+    assert_eq!(
+        (status, differences(&document, "public.b")),
+        (Some(1), vec!["6000 changed v".to_owned()]),
+        "{document:#}"
+    );
+    let a = &document["tables"][0];
+    assert!(a["compared_before"] == true && a["rows"] == 10 && a["equal"] == true, "{document:#}");
+    assert_eq!(document["tables"][1]["rows"], 6000, "{document:#}");
+    // A run that has ended leaves nothing to go on with.
+    assert_eq!(on_old("SELECT count(*) FROM crossfade.verifying").await, "0");
+    on_old("INSERT INTO crossfade.verifying SELECT * FROM crossfade.kept").await;
+    on_old("INSERT INTO crossfade.owings SELECT number, 1 FROM crossfade.kept ON CONFLICT (number) DO UPDATE SET times = owings.times + 1").await;
+    let (document, _) = verify(&pair.proxy, &["--resume"]).await;
+    assert_eq!(differences(&document, "public.b"), ["1 changed v", "6000 changed v"], "{document:#}");
+    assert_eq!(differences(&document, "public.a"), ["11 extra"], "{document:#}");
+}
+
+/// The proxy verifies for a share of the time, one of a fleet; what differs is said once, shown and written down, and not changed.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_proxy_verifies_in_the_background() {
+    let schema = "CREATE TABLE t (k int PRIMARY KEY, v text); INSERT INTO t SELECT n, 'row' FROM generate_series(1, 2000) n; \
+        CREATE TABLE log (v text); INSERT INTO log VALUES ('a'), ('a')";
+    let pair = Pair::dual_write(schema, "verify: { continuous: 50% }").await;
+    let on_old = async |sql: &str| pair.databases.old.psql(DATABASE, sql).await.expect(sql).trim().to_owned();
+    common::until("both are verified", async || {
+        on_old("SELECT count(*) FROM crossfade.verified WHERE equal_epoch = epoch").await == "2"
+    })
+    .await;
+    assert!(pair.proxy.metrics("crossfade_verify_rows_total{table=\"public.t\"}").await >= 2000.0);
+    let other = pair.databases.new.client(DATABASE).await.expect("connects");
+    // Another proxy is at it: no pass begins.
+    let one = format!("SELECT pg_advisory_lock({}, 0)", 0x4346_5652);
+    other.batch_execute(&one).await.expect("locks");
+    other
+        .batch_execute("UPDATE t SET v = 'planted' WHERE k IN (5, 1999); INSERT INTO log VALUES ('a')")
+        .await
+        .expect("plants");
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(on_old("SELECT sum(different) FROM crossfade.verified").await, "0");
+    other.batch_execute("SELECT pg_advisory_unlock_all()").await.expect("unlocks");
+    let shown = async |table: &str| {
+        pair.proxy.metrics(&format!("crossfade_verify_different_rows{{table=\"public.{table}\"}}")).await
+    };
+    common::until("both are shown", async || shown("t").await == 2.0 && shown("log").await == 1.0).await;
+    let passes = on_old("SELECT max(at) FROM crossfade.verified").await;
+    common::until("it looks again", async || {
+        on_old(&format!("SELECT bool_and(at > '{passes}') FROM crossfade.verified")).await == "t"
+    })
+    .await;
+    let log = pair.proxy.log();
+    for said in ["table=public.t rows=2", "table=public.log rows=1"] {
+        let lines = log.lines().filter(|line| line.contains("rows differ between old and new") && line.contains(said));
+        assert_eq!(lines.count(), 1, "{log}");
+    }
+    let history = "SELECT string_agg(concat(detail->>'table', ' ', detail->>'different'), ', ' ORDER BY detail->>'table') FROM crossfade.history WHERE event = 'verify'";
+    assert_eq!(on_old(history).await, "public.log 1, public.t 2");
+    assert_eq!(on_old("SELECT count(*) FROM crossfade.ledger").await, "0");
+    let planted = "SELECT count(*) FROM t WHERE v = 'planted'";
+    assert_eq!(other.query_one(planted, &[]).await.expect("reads").get::<_, i64>(0), 2, "nothing is changed");
+    let (document, status) = verify(&pair.proxy, &["--repair"]).await;
+    assert_eq!(status, Some(0), "{document:#}");
+    common::until("it is shown that it is mended", async || shown("t").await + shown("log").await == 0.0).await;
+    pair.settle_and_assert_equal().await;
 }

@@ -12,7 +12,7 @@ use crate::shared::{Shared, World};
 use crate::switch::mover::MoveError;
 
 /// Between two passes over all tables, at least.
-const AGAIN: Duration = Duration::from_secs(3);
+const AGAIN: Duration = Duration::from_secs(2);
 /// How often it is looked whether there is still a reason to go on.
 const WATCH: Duration = Duration::from_millis(250);
 /// A server that says nothing for so long is given up.
