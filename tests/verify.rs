@@ -322,6 +322,18 @@ async fn a_table_without_a_key_is_compared_as_a_whole() {
         Some(true),
         "the gate reads this"
     );
+    // A transaction that has written it keeps it from being seen; nothing is said of it, and others write on.
+    let late = pair.client().await;
+    late.batch_execute("BEGIN; INSERT INTO empty VALUES ('late')").await.expect("inserts");
+    let (looked, inserted) = tokio::join!(
+        verify(proxy, &["--patience", "2", "empty"]),
+        proxied.batch_execute("INSERT INTO empty VALUES ('meanwhile')")
+    );
+    inserted.expect("is not held up for long");
+    let (document, status) = looked;
+    let why = document["tables"][0]["unseen"].as_str().unwrap_or_default();
+    assert!(status == Some(1) && why.starts_with("it was in use all the time"), "{document:#}");
+    late.batch_execute("COMMIT").await.expect("commits");
     // Written out of sight: owed as a whole until it is copied; the look of before counts no more.
     proxied.batch_execute("UPDATE bag SET f = 9 WHERE a = 3").await.expect("updates");
     let (document, _) = verify(proxy, &[]).await;
@@ -470,4 +482,22 @@ async fn the_proxy_verifies_in_the_background() {
     assert_eq!(status, Some(0), "{document:#}");
     common::until("it is shown that it is mended", async || shown("t").await + shown("log").await == 0.0).await;
     pair.settle_and_assert_equal().await;
+}
+
+/// A look that began before the phase has moved to old and back says nothing of the mirror that is filled anew, also if it ends then.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_moves_made_void_is_not_written_down_again() {
+    let schema = "CREATE TABLE t (k int PRIMARY KEY); INSERT INTO t SELECT generate_series(1, 10)";
+    let mut pair = Pair::dual_write(schema, "").await;
+    let link = Link::to(pair.databases.old.port()).await;
+    let ending = link.trip(Way::ToServer, b"LOCK TABLE crossfade.epoch_1", Trip::StallBefore);
+    let (running, _file) = verify_beside(&pair, link.port(), &["--patience", "60"]);
+    ending.await.expect("it is about to write down what it found");
+    pair.proxy.set_phase("old").await;
+    pair.proxy.set_phase("dual-write").await;
+    link.set(Way::ToServer, Flow::Pass);
+    let output = running.wait_with_output().await.expect("ends");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let verified = pair.databases.old.psql(DATABASE, "SELECT count(*) FROM crossfade.verified").await.expect("reads");
+    assert_eq!(verified.trim(), "0");
 }

@@ -32,7 +32,7 @@ pub struct VerifyArguments {
     /// One JSON document, with every row that differs.
     #[arg(long)]
     json: bool,
-    /// A server that says nothing for so many seconds is given up.
+    /// A server that says nothing for so many seconds is given up, and a table without a key that is never at rest, too.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
     patience: u64,
 }

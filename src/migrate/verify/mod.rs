@@ -251,7 +251,7 @@ impl Job<'_> {
 const NAME: &str = "crossfade verify";
 
 async fn open(verify: &Verify, patience: Duration) -> Result<Pair, Error> {
-    let settings = Settings { patience, ..Settings::default() };
+    let settings = Settings { patience, settle: patience, ..Settings::default() };
     let pair = Pair::open(verify.authority_side, (&verify.authority, &verify.mirror), NAME, settings).await?;
     for link in [&pair.authority, &pair.mirror] {
         link.batch("setting how values are written", look::SETTINGS).await?;
