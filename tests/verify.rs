@@ -501,3 +501,23 @@ async fn what_moves_made_void_is_not_written_down_again() {
     let verified = pair.databases.old.psql(DATABASE, "SELECT count(*) FROM crossfade.verified").await.expect("reads");
     assert_eq!(verified.trim(), "0");
 }
+
+/// Whoever wants a table for himself, and all who wait behind him, do not wait until verify has read it.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_truncates_a_table_that_is_read_does_not_wait_for_that() {
+    let schema = "CREATE TABLE bag (t text); INSERT INTO bag SELECT 'row' FROM generate_series(1, 10000)";
+    let pair = Pair::dual_write(schema, "mirror: { timeout: 30s }").await;
+    let (running, _file) = verify_beside(&pair, pair.databases.old.port(), &["--rate", "500"]);
+    let reads = "SELECT count(*) > 0 FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE a.application_name = 'crossfade verify' AND a.query ~ 'FETCH'";
+    common::until("it reads", async || pair.databases.old.psql(DATABASE, reads).await.expect("reads").trim() == "t")
+        .await;
+    let begun = std::time::Instant::now();
+    pair.client().await.batch_execute("TRUNCATE bag").await.expect("truncates");
+    let waited = begun.elapsed();
+    // It reads for twenty seconds.
+    assert!(waited < Duration::from_secs(8), "{waited:?}");
+    let output = running.wait_with_output().await.expect("ends");
+    let document: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!((output.status.code(), &document["tables"][0]["rows"]), (Some(0), &0.into()), "{document:#}");
+    assert!(begun.elapsed() < Duration::from_secs(18), "it began anew");
+}

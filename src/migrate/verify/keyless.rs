@@ -2,7 +2,7 @@
 //!
 //! No row has a name there, so none can be looked at again, and sums that were taken one after the other prove nothing: of two clicks that look alike one
 //! may be missing and the other have come in between. So the table is at rest on both sides for a moment, in which each side takes a snapshot
-//! ([`together`]); then writers go on, and both are read for as long as it takes. A row's name is the hash of its text: equal rows are counted.
+//! ([`at_rest`]); then writers go on, and both are read for as long as it takes. A row's name is the hash of its text: equal rows are counted.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -33,63 +33,59 @@ const LISTED: usize = 10_000;
 const SHOWN: usize = 2000;
 /// Before the table is tried to be had at rest again: writers that wait go first.
 const AGAIN: Duration = Duration::from_millis(100);
+/// How often it is asked whether somebody waits for the table: whoever truncates or alters it, and all behind him, wait until it is read.
+const ASK: Duration = Duration::from_millis(250);
 /// Rows that are fetched at once, and with their texts.
 const FETCHED: usize = 65_536;
 const FETCHED_SHOWN: usize = 1024;
 /// A fetch is to take this time.
 const FETCH: Duration = Duration::from_millis(300);
 
-/// Compares the table's rows. Where it is never at rest nothing is known: `Found::unseen` says why.
+/// Compares the table's rows. Where it is never at rest, or always wanted, nothing is known: `Found::unseen` says why. Tries for as long as
+/// `settings.settle`; each try holds writers up for a moment.
 pub(super) async fn compare(
     pair: &mut Pair,
     table: &Table,
     same_encoding: bool,
     going: &mut Going<'_>,
 ) -> Result<Found, Error> {
-    let mut found = Found::default();
-    let owed = match together(pair, table).await {
-        Ok(owed) => owed,
-        Err(error) if error.meaning() == Meaning::Busy && !pair.is_broken() => {
-            found.unseen = Some(format!("it was in use all the time ({error})"));
-            return Ok(found);
-        }
-        Err(error) => return Err(error),
-    };
-    let looked = Snapshots { pair: &mut *pair, table, same_encoding }.look(&mut found, going).await;
-    match looked {
-        Ok(()) => {
-            pair.authority.rollback().await?;
-            pair.mirror.rollback().await?;
-        }
-        Err(error) => {
-            pair.abandon().await;
-            return Err(error);
-        }
-    }
-    if owed {
-        found.covered = found.different.drain(..).map(|difference| difference.how.rows()).sum();
-    }
-    Ok(found)
-}
-
-/// Opens a snapshot on each side, in which the two hold the same rows but for what differs, and what is owed. True: something of the table was owed then.
-/// Tries for as long as `settings.settle`; each try holds writers up for a moment.
-async fn together(pair: &mut Pair, table: &Table) -> Result<bool, Error> {
     let begun = Instant::now();
     loop {
-        let error = match at_rest(pair, table).await {
-            Ok(owed) => return Ok(owed),
+        let mut found = Found::default();
+        let error = match once(pair, table, same_encoding, &mut found, going).await {
+            Ok(()) => return Ok(found),
             Err(error) => error,
         };
         pair.abandon().await;
-        if error.meaning() != Meaning::Busy || pair.is_broken() || begun.elapsed() > pair.settings.settle {
+        if error.meaning() != Meaning::Busy || pair.is_broken() {
             return Err(error);
+        }
+        if begun.elapsed() > pair.settings.settle {
+            return Ok(Found { unseen: Some(format!("it was in use all the time ({error})")), ..Found::default() });
         }
         tokio::time::sleep(AGAIN).await;
     }
 }
 
-/// No other job has the table, so that none pays what it owes meanwhile.
+async fn once(
+    pair: &mut Pair,
+    table: &Table,
+    same_encoding: bool,
+    found: &mut Found,
+    going: &mut Going<'_>,
+) -> Result<(), Error> {
+    let owed = at_rest(pair, table).await?;
+    Snapshots { pair: &mut *pair, table, same_encoding, asked: Instant::now() }.look(found, going).await?;
+    pair.authority.rollback().await?;
+    pair.mirror.rollback().await?;
+    if owed {
+        found.covered = found.different.drain(..).map(|difference| difference.how.rows()).sum();
+    }
+    Ok(())
+}
+
+/// Opens a snapshot on each side, in which the two hold the same rows but for what differs, and what is owed. True: something of the table was owed then.
+/// No other job has the table meanwhile, so that none pays what it owes.
 async fn at_rest(pair: &mut Pair, table: &Table) -> Result<bool, Error> {
     if !locks::take(pair, Kind::Table, &[table.number]).await? {
         return Err(busy(pair, "another job works on the table".to_owned()));
@@ -189,9 +185,31 @@ struct Snapshots<'a> {
     pair: &'a mut Pair,
     table: &'a Table,
     same_encoding: bool,
+    /// When it was asked last who waits for the table.
+    asked: Instant,
 }
 
 impl Snapshots<'_> {
+    /// For so long, unless somebody wants the table as a whole: then it is read again later.
+    async fn rest(&mut self, pause: Duration) -> Result<(), Error> {
+        let until = Instant::now() + pause;
+        loop {
+            if self.asked.elapsed() >= ASK {
+                self.asked = Instant::now();
+                if wanted(&mut self.pair.authority, self.table).await?
+                    || wanted(&mut self.pair.mirror, self.table).await?
+                {
+                    return Err(busy(self.pair, "somebody wants the table for himself".to_owned()));
+                }
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            tokio::time::sleep(left.min(ASK)).await;
+        }
+    }
+
     async fn look(&mut self, found: &mut Found, going: &mut Going<'_>) -> Result<(), Error> {
         let mut sides = [vec![Bucket::default(); BUCKETS], vec![Bucket::default(); BUCKETS]];
         let number = self.table.number;
@@ -279,7 +297,7 @@ impl Snapshots<'_> {
             let took = begun.elapsed();
             open = [ours.len() == rows, theirs.len() == rows];
             let pause = each(true, &ours) + each(false, &theirs);
-            tokio::time::sleep(pause).await;
+            self.rest(pause).await?;
             // A power of two: each number of rows is a statement of its own.
             rows = match took {
                 took if took < FETCH / 2 => (rows * 2).min(among.fetched()),
@@ -323,6 +341,15 @@ fn fitting(buckets: &[(usize, u64)]) -> usize {
         held <= HELD
     };
     buckets.iter().take_while(fits).count().max(1)
+}
+
+/// Somebody waits for a lock on the table that a reader is in the way of.
+async fn wanted(link: &mut Link, table: &Table) -> Result<bool, Error> {
+    let mut relations = vec![*table.oid.get(link.side)];
+    relations.extend(table.partitions.get(link.side));
+    let text = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'relation' AND NOT granted AND mode = 'AccessExclusiveLock' \
+        AND relation = ANY ($1) AND database = (SELECT oid FROM pg_database WHERE datname = current_database()))";
+    Ok(link.rows("looking who waits for the table", text, &[&relations]).await?[0].get(0))
 }
 
 async fn fetch(link: &mut Link, rows: usize, among: &Among<'_>, open: bool) -> Result<Vec<Read>, Error> {
