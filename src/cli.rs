@@ -3,8 +3,10 @@
 mod backfill;
 mod check;
 mod phase;
+mod progress;
 mod report;
 mod sweep;
+mod tables;
 mod uninstall;
 mod verify;
 
@@ -322,6 +324,9 @@ fn for_people(document: &serde_json::Value) -> String {
             if table[key].as_u64().unwrap_or(0) > 0 {
                 notes.push(format!("{} {what}", table[key]));
             }
+        }
+        if let Some(count) = table["verified"]["different"].as_i64().filter(|count| *count > 0) {
+            notes.push(format!("{count} rows differed when it was compared"));
         }
         if table["key"] == false {
             notes.push("no key".to_owned());

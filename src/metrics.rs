@@ -56,6 +56,10 @@ pub struct Metrics {
     pub read_kept: IntCounterVec,
     backfill_rows: IntCounterVec,
     backfill_progress: GaugeVec,
+    /// Rows that this proxy has verified in the background, by table.
+    pub verify_rows: IntCounterVec,
+    /// Rows that differed when a table was verified last, by whomever.
+    pub verify_different: IntGaugeVec,
     /// Bytes of write-ahead log that a server keeps for the sweep's slot, by side.
     pub sweep_retained_bytes: IntGaugeVec,
     /// Bytes of write-ahead log of the authority that have not been swept, while this proxy sweeps.
@@ -149,6 +153,18 @@ impl Metrics {
                 r.register(Box::new(vec.clone()))?;
                 vec
             },
+            verify_rows: counters(
+                r,
+                "verify_rows_total",
+                "Rows that this proxy has verified in the background",
+                &["table"],
+            )?,
+            verify_different: gauges(
+                r,
+                "verify_different_rows",
+                "Rows that differed when the table was verified last",
+                &["table"],
+            )?,
             sweep_retained_bytes: gauges(
                 r,
                 "sweep_retained_bytes",

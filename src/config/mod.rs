@@ -305,7 +305,7 @@ pub struct Reads {
 #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Verify {
-    /// The share of rows verified all the time. Default 0%.
+    /// The share of the time in which tables are compared in the background. Default 0%: never.
     pub continuous: Share,
 }
 

@@ -199,6 +199,19 @@ CREATE TABLE IF NOT EXISTS crossfade.verified (
     equal_epoch bigint,
     equal_at timestamptz
 );
+-- How far a look of verify has come that has not ended, on the authority: all up to the key `position` (as in a range debt) was equal, seen in this epoch and
+-- since `owings.times` was so many. runner: command, or a proxy's background.
+CREATE TABLE IF NOT EXISTS crossfade.verifying (
+    number integer NOT NULL,
+    runner text NOT NULL,
+    epoch bigint NOT NULL,
+    owings bigint NOT NULL,
+    position bytea,
+    rows bigint NOT NULL,
+    done boolean NOT NULL DEFAULT false,
+    changed timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (number, runner)
+) WITH (fillfactor = 50);
 -- How often debts of a table were owed, and so had to be paid; what their carriers brought is not counted. A look of verify that began at one count says
 -- nothing of what was owed later: `equal_owings` is the count at which the last one began that found all equal.
 CREATE TABLE IF NOT EXISTS crossfade.owings (number integer PRIMARY KEY, times bigint NOT NULL);

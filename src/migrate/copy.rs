@@ -18,7 +18,7 @@ use super::gone::wait_for_writers;
 use super::link::Pair;
 use super::locks::{self, Kind};
 use super::payable::{self, Entry, State};
-use super::repair::clear;
+use super::repair::{clear, note_owings};
 use super::sql::{TableSql, references};
 use super::tokens;
 use crate::catalog::{Catalog, Table};
@@ -123,6 +123,7 @@ async fn keyless_locked(pair: &mut Pair, table: &Table, snapshot: &str, ids: &[i
         reason: None,
         debts: vec![Debt::Row { table: table.number, token, values: Vec::new() }],
     };
+    note_owings(pair, [table.number as i32].into()).await?;
     clear(pair, &ids.iter().map(debt).collect::<Vec<_>>(), &incarnation).await?;
     Ok(rows)
 }
@@ -216,10 +217,11 @@ pub async fn locked(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Result
     }
 }
 
-fn busy(pair: &Pair, message: String) -> Error {
+/// What stands in the way of having the table at rest on both sides, to be tried again.
+pub(super) fn busy(pair: &Pair, message: String) -> Error {
     Error::Server {
         side: pair.mirror.side,
-        doing: "making room for a copy",
+        doing: "having a table at rest",
         code: tokio_postgres::error::SqlState::LOCK_NOT_AVAILABLE,
         message,
         constraint: None,
@@ -251,12 +253,15 @@ async fn locked_once(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Resul
         locks::release(pair, Kind::Table, &numbers).await?;
     }
     let rows = copied?;
+    if entries.iter().any(|entry| entry.state == State::Payable) {
+        note_owings(pair, numbers.into_iter().map(|number| number as i32).collect()).await?;
+    }
     settle_debts(pair, table, entries, &incarnation).await?;
     Ok(rows)
 }
 
 /// Ledger rows that have to do with the table.
-async fn debts_of(pair: &mut Pair, table: &Table, incarnation: &str) -> Result<Vec<Entry>, Error> {
+pub(super) async fn debts_of(pair: &mut Pair, table: &Table, incarnation: &str) -> Result<Vec<Entry>, Error> {
     let (mut after, mut found) = (0, Vec::new());
     loop {
         let entries = payable::read(pair.authority.at(), pair.mirror.at(), after, payable::ROWS, incarnation).await?;

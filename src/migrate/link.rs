@@ -9,6 +9,7 @@ use tokio_postgres::{Client, Row, Statement};
 
 use super::error::Error;
 use crate::catalog::Sides;
+use crate::config::Database;
 use crate::phase::Side;
 
 /// How jobs work. Sizes in bytes.
@@ -68,6 +69,13 @@ impl At<'_> {
             Err(_) => Err(Error::Stalled { side: self.side, doing, after: self.patience }),
         }
     }
+}
+
+/// A control connection to that side, under this `application_name`.
+pub(crate) async fn connect(database: &Database, side: Side, name: &str) -> Result<Client, Error> {
+    let broken = |error: crate::config::ConnectError| error.to_string();
+    let connected = database.connect(name).await;
+    connected.map_err(|error| Error::Broken { side, doing: "connecting", message: broken(error) })
 }
 
 type Parameter<'a> = &'a (dyn ToSql + Sync);
@@ -202,6 +210,18 @@ pub struct Pair {
 }
 
 impl Pair {
+    /// Opens both connections under this `application_name`, and sets them up as [`Pair::new`] does.
+    pub async fn open(
+        authority_side: Side,
+        (authority, mirror): (&Database, &Database),
+        name: &str,
+        settings: Settings,
+    ) -> Result<Pair, Error> {
+        let first = connect(authority, authority_side, name).await?;
+        let second = connect(mirror, authority_side.other(), name).await?;
+        Pair::new(authority_side, first, second, settings).await
+    }
+
     /// Sets up both sessions. `authority_side` says which of the two is authority now; the connections are of the control role,
     /// which must be able to set session_replication_role and to bypass row security.
     pub async fn new(

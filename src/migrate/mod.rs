@@ -34,3 +34,8 @@ pub use error::Error;
 pub use install::install;
 pub use link::{Link, Pair, Settings};
 pub use sequences::sequences;
+
+/// A mutex of a job, whoever died holding it: what it guards is counted up, and never half written.
+fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

@@ -32,6 +32,14 @@ impl Pace {
     }
 }
 
+/// How long a job rests that may use this share (above 0, up to 1) of the time, and has worked for so long.
+pub(super) fn rest(share: f64, worked: Duration) -> Duration {
+    worked.mul_f64((1.0 / share.clamp(SHARE_LEAST, 1.0)) - 1.0)
+}
+
+/// A smaller share than this is none.
+const SHARE_LEAST: f64 = 0.00001;
+
 /// Whether the servers suffer, seen from one job: how long the commits of its steps take, beside how long they have taken at best.
 #[derive(Default)]
 pub(super) struct Strain {
@@ -80,6 +88,14 @@ mod tests {
         assert_eq!(pace.after(500, later), Duration::ZERO);
         assert_eq!(pace.after(1000, later), second / 2);
         assert_eq!(Pace::new(None, begun).after(1_000_000, begun), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_share_of_the_time_is_worked() {
+        let second = Duration::from_secs(1);
+        assert_eq!(rest(1.0, second), Duration::ZERO);
+        assert_eq!(rest(0.25, second), second * 3);
+        assert_eq!(rest(0.01, second).as_secs_f64().round(), 99.0);
     }
 
     #[test]

@@ -248,21 +248,9 @@ impl Repair {
                 }
             }
         }
-        self.note_owings(paid).await?;
+        note_owings(&mut self.pair, paid).await?;
         summary.cleared = self.clear(clear, incarnation).await?;
         Ok(summary)
-    }
-
-    /// Between paying and clearing: while a debt stands, it stands in the ledger, and once it does not, no look of verify that began before counts.
-    async fn note_owings(&mut self, paid: BTreeSet<i32>) -> Result<(), Error> {
-        if paid.is_empty() {
-            return Ok(());
-        }
-        let paid: Vec<i32> = paid.into_iter().collect();
-        let text = "INSERT INTO crossfade.owings AS o (number, times) SELECT n, 1 FROM unnest($1::int[]) AS n ORDER BY n \
-            ON CONFLICT (number) DO UPDATE SET times = o.times + 1";
-        self.pair.authority.execute("noting what was owed", text, &[&paid]).await?;
-        Ok(())
     }
 
     /// The ledger says why a debt stays.
@@ -475,6 +463,19 @@ fn why_unpaid(outcome: &Outcome) -> Option<Unpaid> {
         Some((_, message)) => Some(Unpaid::Refused(message.clone())),
         None => (!outcome.locked.is_empty()).then_some(Unpaid::Busy),
     }
+}
+
+/// Debts of these tables were paid. Between paying and clearing: while a debt stands, it stands in the ledger, and once it does not, no look of verify that
+/// began before counts.
+pub(crate) async fn note_owings(pair: &mut Pair, paid: BTreeSet<i32>) -> Result<(), Error> {
+    if paid.is_empty() {
+        return Ok(());
+    }
+    let paid: Vec<i32> = paid.into_iter().collect();
+    let text = "INSERT INTO crossfade.owings AS o (number, times) SELECT n, 1 FROM unnest($1::int[]) AS n ORDER BY n \
+        ON CONFLICT (number) DO UPDATE SET times = o.times + 1";
+    pair.authority.execute("noting what was owed", text, &[&paid]).await?;
+    Ok(())
 }
 
 /// Flushes the mirror and clears these ledger rows, then the tokens that only they needed. Returns how many rows were cleared.

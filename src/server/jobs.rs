@@ -83,6 +83,7 @@ pub fn start(shared: &Arc<Shared>) {
     tokio::spawn(move_phase(shared.clone()));
     tokio::spawn(super::sweep::follow(shared.clone()));
     tokio::spawn(super::sweep::watch(shared.clone()));
+    tokio::spawn(super::verify::follow(shared.clone()));
 }
 
 /// The two control connections of a job, opened anew where they were lost or the authority has changed.
@@ -388,6 +389,11 @@ async fn read_debts(
     if let Ok(standing) = migrate::backfill::standing(authority).await {
         for (number, standing) in standing {
             metrics.set_backfill(&label(number), standing.rows.max(0) as u64, standing.share);
+        }
+    }
+    if let Ok(standing) = migrate::verify::standing(authority).await {
+        for (number, standing) in standing {
+            metrics.verify_different.with_label_values(&[&label(number)]).set(standing.different);
         }
     }
     Ok(())

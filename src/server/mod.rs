@@ -8,6 +8,7 @@ mod logins;
 mod reads;
 mod report;
 pub mod sweep;
+mod verify;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

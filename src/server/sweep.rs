@@ -61,14 +61,9 @@ pub async fn prepare(
 
 /// Who pays where no proxy does: before the first mirrored phase.
 pub async fn payer(sweep: &Sweep) -> Result<Repair, migrate::Error> {
-    let connect = async |side: Side, database: &crate::config::Database| {
-        let connected = database.connect("crossfade sweep").await;
-        let broken = |error: crate::config::ConnectError| error.to_string();
-        connected.map_err(|error| migrate::Error::Broken { side, doing: "connecting", message: broken(error) })
-    };
-    let side = sweep.authority_side;
-    let (first, second) = (connect(side, &sweep.authority).await?, connect(side.other(), &sweep.mirror).await?);
-    let pair = migrate::Pair::new(side, first, second, migrate::Settings::default()).await?;
+    let sides = (&sweep.authority, &sweep.mirror);
+    let pair =
+        migrate::Pair::open(sweep.authority_side, sides, "crossfade sweep", migrate::Settings::default()).await?;
     let mut payer = Repair::new(pair, sweep.catalog.clone());
     payer.leaves_backfills = Some(super::jobs::BACKFILL);
     Ok(payer)

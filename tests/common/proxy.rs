@@ -174,7 +174,7 @@ impl Proxy {
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
 
-    /// Compares both sides: `crossfade verify`. Its answer is no where a table has no key; the gates say what they make of it.
+    /// Compares both sides: `crossfade verify`. Its answer may be no; the gates say what they make of it.
     pub async fn verify(&self) {
         let output = self.crossfade(&["verify"]).await;
         assert_ne!(output.status.code(), Some(2), "verify: {output:?}");

@@ -16,7 +16,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::error::{Error, Meaning};
-use super::link::{Link, Pair, Settings};
+use super::link::{Link, Pair, Settings, connect};
+use super::lock;
 use super::pace::Pace;
 use crate::catalog::{Catalog, Table};
 use crate::config::Database;
@@ -104,6 +105,8 @@ struct Queue {
     busy: usize,
 }
 
+/// What its sessions are called on the servers.
+const NAME: &str = "crossfade backfill";
 /// How long lost connections are opened again, without anything being done in between.
 const LOST: Duration = Duration::from_secs(60);
 /// Before a unit that another has is tried again.
@@ -128,10 +131,6 @@ pub async fn run(
     let worker = || Worker { backfill, options, queue: &queue, tally: &tally, common: &common, tell };
     let jobs = (0..options.jobs.max(1)).map(|_| worker().work());
     futures_util::future::try_join_all(jobs).await.map(drop)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// One job.
@@ -202,16 +201,10 @@ impl<'a> Worker<'a> {
 
     async fn lane(&self) -> Result<Lane<'a>, Error> {
         let side = self.backfill.authority_side;
-        let connect = async |side: Side, database: &Database| {
-            let connected = database.connect("crossfade backfill").await;
-            connected.map_err(|error| Error::Broken { side, doing: "connecting", message: error.to_string() })
-        };
-        let authority = connect(side, &self.backfill.authority).await?;
-        let reader = connect(side, &self.backfill.authority).await?;
-        let mirror = connect(side.other(), &self.backfill.mirror).await?;
+        let (authority, mirror) = (&self.backfill.authority, &self.backfill.mirror);
         let settings = Settings { patience: self.options.patience, ..Settings::default() };
-        let reader = Link::new(side, reader, settings.patience);
-        Lane::new(Pair::new(side, authority, mirror, settings).await?, reader, self.common).await
+        let reader = Link::new(side, connect(authority, side, NAME).await?, settings.patience);
+        Lane::new(Pair::open(side, (authority, mirror), NAME, settings).await?, reader, self.common).await
     }
 
     /// Does one piece; gives what is to be done because of it.

@@ -23,7 +23,7 @@ use tokio_postgres::types::PgLsn;
 
 use super::binary::Field;
 use super::error::{Error, Meaning};
-use super::link::{Pair, Settings};
+use super::link::{Pair, Settings, connect};
 use crate::catalog::{Catalog, Sides};
 use crate::config::Database;
 use crate::ledger::debts::{Debt, decode as decode_debts, encode};
@@ -170,6 +170,8 @@ pub struct Sweeper {
 
 /// One at a time for an authority: an advisory lock there.
 const ONE: &str = "SELECT pg_try_advisory_lock(hashtextextended('crossfade.sweep', 0))";
+/// What its sessions are called on the servers.
+const NAME: &str = "crossfade sweep";
 /// How long connections may take to answer.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often the slot moves on where nothing has changed.
@@ -179,11 +181,7 @@ impl Sweeper {
     /// Opens its connections, and makes the slot where there is none. None: another one is at work. Schema crossfade must be there on both sides.
     pub async fn open(sweep: &Sweep) -> Result<Option<Sweeper>, Error> {
         let side = sweep.authority_side;
-        let connect = async |side: Side, database: &Database| {
-            let connected = database.connect("crossfade sweep").await;
-            connected.map_err(|error| Error::Broken { side, doing: "connecting", message: error.to_string() })
-        };
-        let reader = connect(side, &sweep.authority).await?;
+        let reader = connect(&sweep.authority, side, NAME).await?;
         let failed = |doing| move |error: tokio_postgres::Error| Error::from_driver(side, doing, &error);
         let setting = "SET statement_timeout = 0; SET lock_timeout = 0; SET client_encoding = 'UTF8'; SET bytea_output = 'hex'; SET datestyle = 'ISO, YMD'; \
             SET intervalstyle = 'postgres'; SET extra_float_digits = 3; SET default_transaction_read_only = off; SET row_security = off";
@@ -192,9 +190,8 @@ impl Sweeper {
             return Ok(None);
         }
         let begun = slot::begin(&reader, side).await?;
-        let (first, second) = (connect(side, &sweep.authority).await?, connect(side.other(), &sweep.mirror).await?);
         let settings = Settings { patience: PATIENCE, ..Settings::default() };
-        let mut pair = Pair::new(side, first, second, settings).await?;
+        let mut pair = Pair::open(side, (&sweep.authority, &sweep.mirror), NAME, settings).await?;
         pair.authority
             .batch("setting up the session", "SET datestyle = 'ISO, YMD'; SET intervalstyle = 'postgres'")
             .await?;
@@ -496,9 +493,7 @@ pub async fn obstacle(authority: &Client, side: Side) -> Result<Option<String>, 
 
 /// Waits until the sweep has passed all that has committed by now. False: not by `deadline`.
 pub async fn passed(authority: &Database, side: Side, deadline: Instant) -> Result<bool, Error> {
-    let connected = authority.connect("crossfade slots").await;
-    let broken = |error: crate::config::ConnectError| error.to_string();
-    let client = &connected.map_err(|error| Error::Broken { side, doing: "connecting", message: broken(error) })?;
+    let client = &connect(authority, side, "crossfade slots").await?;
     if standing(client, side).await?.is_none() {
         return Ok(true);
     }

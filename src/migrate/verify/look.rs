@@ -122,18 +122,27 @@ impl<'a> Look<'a> {
     }
 }
 
-fn hash(table: &Table, side: Side, same_encoding: bool) -> String {
+/// The text of a row of relation `t`: the same for rows that are the same, whatever the order of columns.
+pub(super) fn row_text(table: &Table, side: Side) -> String {
     let column = |column: &crate::catalog::Column| {
         let name = format!("t.{}", quote(column.name.get(side)));
         // The output function of xml leaves the declaration out.
         if column.kind.name.old == "xml" { format!("({name})::pg_catalog.text") } else { name }
     };
     let columns: Vec<String> = table.columns.iter().map(column).collect();
-    let text = format!("ROW({})::pg_catalog.text", columns.join(", "));
-    let text = match same_encoding {
-        true => text,
+    format!("ROW({})::pg_catalog.text", columns.join(", "))
+}
+
+/// A text as both servers have it in the same bytes.
+pub(super) fn in_same_bytes(text: &str, same_encoding: bool) -> String {
+    match same_encoding {
+        true => text.to_owned(),
         false => format!("pg_catalog.encode(pg_catalog.convert_to({text}, 'UTF8'), 'hex')"),
-    };
+    }
+}
+
+fn hash(table: &Table, side: Side, same_encoding: bool) -> String {
+    let text = in_same_bytes(&row_text(table, side), same_encoding);
     format!("pg_catalog.hashtextextended({text}, 0)")
 }
 

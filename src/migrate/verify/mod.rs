@@ -1,11 +1,14 @@
 //! Verify (D7, D8): whether both sides hold the same rows, while clients write.
 //!
-//! A table is gone through in ranges of the authority's key. `look` has each side hash its rows of the range, and where the sums differ names the
-//! keys whose hashes do; `settle` looks at those again under lock, and tells a difference from a row that is on its way; `mend` writes down what was
-//! found, and has what differs repaired. docs/protocols.md, *Verify*, says why nothing is called different that only is on its way.
+//! A table with a key is gone through in ranges of the authority's. `look` has each side hash its rows of the range, and where the sums differ names the
+//! keys whose hashes do; `settle` looks at those again under lock, and tells a difference from a row that is on its way. `keyless` compares a table without
+//! one as a whole. `mend` writes down what was found, and has what differs repaired; `position` keeps how far a look has come. docs/protocols.md, *Verify*,
+//! says why nothing is called different that only is on its way.
 
+mod keyless;
 mod look;
 mod mend;
+mod position;
 mod settle;
 
 use std::collections::VecDeque;
@@ -15,7 +18,9 @@ use std::time::{Duration, Instant};
 
 use super::error::Error;
 use super::link::{Pair, Settings};
-use super::pace::Pace;
+use super::lock;
+use super::locks::{self, Kind};
+use super::pace::{self, Pace, Strain};
 use super::sql::{Bounds, TableSql};
 use super::walk;
 use crate::catalog::{Catalog, Table};
@@ -24,6 +29,8 @@ use crate::ledger::debts::Values;
 use crate::phase::Side;
 use look::Look;
 pub use mend::{Standing, standing};
+use position::{Position, Runner};
+pub use position::{begun, installed};
 pub use settle::{Difference, How};
 
 /// What is compared with what.
@@ -49,8 +56,10 @@ pub struct Options {
     pub jobs: usize,
     /// Rows per second at most, over all jobs.
     pub rate: Option<u64>,
-    /// What differs becomes a debt, and is paid.
+    /// What differs becomes a debt, and is paid; a table without a key is copied again, with its writers held up.
     pub repair: bool,
+    /// Goes on where an earlier run was ended.
+    pub resume: bool,
     /// A server that says nothing for this long is given up.
     pub patience: Duration,
 }
@@ -64,67 +73,238 @@ pub struct Found {
     pub took: Duration,
     /// What differs.
     pub different: Vec<Difference>,
+    /// More differs than is listed there.
+    pub at_least: bool,
     /// Keys that differ and are known to: debts of their own, which stayed open all the time.
     pub owed: u64,
     /// Keys that differ while the whole table, or a range of it, is owed: nothing can be said of them.
     pub covered: u64,
     /// Keys that differ and were locked by someone all the time.
     pub busy: u64,
-    /// What was mended, of `different`.
+    /// Rows that were mended, of those that differed.
     pub repaired: u64,
+    /// Why nothing could be seen of it.
+    pub unseen: Option<String>,
+    /// An earlier run had compared all of it, and it was equal.
+    pub before: bool,
 }
 
 impl Found {
     /// Every row was seen to be equal, or to be known to differ and on its way.
     pub fn is_equal(&self) -> bool {
-        self.different.len() as u64 == self.repaired && self.covered == 0 && self.busy == 0
+        self.rows_different() == self.repaired
+            && !self.at_least
+            && self.covered == 0
+            && self.busy == 0
+            && self.unseen.is_none()
+    }
+
+    /// All that differed is equal now.
+    fn mended(&mut self) {
+        (self.repaired, self.at_least) = (self.rows_different(), false);
+    }
+
+    /// Rows that differ, or differed before they were mended.
+    pub fn rows_different(&self) -> u64 {
+        self.different.iter().map(|difference| difference.how.rows()).sum()
     }
 }
 
-/// Compares these tables, which have keys. What was found of each is told as soon as it is. Err: the first that failed.
-pub async fn run(
-    verify: &Verify,
-    tables: &[Arc<Table>],
-    options: &Options,
-    tell: &(dyn Fn(&Table, &Found) + Send + Sync),
-) -> Result<(), Error> {
+/// What happens, for progress bars, lines and metrics.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// So many more rows of a table, by its number, were compared.
+    Rows {
+        /// The table's number.
+        table: u32,
+        /// How many, since the last time.
+        rows: u64,
+    },
+    /// A table is done.
+    Table {
+        /// Which.
+        table: &'a Table,
+        /// What was found.
+        found: &'a Found,
+        /// The same number of rows differs as when it was looked at last.
+        known: bool,
+    },
+}
+
+type Tell<'a> = &'a (dyn Fn(Event<'_>) + Send + Sync);
+
+/// Compares these tables. What was found of each is told as soon as it is. Err: the first that failed; tables that were done by then are, for a run that
+/// resumes.
+pub async fn run(verify: &Verify, tables: &[Arc<Table>], options: &Options, tell: Tell<'_>) -> Result<(), Error> {
     let queue: Mutex<VecDeque<Arc<Table>>> = Mutex::new(tables.iter().cloned().collect());
-    let next = || queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).pop_front();
+    let next = || lock(&queue).pop_front();
     let pace = Pace::new(options.rate, Instant::now());
     let ids = AtomicI64::new(verify.first_debt);
     let worker = async || {
         while let Some(table) = next() {
-            let mut pair = open(verify, options).await?;
-            let begun = Instant::now();
-            let owings = mend::owings(&mut pair, &table).await?;
-            let mut found = compare(&mut pair, &table, &pace).await?;
-            found.took = begun.elapsed();
-            if options.repair && !found.different.is_empty() {
-                let id = ids.fetch_add(1, Ordering::Relaxed);
-                mend::repair(verify, &mut pair, &table, id, &mut found).await?;
+            let mut pair = open(verify, options.patience).await?;
+            let mut going = Going { tempo: Tempo::Asked(&pace), tell };
+            let job = Job { verify, runner: Runner::Command, resume: options.resume };
+            let (mut found, mut owings) = job.look(&mut pair, &table, &mut going).await?;
+            if options.repair && found.rows_different() > 0 {
+                let from = (ids.fetch_add(1, Ordering::Relaxed), owings);
+                owings = mend::repair(verify, &mut pair, &table, from, &mut found, &mut going).await?;
             }
-            mend::record(&mut pair, &table, verify.epoch, owings, &found).await?;
-            tell(&table, &found);
+            job.end(&mut pair, &table, owings, &found, tell).await?;
         }
         Ok(())
     };
     let jobs = (0..options.jobs.clamp(1, tables.len().max(1))).map(|_| worker());
-    futures_util::future::try_join_all(jobs).await.map(drop)
+    futures_util::future::try_join_all(jobs).await?;
+    let mut pair = open(verify, options.patience).await?;
+    let numbers: Vec<u32> = tables.iter().map(|table| table.number).collect();
+    position::forget(&mut pair, &numbers, Runner::Command).await
 }
 
-async fn open(verify: &Verify, options: &Options) -> Result<Pair, Error> {
-    let side = verify.authority_side;
-    let connect = async |side: Side, database: &Database| {
-        let connected = database.connect("crossfade verify").await;
-        connected.map_err(|error| Error::Broken { side, doing: "connecting", message: error.to_string() })
-    };
-    let (authority, mirror) = (connect(side, &verify.authority).await?, connect(side.other(), &verify.mirror).await?);
-    let settings = Settings { patience: options.patience, ..Settings::default() };
-    let pair = Pair::new(side, authority, mirror, settings).await?;
+/// How a proxy verifies in the background.
+pub struct Background {
+    /// The share of the time that it may work, from 0 to 1.
+    pub share: f64,
+    /// A server that says nothing for this long is given up.
+    pub patience: Duration,
+}
+
+/// Compares all tables once, the one first that was not compared for longest, one at a time, and repairs nothing. False: another process does. An earlier
+/// pass that was ended goes on where it was.
+pub async fn pass(verify: &Verify, how: &Background, tell: Tell<'_>) -> Result<bool, Error> {
+    let mut pair = open(verify, how.patience).await?;
+    if !locks::take(&mut pair, Kind::Verify, &[0]).await? {
+        return Ok(false);
+    }
+    let seen = standing(&pair.authority.client).await;
+    let seen = seen.map_err(|error| Error::from_driver(verify.authority_side, "reading what was verified", &error))?;
+    let mut tables: Vec<&Arc<Table>> = verify.catalog.tables.values().filter(|table| table.opaque.is_none()).collect();
+    let at = |table: &Table| seen.get(&table.number).map_or(f64::NEG_INFINITY, |seen| seen.at);
+    tables.sort_by(|one, other| at(one).total_cmp(&at(other)).then_with(|| one.number.cmp(&other.number)));
+    let (job, mut failed) = (Job { verify, runner: Runner::Proxy, resume: true }, None);
+    for table in tables {
+        let tempo = Tempo::Beside { share: how.share, strain: Strain::default() };
+        if let Err(error) = job.beside(&mut pair, table, how.share, &mut Going { tempo, tell }).await {
+            pair.abandon().await;
+            // One that cannot be compared must not keep the others from it.
+            if !error.is_about_a_table() || pair.is_broken() {
+                return Err(error);
+            }
+            failed.get_or_insert(error);
+        }
+    }
+    failed.map_or(Ok(true), Err)
+}
+
+/// Who looks at tables, and whether an earlier look of his counts.
+struct Job<'a> {
+    verify: &'a Verify,
+    runner: Runner,
+    resume: bool,
+}
+
+impl Job<'_> {
+    /// Looks at a table: what was found, and how often something of it had been owed when the look began.
+    async fn look(&self, pair: &mut Pair, table: &Table, going: &mut Going<'_>) -> Result<(Found, i64), Error> {
+        let begun = Instant::now();
+        let owings = mend::owings(pair, table).await?;
+        let kept = Position::begin(pair, table, self.runner, (self.verify.epoch, owings), self.resume).await?;
+        let mut found = match (kept, &table.key) {
+            (kept, _) if kept.done => Found { rows: kept.rows, before: true, ..Found::default() },
+            (kept, Some(_)) => compare(pair, table, kept, going).await?,
+            (_, None) => {
+                let same_encoding = look::same_encoding(pair).await?;
+                keyless::compare(pair, table, same_encoding, going).await?
+            }
+        };
+        found.took = begun.elapsed();
+        Ok((found, owings))
+    }
+
+    /// One table of a pass.
+    async fn beside(&self, pair: &mut Pair, table: &Table, share: f64, going: &mut Going<'_>) -> Result<(), Error> {
+        let (found, owings) = self.look(pair, table, going).await?;
+        self.end(pair, table, owings, &found, going.tell).await?;
+        if table.key.is_none() {
+            // It was compared at one moment, without a rest.
+            tokio::time::sleep(pace::rest(share, found.took)).await;
+        }
+        Ok(())
+    }
+
+    /// Writes down what was found, and tells of it.
+    async fn end(
+        &self,
+        pair: &mut Pair,
+        table: &Table,
+        owings: i64,
+        found: &Found,
+        tell: Tell<'_>,
+    ) -> Result<(), Error> {
+        let known = found.before || mend::record(pair, table, self, owings, found).await?;
+        tell(Event::Table { table, found, known });
+        Ok(())
+    }
+}
+
+/// What a process's sessions are called on the servers.
+const NAME: &str = "crossfade verify";
+
+async fn open(verify: &Verify, patience: Duration) -> Result<Pair, Error> {
+    let settings = Settings { patience, settle: patience, ..Settings::default() };
+    let pair = Pair::open(verify.authority_side, (&verify.authority, &verify.mirror), NAME, settings).await?;
     for link in [&pair.authority, &pair.mirror] {
         link.batch("setting how values are written", look::SETTINGS).await?;
     }
     Ok(pair)
+}
+
+/// How fast it goes.
+enum Tempo<'a> {
+    /// As fast as it can, or as was asked for.
+    Asked(&'a Pace),
+    /// For a share of the time, and less where the authority suffers.
+    Beside { share: f64, strain: Strain },
+}
+
+/// How it goes from range to range, and whom it tells.
+struct Going<'a> {
+    tempo: Tempo<'a>,
+    tell: Tell<'a>,
+}
+
+/// A commit that flushes, as clients' do: how long it takes says how the server is.
+const COMMIT: &str = "BEGIN; SET LOCAL synchronous_commit = on; UPDATE crossfade.flush SET n = n + 1; COMMIT";
+
+impl Going<'_> {
+    fn rows_max(&self) -> usize {
+        match &self.tempo {
+            Tempo::Asked(pace) => pace.rows_max(),
+            Tempo::Beside { .. } => usize::MAX,
+        }
+    }
+
+    /// Rows were compared. Returns how long to wait because of a rate.
+    fn rows(&self, table: u32, rows: usize) -> Duration {
+        (self.tell)(Event::Rows { table, rows: rows as u64 });
+        match &self.tempo {
+            Tempo::Asked(pace) => pace.after(rows, Instant::now()),
+            Tempo::Beside { .. } => Duration::ZERO,
+        }
+    }
+
+    /// Behind a range of so many rows that took so long.
+    async fn rest(&mut self, pair: &mut Pair, table: u32, rows: usize, took: Duration) -> Result<(), Error> {
+        let mut pause = self.rows(table, rows);
+        if let Tempo::Beside { share, strain } = &mut self.tempo {
+            let rest = pace::rest(*share, took);
+            let begun = Instant::now();
+            pair.authority.batch("looking how the server is", COMMIT).await?;
+            pause = rest + strain.after(begun.elapsed(), took + rest);
+        }
+        tokio::time::sleep(pause).await;
+        Ok(())
+    }
 }
 
 /// Rows of the first range, and of one at most.
@@ -133,38 +313,45 @@ const ROWS_MOST: usize = 50_000;
 /// A range is to be hashed in this time.
 const RANGE: Duration = Duration::from_millis(300);
 
-/// Goes through one table.
-async fn compare(pair: &mut Pair, table: &Table, pace: &Pace) -> Result<Found, Error> {
+/// Goes through one table with a key, from where an earlier look has come to.
+async fn compare(
+    pair: &mut Pair,
+    table: &Table,
+    mut position: Position,
+    going: &mut Going<'_>,
+) -> Result<Found, Error> {
     let alike = walk::order_alike(pair, table).await?;
     let look = Look::new(table, pair.authority.side, alike, look::same_encoding(pair).await?);
-    let mut found = Found::default();
-    let (mut left, mut rows) = (Bounds::default(), FIRST);
+    let mut found = Found { rows: position.rows, ..Found::default() };
+    let (mut left, mut rows) = (Bounds { after: position.after.take(), upto: None }, FIRST);
     loop {
         let begun = Instant::now();
-        let range = look.range(pair, &left, rows.min(pace.rows_max())).await?;
+        let range = look.range(pair, &left, rows.min(going.rows_max())).await?;
         let seen = look.compare(pair, &range).await?;
         found.rows += seen.rows;
         let took = begun.elapsed();
         settle::suspects(pair, table, seen.suspects, &mut found).await?;
-        tokio::time::sleep(pace.after(seen.rows as usize, Instant::now())).await;
+        left.after = range.upto;
+        position.keep(pair, table, &found, left.after.as_ref()).await?;
+        going.rest(pair, table.number, seen.rows as usize, took).await?;
         let by_time = (rows as f64 * RANGE.as_secs_f64() / took.as_secs_f64().max(1e-6)) as usize;
         rows = by_time.clamp(rows / 4, rows * 4).clamp(16, ROWS_MOST);
-        left.after = range.upto;
         if left.after.is_none() {
             break;
         }
     }
     if !alike {
-        extra(pair, table, pace, &mut found).await?;
+        extra(pair, table, going, &mut found).await?;
     }
     Ok(found)
 }
 
 /// Rows that only the mirror has, where its order is another: all its keys are asked for on the authority.
-async fn extra(pair: &mut Pair, table: &Table, pace: &Pace, found: &mut Found) -> Result<(), Error> {
+async fn extra(pair: &mut Pair, table: &Table, going: &mut Going<'_>, found: &mut Found) -> Result<(), Error> {
     let mut page = walk::Page::new(Bounds::default());
     loop {
-        let limits = (pair.settings.chunk_rows.min(pace.rows_max()), usize::MAX);
+        let begun = Instant::now();
+        let limits = (pair.settings.chunk_rows.min(going.rows_max()), usize::MAX);
         let keys = page.next(&mut pair.mirror, table, limits).await?;
         if keys.is_empty() {
             return Ok(());
@@ -180,6 +367,6 @@ async fn extra(pair: &mut Pair, table: &Table, pace: &Pace, found: &mut Found) -
             keys[at] = None;
         }
         settle::suspects(pair, table, keys.into_iter().flatten().collect(), found).await?;
-        tokio::time::sleep(pace.after(count, Instant::now())).await;
+        going.rest(pair, table.number, count, begun.elapsed()).await?;
     }
 }

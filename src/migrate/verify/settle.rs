@@ -18,7 +18,7 @@ use super::super::reconcile::ask;
 use super::super::rules::{Place, place};
 use super::super::sql::TableSql;
 use super::Found;
-use crate::catalog::Table;
+use crate::catalog::{Sides, Table};
 use crate::ledger::debts::Values;
 
 /// In which way a row differs.
@@ -30,14 +30,26 @@ pub enum How {
     Extra,
     /// These columns differ (old's names).
     Columns(Vec<String>),
+    /// Of a table without a key: so many rows of this text are on each side.
+    Count(Sides<u64>),
+}
+
+impl How {
+    /// How many rows that is.
+    pub fn rows(&self) -> u64 {
+        match self {
+            How::Missing | How::Extra | How::Columns(_) => 1,
+            How::Count(counts) => counts.old.abs_diff(counts.new),
+        }
+    }
 }
 
 /// A row that differs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Difference {
-    /// Its key as the authority's images carry it.
+    /// Its key as the authority's images carry it. Empty where the table has none.
     pub key: Values,
-    /// The same as text, in the order of the key's columns.
+    /// The same as text, in the order of the key's columns; where there is no key, the row's text alone, cut off after some length.
     pub shown: Vec<String>,
     /// In which way.
     pub how: How,
