@@ -202,6 +202,8 @@ CREATE TABLE IF NOT EXISTS crossfade.verified (
 -- How often debts of a table were owed, and so had to be paid; what their carriers brought is not counted. A look of verify that began at one count says
 -- nothing of what was owed later: `equal_owings` is the count at which the last one began that found all equal.
 CREATE TABLE IF NOT EXISTS crossfade.owings (number integer PRIMARY KEY, times bigint NOT NULL);
+-- Tables whose reads no proxy serves from the mirror until then, on the authority: a proxy that adds to what is owed says so beforehand (src/reads/block.rs).
+CREATE TABLE IF NOT EXISTS crossfade.blocked (number integer PRIMARY KEY, until timestamptz NOT NULL) WITH (fillfactor = 10);
 
 -- Columns that came later. ALTER TABLE would wait for whoever moves, and have all others wait behind it, also where there is nothing to add.
 --   migration.definition: what migrates, as the file of the proxy that moved says: proxies of other files refuse to serve while writes are mirrored.

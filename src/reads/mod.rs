@@ -1,8 +1,9 @@
 //! Reads on new before it is trusted with them: compared with the authority's in the background, or served from there where that is proven right.
 //!
-//! `look` knows what new may answer at this moment; `compare` runs a read on both sides; `digest` makes of an answer what can be compared; `tally` keeps what was
+//! `look` knows what new may answer at this moment; `block` keeps tables from being served while debts come; `compare` runs a read on both sides; `digest` makes of an answer what can be compared; `tally` keeps what was
 //! found, by shape. Which statements come into question at all says `plan::read`; a client's session is served by `session::served`.
 
+pub mod block;
 pub mod compare;
 pub mod digest;
 pub mod look;
@@ -47,6 +48,8 @@ pub struct Sample {
 pub struct Reads {
     /// What new may answer.
     pub looks: look::Looks,
+    /// What no proxy serves, by word of this one.
+    pub blocks: block::Blocks,
     /// What was found.
     pub tally: tally::Tally,
     samples: mpsc::Sender<Sample>,
@@ -57,7 +60,13 @@ pub struct Reads {
 impl Default for Reads {
     fn default() -> Reads {
         let (samples, waiting) = mpsc::channel(WAITING_MAX);
-        Reads { looks: Default::default(), tally: Default::default(), samples, waiting: Mutex::new(waiting) }
+        Reads {
+            looks: Default::default(),
+            blocks: Default::default(),
+            tally: Default::default(),
+            samples,
+            waiting: Mutex::new(waiting),
+        }
     }
 }
 

@@ -10,8 +10,9 @@ use tracing::{debug, warn};
 
 use super::jobs::Hands;
 use crate::catalog::Sides;
-use crate::migrate::owing::owing;
+use crate::migrate::{self, owing::owing};
 use crate::phase::Side;
+use crate::reads::block::{RENEWED, STANDS};
 use crate::reads::compare::{Answer, RunError, Seat};
 use crate::reads::digest::{Digest, Relation, only, relation};
 use crate::reads::look::{LEASE, Look, Owing, Pending, STUCK};
@@ -68,6 +69,42 @@ pub async fn look(shared: Arc<Shared>) {
             () = tokio::time::sleep(if serving { LOOKS_SERVING } else { LOOKS_COMPARING }) => {}
         }
     }
+}
+
+/// Blocks the tables of which sessions have debts to acknowledge, and keeps them blocked while there are more.
+pub async fn block(shared: Arc<Shared>) {
+    let mut open: Option<(Side, Client)> = None;
+    loop {
+        tokio::select! {
+            () = shared.reads.blocks.called() => {}
+            () = tokio::time::sleep(RENEWED) => {}
+        }
+        let sent = Instant::now();
+        let tables = shared.reads.blocks.wanted(sent);
+        if tables.is_empty() {
+            continue;
+        }
+        match one_block(&shared, &mut open, &tables).await {
+            Ok(()) => shared.reads.blocks.stand(&tables, sent, Instant::now()),
+            Err(error) => {
+                debug!(%error, "tables cannot be blocked: each debt waits for the looks of other proxies");
+                open = None;
+                tokio::time::sleep(LOOKS_SERVING).await;
+            }
+        }
+    }
+}
+
+async fn one_block(shared: &Shared, open: &mut Option<(Side, Client)>, tables: &[u32]) -> Result<(), Trouble> {
+    let side = shared.world.load().phase.authority();
+    if open.as_ref().is_none_or(|(known, client)| *known != side || client.is_closed()) {
+        let config = shared.config.load_full();
+        let client = Shared::database(&config, side).connect("crossfade blocks").await?;
+        client.batch_execute("SET synchronous_commit = on").await?;
+        *open = Some((side, client));
+    }
+    let Some((_, client)) = open.as_ref() else { return Ok(()) };
+    Ok(migrate::owing::block((side, client), tables, STANDS).await?)
 }
 
 type Trouble = Box<dyn std::error::Error + Send + Sync>;

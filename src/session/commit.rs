@@ -536,7 +536,7 @@ impl Session {
         if tables.is_empty() {
             return Ok(None);
         }
-        for table in tables {
+        for &table in &tables {
             self.taint(table, opaque.reason);
             self.debts().taint(table);
         }
@@ -568,7 +568,7 @@ impl Session {
                 "Nothing was run. Run `crossfade install`, look at `crossfade status`, then connect again.",
             )));
         }
-        self.owe_all();
+        self.owed_beforehand(&tables).await;
         Ok(Some(id))
     }
 

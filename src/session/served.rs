@@ -23,7 +23,7 @@ use crate::phase::Side;
 use crate::plan::Plan;
 use crate::plan::cache::Planned;
 use crate::plan::read::Read;
-use crate::reads::look::{LEASE, STUCK, Says};
+use crate::reads::look::Says;
 use crate::reads::tally::Kept;
 use crate::shared::Shared;
 use crate::sql::facts::Verb;
@@ -501,6 +501,7 @@ impl Session {
         if !config.fleet && config.most.serve <= 0.0 {
             return;
         }
+        let doubt = matches!(behind, Behind::Doubt);
         match behind {
             Behind::Nothing => return,
             Behind::Commit(answered) => {
@@ -508,18 +509,36 @@ impl Session {
                     return;
                 }
             }
-            Behind::Owed => {}
-            Behind::Doubt => self.owe_all(),
+            Behind::Owed | Behind::Doubt => {}
         }
         let tables = [debts, taints].into_iter().filter_map(|debts| debts::decode(debts).ok()).flatten();
-        self.shared.reads.looks.owe(tables.map(|debt| debt.table()));
-        if config.fleet {
-            tokio::time::sleep(LEASE + STUCK).await;
+        let mut tables: Vec<u32> = tables.map(|debt| debt.table()).collect();
+        if doubt {
+            tables.extend(self.world.catalog.tables.keys());
+        }
+        tables.sort_unstable();
+        tables.dedup();
+        self.shared.reads.looks.owe(tables.iter().copied());
+        self.cover(&tables).await;
+    }
+
+    /// What is owed stands in the ledger: waits until no other proxy may serve these tables without knowing it.
+    async fn cover(&self, tables: &[u32]) {
+        if self.shared.config.load().fleet {
+            self.shared.reads.blocks.cover(tables).await;
         }
     }
 
-    /// What is about to run has left debts in the ledger (CALL), or is about to show them (COMMIT PREPARED).
-    pub(super) fn owe_all(&self) {
+    /// What is about to run has left debts in the ledger (CALL).
+    pub(super) async fn owed_beforehand(&self, tables: &[u32]) {
+        if self.world.phase.serves() {
+            self.owe_all();
+            self.cover(tables).await;
+        }
+    }
+
+    /// ... or is about to show them (COMMIT PREPARED).
+    fn owe_all(&self) {
         if self.world.phase.serves() {
             self.shared.reads.looks.owe(self.world.catalog.tables.keys().copied());
         }
