@@ -169,17 +169,24 @@ async fn r2_an_acknowledgement_waits_for_the_commit_on_new() {
     let stage = Stage::start("mirror: { timeout: 60s }").await;
     let (writer, reader) = (stage.pair.client().await, stage.pair.client().await);
     writer.batch_execute("INSERT INTO notes VALUES (1, 'v0')").await.expect("writes");
-    stage.until_served(&reader, BODY).await;
-    let held = stage.new.trip_behind(b"v1", Way::ToServer, SYNC, Trip::HoldBefore);
-    let mut writing = Box::pin(writer.batch_execute("UPDATE notes SET body = 'v1' WHERE id = 1"));
-    let early = tokio::time::timeout(WATCHED, &mut writing).await;
-    assert!(early.is_err(), "acknowledged, and new does not have it");
-    held.await.expect("is held");
-    stage.new.release();
-    writing.await.expect("is acknowledged");
-    let before = stage.served().await;
-    assert_eq!(read(&reader, BODY).await.as_deref(), Some("v1"));
-    assert_eq!(stage.served().await, before + 1.0, "the reader has not asked the authority, and new serves it");
+    for round in 1..10 {
+        stage.until_served(&reader, BODY).await;
+        let (body, update) = (format!("v{round}"), format!("UPDATE notes SET body = 'v{round}' WHERE id = 1"));
+        let held = stage.new.trip_behind(body.as_bytes(), Way::ToServer, SYNC, Trip::HoldBefore);
+        let mut writing = Box::pin(writer.batch_execute(&update));
+        let early = tokio::time::timeout(WATCHED, &mut writing).await;
+        assert!(early.is_err(), "acknowledged, and new does not have it");
+        held.await.expect("is held");
+        stage.new.release();
+        writing.await.expect("is acknowledged");
+        let before = stage.served().await;
+        assert_eq!(read(&reader, BODY).await, Some(body));
+        if stage.served().await == before + 1.0 {
+            return;
+        }
+        // A busy machine: the last look was older than a lease.
+    }
+    panic!("the reader has not asked the authority, and new has never served it");
 }
 
 /// R3: a table of which a row is owed is not served; others are. (The reading side of interleaving 18: a row that only old has.)
@@ -423,5 +430,11 @@ async fn a_session_whose_settings_were_cut_off_on_their_way_is_served_again() {
         struck.try_recv().is_ok()
     })
     .await;
+    for _ in 0..20 {
+        assert_eq!(read(&reader, BODY).await.as_deref(), Some("x"));
+    }
+    // The one that was under way. (Without a word from anybody the session would stay so, until definitions are read again.)
+    let unfit = stage.pair.proxy.metrics("crossfade_read_kept_total{reason=\"state\"}").await;
+    assert!(unfit <= 1.0, "{unfit} reads were kept as if new could not have this session's settings");
     assert_eq!(stage.until_served(&reader, BODY).await.as_deref(), Some("x"));
 }
