@@ -438,3 +438,17 @@ async fn a_session_whose_settings_were_cut_off_on_their_way_is_served_again() {
     assert!(unfit <= 1.0, "{unfit} reads were kept as if new could not have this session's settings");
     assert_eq!(stage.until_served(&reader, BODY).await.as_deref(), Some("x"));
 }
+
+/// `serve_by: statement`: one client's reads are drawn each for itself.
+#[tokio::test]
+async fn a_share_of_statements_is_drawn_anew_for_each() {
+    let stage = Stage::start("reads: { serve: 50%, serve_by: statement, compare: 0% }").await;
+    let client = stage.pair.client().await;
+    client.batch_execute("INSERT INTO notes VALUES (1, 'x')").await.expect("writes");
+    let kept = async || stage.pair.proxy.metrics("crossfade_read_kept_total{reason=\"share\"}").await;
+    until("one session's reads have come from both sides", async || {
+        read(&client, BODY).await;
+        stage.served().await > 0.0 && kept().await > 0.0
+    })
+    .await;
+}

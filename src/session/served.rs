@@ -17,7 +17,7 @@ use super::books::{Prepared, There};
 use super::carry::literal;
 use super::{End, Session};
 use crate::backend::connect::{self, Address, read_only, to_database};
-use crate::config::Commit;
+use crate::config::{Commit, ServeBy};
 use crate::ledger::debts;
 use crate::phase::Side;
 use crate::plan::Plan;
@@ -176,7 +176,10 @@ impl Session {
         if planned.plan != Plan::Pass || planned.is_refused() {
             return Ok(false);
         }
-        let lot = self.serving.lot;
+        let lot = match config.reads.serve_by {
+            ServeBy::Session => self.serving.lot,
+            ServeBy::Statement => rand::random(),
+        };
         let within = lot < config.most.serve
             && read.tables.iter().all(|table| {
                 config.tables.is_none() && lot < config.serve_share("") || lot < config.serve_share(&table.label())
