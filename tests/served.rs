@@ -324,7 +324,7 @@ struct Fleet {
 
 impl Fleet {
     async fn start() -> Fleet {
-        let databases = Databases::start(&[]).await;
+        let databases = Databases::start(&[("max_prepared_transactions", "5")]).await;
         databases.run_on_both(SCHEMA).await;
         let new = Link::to(databases.new.port()).await;
         let url = format!("postgres://{}:{}@127.0.0.1:{}/{DATABASE}", CONTROL.0, CONTROL.1, new.port());
@@ -403,16 +403,22 @@ async fn r3_a_fleet_waits_once_for_a_mirror_that_is_down_and_serves_nothing_of_w
     fleet.databases.assert_equal().await;
 }
 
-/// What CALL writes is owed before it runs: another proxy's look from before that must have ended when it is acknowledged.
+/// What CALL writes is owed before it runs, and COMMIT PREPARED shows debts of long ago: another proxy's look from before must be void when they are acknowledged.
 #[tokio::test]
-async fn r3_what_a_call_has_written_no_other_proxy_misses() {
+async fn r3_what_a_call_or_a_prepared_transaction_has_written_no_other_proxy_misses() {
     let fleet = Fleet::start().await;
     let (writer, reader) = (fleet.client(&fleet.first).await, fleet.client(&fleet.second).await);
     writer.batch_execute("INSERT INTO notes VALUES (1, '0')").await.expect("writes");
-    for round in 1..3 {
+    let prepare = "BEGIN; UPDATE notes SET body = 'prepared' WHERE id = 1; PREPARE TRANSACTION 'p'";
+    for (before, shows, body) in [
+        ("", "CALL set_body('called')", "called"),
+        (prepare, "COMMIT PREPARED 'p'", "prepared"),
+        ("", "CALL set_body('again')", "again"),
+    ] {
+        writer.batch_execute(before).await.expect("runs");
         fleet.until_served(&reader).await;
-        writer.batch_execute(&format!("CALL set_body('{round}')")).await.expect("runs");
-        assert_eq!(read(&reader, BODY).await, Some(round.to_string()), "acknowledged, and the other proxy serves less");
+        writer.batch_execute(shows).await.expect("runs");
+        assert_eq!(read(&reader, BODY).await.as_deref(), Some(body), "acknowledged, and the other proxy serves less");
     }
     fleet.first.settle().await;
     fleet.databases.assert_equal().await;

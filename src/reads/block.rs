@@ -16,9 +16,11 @@ use super::look::{LEASE, STUCK};
 /// From the moment at which it is written a block stands for so long.
 pub const STANDS: Duration = Duration::from_secs(3);
 
-/// So often it is moved on, as long as anybody has wanted it within `WANTED`.
+/// So often it is moved on, for as long as anybody wants it.
 pub const RENEWED: Duration = Duration::from_millis(500);
-const WANTED: Duration = Duration::from_secs(1);
+
+/// Who has one debt soon has another.
+pub const WANTED: Duration = Duration::from_secs(1);
 
 /// The tables that this proxy keeps from being served, by all.
 #[derive(Debug, Default)]
@@ -30,6 +32,7 @@ pub struct Blocks {
 
 #[derive(Clone, Copy, Debug)]
 struct Block {
+    /// Until then it is moved on.
     wanted: Instant,
     stands: Option<Stands>,
 }
@@ -51,13 +54,14 @@ impl Stands {
 }
 
 impl Blocks {
-    /// Waits until debts of these tables, which stand in the ledger, may be acknowledged. Where a block cannot be had, that is when no look from before them counts.
-    pub async fn cover(&self, tables: &[u32]) {
+    /// Waits until debts of these tables, which stand in the ledger, may be acknowledged, and later ones for as long as they are `wanted`. Where a block cannot
+    /// be had, that is when no look from before this moment counts.
+    pub async fn cover(&self, tables: &[u32], wanted: Duration) {
         let deadline = Instant::now() + LEASE + STUCK;
         loop {
             let changed = self.stands.notified();
             let now = Instant::now();
-            let until = match self.covered_from(tables, now) {
+            let until = match self.covered_from(tables, wanted, now) {
                 Some(from) if from <= now => return,
                 from => from.unwrap_or(deadline).min(deadline),
             };
@@ -71,12 +75,12 @@ impl Blocks {
     }
 
     /// When debts of all of these are covered; None: not all are blocked yet. From now on they are wanted.
-    fn covered_from(&self, tables: &[u32], now: Instant) -> Option<Instant> {
-        let mut known = crate::reads::block::lock(&self.tables);
+    fn covered_from(&self, tables: &[u32], wanted: Duration, now: Instant) -> Option<Instant> {
+        let mut known = lock(&self.tables);
         let mut from = Some(now);
         for number in tables {
             let block = known.entry(*number).or_insert(Block { wanted: now, stands: None });
-            block.wanted = now;
+            block.wanted = block.wanted.max(now + wanted);
             let covers = block.stands.and_then(|stands| stands.covers_from(now));
             from = from.zip(covers).map(|(one, other)| one.max(other));
         }
@@ -89,8 +93,8 @@ impl Blocks {
     /// The tables that are wanted at this moment. Others are forgotten once their blocks have ended.
     pub fn wanted(&self, now: Instant) -> Vec<u32> {
         let mut known = lock(&self.tables);
-        known.retain(|_, block| now < block.wanted + WANTED || block.stands.is_some_and(|stands| now < stands.until));
-        known.iter().filter(|(_, block)| now < block.wanted + WANTED).map(|(number, _)| *number).collect()
+        known.retain(|_, block| now < block.wanted || block.stands.is_some_and(|stands| now < stands.until));
+        known.iter().filter(|(_, block)| now < block.wanted).map(|(number, _)| *number).collect()
     }
 
     /// The rows of these tables were sent at `sent`, and stand for all to see now.
@@ -126,35 +130,43 @@ mod tests {
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
         let lease = LEASE.as_millis() as u64;
-        assert_eq!(blocks.covered_from(&[1], at(0)), None, "nobody has written it");
+        assert_eq!(blocks.covered_from(&[1], WANTED, at(0)), None, "nobody has written it");
         assert_eq!(blocks.wanted(at(1)), [1]);
         blocks.stand(&[1, 2], at(1), at(10));
         assert_eq!(
-            blocks.covered_from(&[1], at(11)),
+            blocks.covered_from(&[1], WANTED, at(11)),
             Some(at(10 + lease)),
             "looks from before it may still be relied on"
         );
-        assert_eq!(blocks.covered_from(&[1, 2], at(11)), None, "one of them was not wanted when it was written");
-        assert_eq!(blocks.covered_from(&[1], at(500)), Some(at(500)));
+        assert_eq!(
+            blocks.covered_from(&[1, 2], WANTED, at(11)),
+            None,
+            "one of them was not wanted when it was written"
+        );
+        assert_eq!(blocks.covered_from(&[1], WANTED, at(500)), Some(at(500)));
         // Moved on: nobody waits again.
         blocks.stand(&[1], at(510), at(520));
-        assert_eq!(blocks.covered_from(&[1], at(521)), Some(at(521)));
+        assert_eq!(blocks.covered_from(&[1], WANTED, at(521)), Some(at(521)));
         let end = at(510) + STANDS;
-        assert_eq!(blocks.covered_from(&[1], end - STUCK), None, "a debt in flight would count only behind its end");
+        assert_eq!(
+            blocks.covered_from(&[1], WANTED, end - STUCK),
+            None,
+            "a debt in flight would count only behind its end"
+        );
         // One that has ended is another one when it is back.
         blocks.stand(&[1], end, end + LEASE);
-        assert_eq!(blocks.covered_from(&[1], end + LEASE), Some(end + LEASE + LEASE));
+        assert_eq!(blocks.covered_from(&[1], WANTED, end + LEASE), Some(end + LEASE + LEASE));
     }
 
     #[test]
     fn a_block_that_nobody_wants_is_not_moved_on() {
         let blocks = Blocks::default();
         let start = Instant::now();
-        blocks.covered_from(&[1], start);
+        blocks.covered_from(&[1], WANTED, start);
         blocks.stand(&[1], start, start);
         assert_eq!(blocks.wanted(start + WANTED / 2), [1]);
         assert_eq!(blocks.wanted(start + WANTED), Vec::<u32>::new());
-        assert!(blocks.covered_from(&[1], start + WANTED).is_some(), "it stands for as long as it says");
+        assert!(blocks.covered_from(&[1], WANTED, start + WANTED).is_some(), "it stands for as long as it says");
         blocks.wanted(start + STANDS + WANTED);
         assert_eq!(blocks.tables.lock().unwrap().len(), 0);
     }

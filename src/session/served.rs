@@ -23,6 +23,7 @@ use crate::phase::Side;
 use crate::plan::Plan;
 use crate::plan::cache::Planned;
 use crate::plan::read::Read;
+use crate::reads::block::WANTED;
 use crate::reads::look::Says;
 use crate::reads::tally::Kept;
 use crate::shared::Shared;
@@ -40,6 +41,8 @@ const GRACE: Duration = Duration::from_millis(100);
 const STREAK_MAX: u32 = 96;
 /// New did not answer: for so long this session does not ask again.
 const SHUNNED: Duration = Duration::from_secs(2);
+/// COMMIT PREPARED may take so long, where other proxies serve.
+const SHOWING: Duration = Duration::from_secs(10);
 /// Statements prepared on new for one session, at most.
 const PREPARED_MAX: usize = 256;
 
@@ -522,13 +525,13 @@ impl Session {
         tables.sort_unstable();
         tables.dedup();
         self.shared.reads.looks.owe(tables.iter().copied());
-        self.cover(&tables).await;
+        self.cover(&tables, WANTED).await;
     }
 
     /// What is owed stands in the ledger: waits until no other proxy may serve these tables without knowing it.
-    async fn cover(&self, tables: &[u32]) {
+    async fn cover(&self, tables: &[u32], wanted: Duration) {
         if self.shared.config.load().fleet {
-            self.shared.reads.blocks.cover(tables).await;
+            self.shared.reads.blocks.cover(tables, wanted).await;
         }
     }
 
@@ -536,24 +539,27 @@ impl Session {
     pub(super) async fn owed_beforehand(&self, tables: &[u32]) {
         if self.world.phase.serves() {
             self.owe_all();
-            self.cover(tables).await;
+            self.cover(tables, WANTED).await;
         }
     }
 
-    /// ... or is about to show them (COMMIT PREPARED).
-    fn owe_all(&self) {
-        if self.world.phase.serves() {
-            self.shared.reads.looks.owe(self.world.catalog.tables.keys().copied());
+    /// COMMIT PREPARED is about to show debts of long ago, of whatever tables: nothing is served until it has ended.
+    pub(super) async fn before_showing(&self, planned: &Planned) {
+        if planned.facts.verb == Verb::CommitPrepared && self.world.phase.serves() {
+            let tables: Vec<u32> = self.world.catalog.tables.keys().copied().collect();
+            self.cover(&tables, SHOWING).await;
+            self.owe_all();
         }
+    }
+
+    fn owe_all(&self) {
+        self.shared.reads.looks.owe(self.world.catalog.tables.keys().copied());
     }
 
     /// A statement is about to run on the authority.
     pub(super) fn note_for_serving(&mut self, planned: &Planned) {
         if planned.alters {
             self.serving.alter();
-        }
-        if planned.facts.verb == Verb::CommitPrepared {
-            self.owe_all();
         }
     }
 }
