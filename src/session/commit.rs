@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
+use super::acknowledge::Behind;
 use super::enter::refused_entry;
 use super::expect::{Done, Expected, Kind, To};
 use super::follow::commit_mirror;
 use super::prove::Doubt;
-use super::served::Behind;
 use super::{Carry, End, Held, Kept, Session};
 use crate::clock::Late;
 use crate::config::Commit;
