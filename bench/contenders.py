@@ -244,14 +244,15 @@ class Crossfade(Contender):
         while True:
             if self.process.poll() is not None:
                 raise Failed(f"{self.name} has ended:\n{self._log_tail()}")
-            gauges = self._gauges()
+            gauges = self.gauges()
             if condition(gauges):
                 return
             if time.monotonic() > deadline:
                 raise Failed(f"{self.name}: waited in vain for {what} (debt {debt(gauges)}):\n{self._log_tail()}")
             time.sleep(0.1)
 
-    def _gauges(self):
+    def gauges(self):
+        """Every series of /metrics by its whole name."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.admin}/metrics", timeout=5) as answer:
                 lines = answer.read().decode().splitlines()

@@ -10,8 +10,8 @@ import time
 
 from clusters import Failed, program
 
-# pgbench's name of each workload.
-SCRIPTS = {"select": "select-only", "tpcb": "tpcb-like", "update": "simple-update"}
+# pgbench's scripts of each workload; of ten transactions of `mixed` nine only read.
+SCRIPTS = {"select": ["select-only"], "tpcb": ["tpcb-like"], "update": ["simple-update"], "mixed": ["select-only@9", "simple-update@1"]}
 
 TICK_US = 1_000_000 / os.sysconf("SC_CLK_TCK")
 
@@ -104,7 +104,7 @@ def pgbench(contender, servers, workload, clients, protocol, seconds, seed):
     """One run. A dict with tps, transactions, latency_ms, cpu_us by who takes it, cpu_us_per_tx (the proxy's, None without one), or with error."""
     command = [program("pgbench"), "-n", "-h", "127.0.0.1", "-p", str(contender.port), "-U", "postgres", "-c", str(clients)]
     command += ["-j", str(min(clients, os.cpu_count() or 1)), "-T", str(seconds), "-M", protocol, f"--random-seed={seed}"]
-    command += ["-b", SCRIPTS[workload], contender.database]
+    command += [word for script in SCRIPTS[workload] for word in ("-b", script)] + [contender.database]
     cpu = Cpu(contender, servers)
     done, error = run_client(command, seconds)
     if error:

@@ -65,10 +65,25 @@ fn for_people(document: &Value) -> String {
             for sample in found["samples"].as_array().into_iter().flatten() {
                 out += &format!("              {sample}\n");
             }
+            out += &plans(&found["plans"]);
             if let Some(error) = found["error"].as_str() {
                 out += &format!("              {error}\n");
             }
         }
+    }
+    out
+}
+
+/// Where new takes longer: how both sides go about it.
+fn plans(plans: &Value) -> String {
+    let mut out = String::new();
+    for side in ["old", "new"] {
+        for line in plans[side].as_array().into_iter().flatten().filter_map(Value::as_str) {
+            out += &format!("              {side}: {line}\n");
+        }
+    }
+    for missing in plans["missing"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        out += &format!("              {missing}\n");
     }
     out
 }

@@ -102,6 +102,11 @@ impl Config {
         self.rule(table).and_then(|rule| rule.serve).or(self.reads.serve).unwrap_or(Share(1.0)).0
     }
 
+    /// Columns of a table (`schema.name` on old) that are not compared.
+    pub fn ignored_columns(&self, table: &str) -> &[String] {
+        self.rule(table).map_or(&[], |rule| &rule.ignore)
+    }
+
     fn rule(&self, table: &str) -> Option<&TableRule> {
         self.tables.as_ref()?.iter().find(|rule| rule.name == table)
     }
@@ -235,6 +240,8 @@ pub struct TableRule {
     pub serve: Option<Share>,
     /// The share of reads that is run on both sides and compared; None: the phase's default.
     pub compare: Option<Share>,
+    /// Columns (old's names) that are not compared, where a read gives them under their own name.
+    pub ignore: Vec<String>,
     /// When rows come over.
     pub backfill: Backfill,
     /// Overrides the phase for its group.
@@ -293,12 +300,27 @@ pub struct Reads {
     pub serve: Option<Share>,
     /// The share of eligible reads that is run on both sides and compared, from dual-write on. Default 1%.
     pub compare: Option<Share>,
+    /// A share to serve is one of sessions or of statements.
+    pub serve_by: ServeBy,
+    /// Statements that are not compared: any of these shapes, whatever their values.
+    pub ignore: Vec<String>,
     /// Samples of differences hold the statement and the rows.
     #[serde(deserialize_with = "units::flag")]
     pub samples: bool,
     /// The authority is compared with itself: what differs then is noise.
     #[serde(deserialize_with = "units::flag")]
     pub noise: bool,
+}
+
+/// `reads: serve_by:`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ServeBy {
+    /// A client sees one side, but where its reads cannot be served.
+    #[default]
+    Session,
+    /// Each statement is drawn anew.
+    Statement,
 }
 
 /// Continuous verification.

@@ -124,6 +124,8 @@ struct RawTable {
     serve: Option<Share>,
     compare: Option<Share>,
     #[serde(default)]
+    ignore: Vec<String>,
+    #[serde(default)]
     backfill: Backfill,
     phase: Option<Phase>,
     group: Option<String>,
@@ -145,6 +147,7 @@ impl<'de> Deserialize<'de> for TableRule {
                     read: raw.read,
                     serve: raw.serve,
                     compare: raw.compare,
+                    ignore: raw.ignore,
                     backfill: raw.backfill,
                     phase: raw.phase,
                     group: raw.group,

@@ -215,6 +215,17 @@ CREATE TABLE IF NOT EXISTS crossfade.verifying (
 -- How often debts of a table were owed, and so had to be paid; what their carriers brought is not counted. A look of verify that began at one count says
 -- nothing of what was owed later: `equal_owings` is the count at which the last one began that found all equal.
 CREATE TABLE IF NOT EXISTS crossfade.owings (number integer PRIMARY KEY, times bigint NOT NULL);
+-- Tables whose reads no proxy serves from the mirror until then, on the authority: a proxy that adds to what is owed says so beforehand (src/reads/block.rs).
+CREATE TABLE IF NOT EXISTS crossfade.blocked (number integer PRIMARY KEY, until timestamptz NOT NULL) WITH (fillfactor = 10);
+-- What each proxy has found that runs reads on both sides, by minute, on the authority: evidence for a gate (src/switch/record.rs).
+CREATE TABLE IF NOT EXISTS crossfade.compared (
+    proxy text,
+    minute timestamptz,
+    runs bigint NOT NULL,
+    different bigint NOT NULL,
+    failed bigint NOT NULL,
+    PRIMARY KEY (proxy, minute)
+);
 
 -- Columns that came later. ALTER TABLE would wait for whoever moves, and have all others wait behind it, also where there is nothing to add.
 --   migration.definition: what migrates, as the file of the proxy that moved says: proxies of other files refuse to serve while writes are mirrored.

@@ -21,7 +21,24 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const READ: &str = "SELECT id, carrier_xid, carrier_incarnation::text, (extract(epoch FROM clock_timestamp() - at) * 1000000)::bigint \
     FROM crossfade.ledger ORDER BY id LIMIT $1";
 
-/// The tables, by number, of all debts but those whose mirror transaction has committed in this `incarnation` of the mirror, or is at work and younger than `stuck`.
+/// Tables that a proxy keeps from being served: it is adding to what is owed.
+const BLOCKED: &str = "SELECT number FROM crossfade.blocked WHERE until > clock_timestamp()";
+
+/// $2 in milliseconds. Two proxies may want the same tables.
+const BLOCK: &str = "INSERT INTO crossfade.blocked AS b (number, until) \
+    SELECT n, clock_timestamp() + $2 * interval '1 millisecond' FROM unnest($1::int[]) AS n ORDER BY n \
+    ON CONFLICT (number) DO UPDATE SET until = greatest(b.until, excluded.until)";
+
+/// Keeps these tables from being served by any proxy whose look begins behind this, until `stands` have passed since it was called. It must be durable: after a crash
+/// of the authority its owner still counts on it. (`synchronous_commit` is the caller's to set.)
+pub async fn block(authority: (Side, &Client), tables: &[u32], stands: Duration) -> Result<(), Error> {
+    let (side, client) = authority;
+    let tables: Vec<i32> = tables.iter().map(|number| *number as i32).collect();
+    let at = At { side, client, patience: PATIENCE };
+    at.rows("blocking tables", BLOCK, &[&tables, &(stands.as_millis() as f64)]).await.map(drop)
+}
+
+/// The tables, by number, that are blocked, and those of all debts but those whose mirror transaction has committed in this `incarnation` of the mirror, or is at work and younger than `stuck`.
 /// None: there are too many, or one cannot be read: every table counts.
 pub async fn owing(
     authority: &Client,
@@ -31,6 +48,9 @@ pub async fn owing(
 ) -> Result<Option<HashSet<u32>>, Error> {
     let (side, mirror) = mirror;
     let authority = At { side: side.other(), client: authority, patience: PATIENCE };
+    // Before the ledger: who finds that a block has ended finds the debts that were acknowledged under it.
+    let blocked = authority.rows("reading what is blocked", BLOCKED, &[]).await?;
+    let mut tables: HashSet<u32> = blocked.iter().map(|row| row.get::<_, i32>(0) as u32).collect();
     let rows = authority.rows("reading the ledger", READ, &[&(ROWS + 1)]).await?;
     if rows.len() as i64 > ROWS {
         return Ok(None);
@@ -51,10 +71,9 @@ pub async fn owing(
     };
     let ids: Vec<i64> = rows.iter().filter(counts).map(|row| row.get(0)).collect();
     if ids.is_empty() {
-        return Ok(Some(HashSet::new()));
+        return Ok(Some(tables));
     }
     let text = "SELECT debts FROM crossfade.ledger WHERE id = ANY ($1)";
-    let mut tables = HashSet::new();
     // One that has gone meanwhile was paid.
     for row in authority.rows("reading debts", text, &[&ids]).await? {
         let Ok(debts) = decode(row.get::<_, Vec<u8>>(0)) else { return Ok(None) };

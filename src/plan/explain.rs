@@ -57,7 +57,8 @@ fn leaving(out: &mut String, read: &Read) {
     let _ = match read {
         Read::Eligible(found) => writeln!(
             out,
-            "as a read    may be run on both and compared (`compare`) and, in dual-read, answered by new (`serve`), outside a block, while nothing is owed of {}",
+            "as a read    may be run on both and compared (`compare`) and, in dual-read, answered by new (`serve`) while nothing is owed of {}; \
+             in a block it stays on the authority, whose lock on the table it must hold to the block's end",
             labels(&found.tables)
         ),
         Read::Stays(reason) => writeln!(out, "as a read    stays on the authority: {}", stays_because(reason)),

@@ -5,9 +5,11 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 
 use super::digest::{self, Digest, Reader};
+use super::plans::{self, Node};
 use super::{Sample, Who};
 use crate::backend::connect::{self, read_only, to_database};
 use crate::config::Database;
+use crate::phase::Side;
 use crate::wire::conn::Conn;
 use crate::wire::frame::{self, HEAD};
 use crate::wire::stream::Stream;
@@ -16,6 +18,9 @@ use crate::wire::stream::Stream;
 const LIMIT: Duration = Duration::from_secs(10);
 /// A larger row is not compared, in bytes.
 const ROW_MAX: usize = 8 << 20;
+
+/// Before a read, it gives its plan, and runs nothing.
+const EXPLAIN: &[u8] = b"EXPLAIN (FORMAT JSON, COSTS OFF) ";
 
 /// The same on both sides, so that equal values have equal texts; and nobody's locks are waited for.
 const SETTINGS: &[u8] = b"SET timezone = 'UTC'; SET datestyle = 'ISO, MDY'; SET intervalstyle = 'postgres'; SET extra_float_digits = 1; \
@@ -46,11 +51,12 @@ pub struct Answer {
 /// A client's session on one side, for comparing.
 pub struct Seat {
     conn: Conn<Stream>,
+    side: Side,
 }
 
 impl Seat {
     /// Logs in as the client; all that the session begins is READ ONLY.
-    pub async fn open(db: &Database, who: &Who) -> Result<Seat, RunError> {
+    pub async fn open(db: &Database, side: Side, who: &Who) -> Result<Seat, RunError> {
         let broken = |error: String| RunError::Broken(error);
         let parameters = read_only(to_database(&who.parameters, &db.database));
         let connected = connect::connect(db, &who.login.credentials, &parameters, 0)
@@ -63,7 +69,7 @@ impl Seat {
             until_ready(&mut conn).await
         };
         tokio::time::timeout(LIMIT, ready).await.map_err(|_| broken("it did not answer".to_owned()))??;
-        Ok(Seat { conn })
+        Ok(Seat { conn, side })
     }
 
     /// Runs a read; `keep` the first rows.
@@ -75,10 +81,18 @@ impl Seat {
         }
     }
 
+    /// How this side would run it. None: it does not say.
+    pub async fn plan(&mut self, sample: &Sample) -> Result<Option<Vec<Node>>, RunError> {
+        let text = [EXPLAIN, &sample.text[..]].concat().into();
+        let answer = self.run(&Sample { text, ..sample.clone() }, true).await?;
+        Ok(answer.rows.first().and_then(|explained| plans::nodes(explained)))
+    }
+
     async fn run_it(&mut self, sample: &Sample, keep: bool) -> Result<Answer, RunError> {
         let started = Instant::now();
         put(&mut self.conn.out, sample).map_err(|error| RunError::Broken(error.to_string()))?;
-        let mut reader = if keep { Reader::keeping() } else { Reader::default() };
+        let ignored = sample.ignored.iter().map(|(table, column)| (*table.oid.get(self.side), column.clone()));
+        let mut reader = Reader::new(ignored.collect(), keep);
         let mut refused = None;
         loop {
             let head = frame::head(&self.conn.inb).map_err(|error| RunError::Broken(error.to_string()))?;

@@ -32,14 +32,18 @@ pub struct Digest {
 pub struct Reader {
     digest: Digest,
     types: Vec<u32>,
+    /// Columns that are not looked at: the table's number on that server, and the name.
+    ignored: Vec<(u32, String)>,
+    /// Of the columns of this answer.
+    skipped: Vec<bool>,
     /// The first rows, where they are wanted.
     kept: Option<(Vec<String>, usize)>,
 }
 
 impl Reader {
-    /// With the first rows kept.
-    pub fn keeping() -> Reader {
-        Reader { kept: Some((Vec::new(), 0)), ..Reader::default() }
+    /// Without these columns (a table's OID on that server, a name), and with the first rows kept or not.
+    pub fn new(ignored: Vec<(u32, String)>, keep: bool) -> Reader {
+        Reader { ignored, kept: keep.then(Default::default), ..Reader::default() }
     }
 
     /// RowDescription.
@@ -47,10 +51,13 @@ impl Reader {
         let mut fields = Fields::new(payload);
         let count = fields.count()?;
         self.types.clear();
+        self.skipped.clear();
         for _ in 0..count {
-            fields.string()?;
+            let name = fields.string()?;
             let fixed = fields.take(18)?;
-            self.types.push(u32::from_be_bytes([fixed[6], fixed[7], fixed[8], fixed[9]]));
+            let number = |at: usize| u32::from_be_bytes([fixed[at], fixed[at + 1], fixed[at + 2], fixed[at + 3]]);
+            self.types.push(number(6));
+            self.skipped.push(self.ignored.iter().any(|(oid, of)| *oid == number(0) && of.as_bytes() == name));
         }
         Ok(())
     }
@@ -63,7 +70,11 @@ impl Reader {
         1_u8.hash(&mut high);
         let mut shown = self.kept.as_ref().map(|_| Vec::new());
         for at in 0..count {
-            let value = fields.value()?.map(|value| same(self.types.get(at).copied().unwrap_or(0), value));
+            let value = fields.value()?;
+            if self.skipped.get(at) == Some(&true) {
+                continue;
+            }
+            let value = value.map(|value| same(self.types.get(at).copied().unwrap_or(0), value));
             value.hash(&mut low);
             value.hash(&mut high);
             if let Some(shown) = &mut shown {

@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::catalog::Sides;
@@ -14,6 +15,13 @@ use crate::catalog::Sides;
 const SHAPES_MAX: usize = 1000;
 /// Samples of differences for each shape.
 pub const SAMPLES_MAX: usize = 5;
+
+/// New is slower at a shape where its median is so many times old's, and so many milliseconds more, of so many runs at least.
+const SLOWER: f64 = 2.0;
+const SLOWER_MS: f64 = 1.0;
+const SLOWER_RUNS: u64 = 10;
+/// Then both sides are asked for their plans, once in this time.
+const PLANS_APART: Duration = Duration::from_secs(15 * 60);
 
 /// What has become of a comparison.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,6 +121,9 @@ struct Found {
     times: Sides<Times>,
     samples: Vec<Value>,
     error: Option<String>,
+    /// When both sides were last asked for their plans, and what they said.
+    planned: Option<Instant>,
+    plans: Value,
 }
 
 /// What one comparison has brought.
@@ -137,13 +148,34 @@ impl Note {
     }
 }
 
+/// Comparisons since somebody last asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Recent {
+    /// Both sides have answered.
+    pub runs: u64,
+    /// ... with different rows, and again.
+    pub different: u64,
+    /// A side could not run it.
+    pub failed: u64,
+}
+
+impl Recent {
+    fn add(&mut self, other: Recent) {
+        self.runs += other.runs;
+        self.different += other.different;
+        self.failed += other.failed;
+    }
+}
+
 /// The whole of it.
 #[derive(Debug, Default)]
 pub struct Tally {
     shapes: Mutex<HashMap<Bytes, Found>>,
+    recent: Mutex<Recent>,
     dropped: AtomicU64,
     kept: [AtomicU64; 6],
     served: AtomicU64,
+    again: AtomicU64,
 }
 
 impl Tally {
@@ -165,6 +197,50 @@ impl Tally {
             found.error = note.error;
         }
         found.samples.extend(note.sample.filter(|_| found.samples.len() < SAMPLES_MAX));
+        let counted = |holds: bool| u64::from(holds);
+        let (failed, owed) = (note.outcome == Outcome::Failed, note.outcome == Outcome::Owed);
+        self.add_recent(Recent {
+            runs: counted(!failed && !owed),
+            different: counted(note.outcome == Outcome::Different),
+            failed: counted(failed),
+        });
+    }
+
+    /// What has come since this was last asked for.
+    pub fn take_recent(&self) -> Recent {
+        std::mem::take(&mut self.recent.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+    }
+
+    /// More of it, or what could not be kept elsewhere.
+    pub fn add_recent(&self, recent: Recent) {
+        self.recent.lock().unwrap_or_else(std::sync::PoisonError::into_inner).add(recent);
+    }
+
+    /// A run whose answers differ, and which is looked at again.
+    pub fn looks_again(&self) {
+        self.again.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// New is slower at this shape, and nobody has asked both sides why within `PLANS_APART`. Whoever is told so asks.
+    pub fn wants_plans(&self, shape: &Bytes, now: Instant) -> bool {
+        let mut shapes = self.shapes.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let Some(found) = shapes.get_mut(shape) else { return false };
+        let (old, new) = (found.times.old.quantile(0.5), found.times.new.quantile(0.5));
+        let slower = matches!((old.as_f64(), new.as_f64()), (Some(old), Some(new)) if new > old * SLOWER && new - old > SLOWER_MS);
+        let due = found.planned.is_none_or(|at| now.saturating_duration_since(at) >= PLANS_APART);
+        let wants = slower && due && found.times.new.count >= SLOWER_RUNS;
+        if wants {
+            found.planned = Some(now);
+        }
+        wants
+    }
+
+    /// How both sides run this shape.
+    pub fn plans(&self, shape: &Bytes, plans: Value) {
+        let mut shapes = self.shapes.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(found) = shapes.get_mut(shape) {
+            found.plans = plans;
+        }
     }
 
     /// A sample found no place in the queue.
@@ -192,6 +268,7 @@ impl Tally {
             "runs": runs, "rows": found.rows, "different": count(Outcome::Different), "reordered": count(Outcome::Reordered),
             "loose": count(Outcome::Loose), "unsettled": count(Outcome::Unsettled), "failed": count(Outcome::Failed), "owed": count(Outcome::Owed),
             "old": found.times.old.json(), "new": found.times.new.json(), "samples": found.samples, "error": found.error,
+            "plans": found.plans,
         })
     }
 
@@ -204,6 +281,7 @@ impl Tally {
         json!({
             "served_by_new": self.served.load(Ordering::Relaxed), "kept_on_the_authority": kept,
             "comparisons_dropped": self.dropped.load(Ordering::Relaxed),
+            "comparisons_looked_at_again": self.again.load(Ordering::Relaxed),
         })
     }
 }
@@ -225,6 +303,36 @@ mod tests {
         }
         times.note(Duration::from_secs(3600));
         times.note(Duration::ZERO);
+    }
+
+    #[test]
+    fn plans_are_asked_for_where_new_is_slower_and_not_too_often() {
+        let tally = Tally::default();
+        let (quick, slow) = (Bytes::from("SELECT 1"), Bytes::from("SELECT 2"));
+        let took = |ms: u64| Some(Sides { old: Duration::from_millis(2), new: Duration::from_millis(ms) });
+        let start = Instant::now();
+        for run in 0..SLOWER_RUNS {
+            assert!(!tally.wants_plans(&slow, start), "of {run} runs");
+            tally.note(&quick, Note { took: took(2), ..Note::of(Outcome::Equal) });
+            tally.note(&slow, Note { took: took(40), ..Note::of(Outcome::Equal) });
+        }
+        assert!(!tally.wants_plans(&quick, start));
+        assert!(tally.wants_plans(&slow, start));
+        assert!(!tally.wants_plans(&slow, start + PLANS_APART / 2));
+        assert!(tally.wants_plans(&slow, start + PLANS_APART));
+    }
+
+    #[test]
+    fn what_came_lately_is_told_once() {
+        let tally = Tally::default();
+        for outcome in [Outcome::Equal, Outcome::Different, Outcome::Failed, Outcome::Owed, Outcome::Unsettled] {
+            tally.note(&Bytes::from("SELECT 1"), Note::of(outcome));
+        }
+        let recent = tally.take_recent();
+        assert_eq!(recent, Recent { runs: 3, different: 1, failed: 1 });
+        assert_eq!(tally.take_recent(), Recent::default());
+        tally.add_recent(recent);
+        assert_eq!(tally.take_recent(), recent);
     }
 
     #[test]

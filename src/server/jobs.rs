@@ -78,6 +78,8 @@ pub fn start(shared: &Arc<Shared>) {
     tokio::spawn(refresh(shared.clone()));
     tokio::spawn(super::reads::compare(shared.clone()));
     tokio::spawn(super::reads::look(shared.clone()));
+    tokio::spawn(super::reads::block(shared.clone()));
+    tokio::spawn(super::reads::keep(shared.clone()));
     tokio::spawn(observe(shared.clone()));
     tokio::spawn(crate::switch::learn::follow(shared.clone()));
     tokio::spawn(move_phase(shared.clone()));

@@ -10,14 +10,17 @@ use tracing::{debug, warn};
 
 use super::jobs::Hands;
 use crate::catalog::Sides;
-use crate::migrate::owing::owing;
+use crate::migrate::{self, owing::owing};
 use crate::phase::Side;
+use crate::reads::block::{RENEWED, STANDS};
 use crate::reads::compare::{Answer, RunError, Seat};
 use crate::reads::digest::{Digest, Relation, only, relation};
 use crate::reads::look::{LEASE, Look, Owing, Pending, STUCK};
-use crate::reads::tally::{Note, Outcome};
+use crate::reads::plans;
+use crate::reads::tally::{Note, Outcome, Recent};
 use crate::reads::{Sample, Who};
 use crate::shared::Shared;
+use crate::switch::record;
 
 /// Clients as whom the job is logged in, at most.
 const SEATS_MAX: usize = 4;
@@ -29,6 +32,9 @@ const TRIES_MAX: u32 = 5;
 const DOUBTS_MAX: usize = 64;
 /// Rows of a difference that are shown of each side.
 const SHOWN: usize = 3;
+
+/// How often what was found is kept for the gates.
+const KEPT: Duration = Duration::from_secs(2);
 
 /// Between two looks, at least, and at most: where new serves, and where only comparing asks what is owed.
 const LOOKS_APART: Duration = Duration::from_millis(5);
@@ -68,6 +74,42 @@ pub async fn look(shared: Arc<Shared>) {
             () = tokio::time::sleep(if serving { LOOKS_SERVING } else { LOOKS_COMPARING }) => {}
         }
     }
+}
+
+/// Blocks the tables of which sessions have debts to acknowledge, and keeps them blocked while there are more.
+pub async fn block(shared: Arc<Shared>) {
+    let mut open: Option<(Side, Client)> = None;
+    loop {
+        tokio::select! {
+            () = shared.reads.blocks.called() => {}
+            () = tokio::time::sleep(RENEWED) => {}
+        }
+        let sent = Instant::now();
+        let tables = shared.reads.blocks.wanted(sent);
+        if tables.is_empty() {
+            continue;
+        }
+        match one_block(&shared, &mut open, &tables).await {
+            Ok(()) => shared.reads.blocks.stand(&tables, sent, Instant::now()),
+            Err(error) => {
+                debug!(%error, "tables cannot be blocked: each debt waits for the looks of other proxies");
+                open = None;
+                tokio::time::sleep(LOOKS_SERVING).await;
+            }
+        }
+    }
+}
+
+async fn one_block(shared: &Shared, open: &mut Option<(Side, Client)>, tables: &[u32]) -> Result<(), Trouble> {
+    let side = shared.world.load().phase.authority();
+    if open.as_ref().is_none_or(|(known, client)| *known != side || client.is_closed()) {
+        let config = shared.config.load_full();
+        let client = Shared::database(&config, side).connect("crossfade blocks").await?;
+        client.batch_execute("SET synchronous_commit = on").await?;
+        *open = Some((side, client));
+    }
+    let Some((_, client)) = open.as_ref() else { return Ok(()) };
+    Ok(migrate::owing::block((side, client), tables, STANDS).await?)
 }
 
 type Trouble = Box<dyn std::error::Error + Send + Sync>;
@@ -112,6 +154,27 @@ struct Doubt {
     digests: Sides<Digest>,
     tries: u32,
     due: Instant,
+}
+
+/// Keeps what was found where the gates of a move look, whoever moves.
+pub async fn keep(shared: Arc<Shared>) {
+    let mut hands = Hands::default();
+    loop {
+        tokio::time::sleep(KEPT).await;
+        let recent = shared.reads.tally.take_recent();
+        if recent == Recent::default() || shared.config.load().reads.noise {
+            continue;
+        }
+        let Err(error) = keep_one(&shared, &mut hands, recent).await else { continue };
+        debug!(%error, "what comparing has found cannot be kept yet");
+        shared.reads.tally.add_recent(recent);
+        hands.open = None;
+    }
+}
+
+async fn keep_one(shared: &Shared, hands: &mut Hands, recent: Recent) -> Result<(), Trouble> {
+    let Some((authority, _)) = hands.get(shared, "crossfade compared").await? else { return Ok(()) };
+    Ok(record::compare(authority, shared.registry.id(), recent).await?)
 }
 
 struct Comparer {
@@ -161,6 +224,7 @@ impl Comparer {
                 if self.doubts.len() >= DOUBTS_MAX {
                     Outcome::Unsettled
                 } else {
+                    self.shared.reads.tally.looks_again();
                     self.doubts.push_back(Doubt { sample, digests, tries: 1, due: Instant::now() + AGAIN });
                     return;
                 }
@@ -170,6 +234,27 @@ impl Comparer {
             Relation::Loose => Outcome::Loose,
         };
         self.note(&sample, outcome, &answers);
+        self.plan_if_slower(&sample, mirror).await;
+    }
+
+    /// New takes longer than old for this shape: how both go about it.
+    async fn plan_if_slower(&mut self, sample: &Sample, mirror: Side) {
+        if self.shared.config.load().reads.noise || !self.shared.reads.tally.wants_plans(&sample.shape, Instant::now())
+        {
+            return;
+        }
+        let Ok(seats) = self.seats(&sample.who, mirror).await else { return };
+        let (old, new) = tokio::join!(seats.old.plan(sample), seats.new.plan(sample));
+        let (old, new) = match (old, new) {
+            (Ok(Some(old)), Ok(Some(new))) => (old, new),
+            (Ok(_), Ok(_)) => return,
+            _ => return self.open.clear(),
+        };
+        let missing = plans::missing(&old, &new);
+        let shape = String::from_utf8_lossy(&sample.shape);
+        warn!(%shape, missing = missing.join("; "), "new takes longer for a read than old; `crossfade report` shows both plans");
+        let found = json!({ "old": plans::lines(&old), "new": plans::lines(&new), "missing": missing });
+        self.shared.reads.tally.plans(&sample.shape, found);
     }
 
     fn note(&self, sample: &Sample, outcome: Outcome, answers: &Sides<Answer>) {
@@ -253,8 +338,9 @@ impl Comparer {
             None => {
                 let config = self.shared.config.load_full();
                 let authority = mirror.other();
-                let of = |side: Side| Shared::database(&config, if config.reads.noise { authority } else { side });
-                let (old, new) = tokio::join!(Seat::open(of(Side::Old), who), Seat::open(of(Side::New), who));
+                let real = |side: Side| if config.reads.noise { authority } else { side };
+                let open = |side: Side| Seat::open(Shared::database(&config, real(side)), real(side), who);
+                let (old, new) = tokio::join!(open(Side::Old), open(Side::New));
                 let seats = Sides {
                     old: old.map_err(|error| (Side::Old, error))?,
                     new: new.map_err(|error| (Side::New, error))?,

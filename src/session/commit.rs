@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, warn};
 
+use super::acknowledge::Behind;
 use super::enter::refused_entry;
 use super::expect::{Done, Expected, Kind, To};
 use super::follow::commit_mirror;
 use super::prove::Doubt;
-use super::served::Behind;
 use super::{Carry, End, Held, Kept, Session};
 use crate::clock::Late;
 use crate::config::Commit;
@@ -536,7 +536,7 @@ impl Session {
         if tables.is_empty() {
             return Ok(None);
         }
-        for table in tables {
+        for &table in &tables {
             self.taint(table, opaque.reason);
             self.debts().taint(table);
         }
@@ -568,7 +568,7 @@ impl Session {
                 "Nothing was run. Run `crossfade install`, look at `crossfade status`, then connect again.",
             )));
         }
-        self.owe_all();
+        self.owed_beforehand(&tables).await;
         Ok(Some(id))
     }
 

@@ -197,6 +197,7 @@ impl Session {
     /// Before a write outside any block: a block of ours, so that its images, its debts and its commit have one transaction.
     pub(super) async fn open_block_for(&mut self, planned: &Planned) -> Result<(), End> {
         if planned.plan == Plan::Pass {
+            self.before_showing(planned).await;
             return Ok(());
         }
         if self.queue.ends() {

@@ -5,6 +5,7 @@
 //! and cuts images out, `commit` settles a transaction on both sides, `carry` moves a session to another authority.
 //! Nothing here reads a catalog or opens a transaction on the mirror by itself: that is `mirror`.
 
+mod acknowledge;
 mod answer;
 mod audit;
 mod books;

@@ -81,8 +81,17 @@ impl Session {
             .who
             .get_or_insert_with(|| Arc::new(Who { login: login.clone(), parameters: parameters.clone() }))
             .clone();
-        let shape = sql::shape(&text).text.into();
-        self.sampling.due = Some(Sample { who, text, bound, shape, eligible: read.clone() });
+        let shape = Bytes::from(sql::shape(&text).text);
+        let config = self.shared.config.load();
+        if config.reads.ignore.iter().any(|ignored| is_of_shape(ignored, &shape)) {
+            return;
+        }
+        let ignored = read.tables.iter().flat_map(|table| {
+            let columns = config.ignored_columns(&table.label()).iter();
+            columns.map(|column| (table.clone(), column.clone()))
+        });
+        self.sampling.due =
+            Some(Sample { who, text, bound, shape, eligible: read.clone(), ignored: ignored.collect() });
     }
 
     /// The client has its answers.
@@ -98,4 +107,9 @@ impl Session {
     pub(super) fn has_sample(&self) -> bool {
         self.sampling.due.is_some()
     }
+}
+
+/// A statement of the file, which may be written in another case, has this shape.
+fn is_of_shape(statement: &str, shape: &[u8]) -> bool {
+    sql::shape(statement.as_bytes()).text.eq_ignore_ascii_case(shape)
 }

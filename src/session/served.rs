@@ -6,10 +6,10 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
-use tokio::task::JoinHandle;
 use tracing::debug;
 
 use super::answer::{Begun, Ended};
@@ -17,16 +17,14 @@ use super::books::{Prepared, There};
 use super::carry::literal;
 use super::{End, Session};
 use crate::backend::connect::{self, Address, read_only, to_database};
-use crate::config::Commit;
-use crate::ledger::debts;
+use crate::config::{Commit, ServeBy};
 use crate::phase::Side;
 use crate::plan::Plan;
 use crate::plan::cache::Planned;
 use crate::plan::read::Read;
-use crate::reads::look::{LEASE, STUCK, Says};
+use crate::reads::look::Says;
 use crate::reads::tally::Kept;
 use crate::shared::Shared;
-use crate::sql::facts::Verb;
 use crate::wire::conn::Conn;
 use crate::wire::frame::{self, Fields, HEAD, Head};
 use crate::wire::stream::Stream;
@@ -35,9 +33,9 @@ use crate::wire::stream::Stream;
 const LONGEST: usize = 64 * 1024;
 /// After so many eligible reads without anything else between, a session waits for a look instead of going on with the authority.
 const STREAK: u32 = 3;
-/// ... for so long; in vain, and it waits behind twice as many reads the next time.
+/// ... for so long; and not again before so many times what it has waited. A session that writes now and then loses a tenth of its time to waits, and no more.
 const GRACE: Duration = Duration::from_millis(100);
-const STREAK_MAX: u32 = 96;
+const APART: u32 = 9;
 /// New did not answer: for so long this session does not ask again.
 const SHUNNED: Duration = Duration::from_secs(2);
 /// Statements prepared on new for one session, at most.
@@ -92,8 +90,8 @@ pub(super) struct Serving {
     contact: Option<Instant>,
     /// Eligible reads since anything else was asked.
     streak: u32,
-    /// So many make it worth a wait.
-    patience: u32,
+    /// It waits for no look before this moment.
+    rested: Option<Instant>,
     /// Among sessions, 0 to 1: whether it is in a share.
     lot: f64,
 }
@@ -101,7 +99,7 @@ pub(super) struct Serving {
 impl Serving {
     pub(super) fn new() -> Serving {
         let lot = f64::from(rand::random::<u32>()) / f64::from(u32::MAX);
-        Serving { place: Place::Empty, state: State::Unknown, contact: None, streak: 0, patience: STREAK, lot }
+        Serving { place: Place::Empty, state: State::Unknown, contact: None, streak: 0, rested: None, lot }
     }
 
     /// The authority has answered.
@@ -131,6 +129,8 @@ pub(super) struct Asked {
     piped: Option<Piped>,
     /// Bytes of all its frames.
     pub(super) total: usize,
+    /// Of its text, as its plan has it.
+    end: usize,
 }
 
 struct Piped {
@@ -144,18 +144,6 @@ struct Piped {
     rest: usize,
 }
 
-/// What stands between the authority's COMMIT and its acknowledgement, where new serves.
-pub(super) enum Behind {
-    /// Nothing was written.
-    Nothing,
-    /// The mirror's COMMIT is under way; it tells whether it was answered.
-    Commit(JoinHandle<bool>),
-    /// The mirror does not have it.
-    Owed,
-    /// It was planned under definitions that have changed: it may have written anywhere.
-    Doubt,
-}
-
 impl Session {
     /// Serves the read that begins the client's buffer from new, where that is proven right. False: nothing has happened, and the authority is asked.
     pub(super) async fn serve_read(&mut self, head: Head) -> Result<bool, End> {
@@ -166,8 +154,8 @@ impl Session {
         if config.most.serve <= 0.0 || config.mirror.commit == Commit::BestEffort {
             return Ok(false);
         }
-        let Some(asked) = self.asked(head)? else { return Ok(false) };
-        let (planned, _) = self.plan_for(&asked.text);
+        let Some(mut asked) = self.asked(head)? else { return Ok(false) };
+        let planned = self.plan_of(&mut asked);
         let Read::Eligible(read) = &planned.read else {
             // A driver that prepares in one pipeline and runs in the next has not written.
             self.serving.streak = 0;
@@ -176,7 +164,10 @@ impl Session {
         if planned.plan != Plan::Pass || planned.is_refused() {
             return Ok(false);
         }
-        let lot = self.serving.lot;
+        let lot = match config.reads.serve_by {
+            ServeBy::Session => self.serving.lot,
+            ServeBy::Statement => rand::random(),
+        };
         let within = lot < config.most.serve
             && read.tables.iter().all(|table| {
                 config.tables.is_none() && lot < config.serve_share("") || lot < config.serve_share(&table.label())
@@ -205,6 +196,19 @@ impl Session {
         }
     }
 
+    /// A statement that was prepared before is not read again.
+    fn plan_of(&mut self, asked: &mut Asked) -> Arc<Planned> {
+        let terms = self.terms();
+        let before = asked.piped.as_ref().filter(|piped| !piped.parses).map(|piped| &piped.statement);
+        let known = before.and_then(|name| self.prepared.get(name)?.planned.clone());
+        let (planned, end) = match known {
+            Some((of, planned, end)) if of == terms => (planned, end),
+            _ => self.plan_for(&asked.text),
+        };
+        asked.end = end;
+        planned
+    }
+
     /// Between two statements, outside any block and pipeline.
     fn is_between(&self) -> bool {
         self.at_rest()
@@ -224,7 +228,7 @@ impl Session {
         }
         if head.tag == b'Q' {
             let text = Fields::new(&inb[HEAD..head.total]).string()?;
-            return Ok(Some(Asked { text: Bytes::copy_from_slice(text), piped: None, total: head.total }));
+            return Ok(Some(Asked { text: Bytes::copy_from_slice(text), piped: None, total: head.total, end: 0 }));
         }
         let mut at = 0;
         let mut parsed = None;
@@ -264,7 +268,7 @@ impl Session {
                 _ => return Ok(None),
             },
         };
-        Ok(Some(Asked { text, piped: Some(Piped { statement, types, parses, bind, rest }), total: at }))
+        Ok(Some(Asked { text, piped: Some(Piped { statement, types, parses, bind, rest }), total: at, end: 0 }))
     }
 
     /// What is in the way of new's answer; at the end nothing has been waited for since it was asked.
@@ -306,20 +310,21 @@ impl Session {
 
     /// A session that only reads waits for a look that is late enough. True: there is one.
     async fn wait_for_look(&mut self, planned: &Planned) -> bool {
-        if self.serving.streak < self.serving.patience {
+        let began = Instant::now();
+        if self.serving.streak < STREAK || self.serving.rested.is_some_and(|rested| began < rested) {
             return false;
         }
-        let deadline = Instant::now() + GRACE;
-        while let Some(left) = deadline.checked_duration_since(Instant::now()) {
+        let deadline = began + GRACE;
+        let mut found = false;
+        while let Some(left) = deadline.checked_duration_since(Instant::now())
+            && !found
+        {
             self.shared.reads.looks.next(left).await;
-            if self.what_new_has(planned) != Says::Later {
-                self.serving.patience = STREAK;
-                return true;
-            }
+            found = self.what_new_has(planned) != Says::Later;
         }
-        self.serving.patience = (self.serving.patience * 2).min(STREAK_MAX);
-        self.serving.streak = 0;
-        false
+        let now = Instant::now();
+        self.serving.rested = Some(now + (now - began) * APART);
+        found
     }
 
     /// Logs in to new as the client, once. False: new does not let it.
@@ -398,7 +403,7 @@ impl Session {
     }
 
     /// Asks new, and passes its answer on. False: it has not begun to answer, and the client knows of nothing.
-    async fn answered_by_new(&mut self, planned: &Planned, asked: &Asked) -> Result<bool, End> {
+    async fn answered_by_new(&mut self, planned: &Arc<Planned>, asked: &Asked) -> Result<bool, End> {
         let started = Instant::now();
         let inb = self.client.inb[..asked.total].to_vec();
         let Some(seat) = self.seat() else { return Ok(false) };
@@ -444,7 +449,7 @@ impl Session {
     }
 
     /// What a read that new has answered leaves in our books.
-    fn note_served(&mut self, asked: &Asked, planned: &Planned) {
+    fn note_served(&mut self, asked: &Asked, planned: &Arc<Planned>) {
         planned.see();
         self.shared.metrics.statements.with_label_values(&["pass", Side::New.name()]).inc();
         self.portals.remove(&b""[..]);
@@ -453,11 +458,13 @@ impl Session {
             self.sample_query(planned, &asked.text);
             return;
         };
+        let plan = Some((self.terms(), planned.clone(), asked.end));
         if piped.parses {
-            let there = There::Nothing;
-            let prepared =
-                Prepared { text: Some(asked.text.clone()), types: piped.types.clone(), planned: None, there };
+            let (text, types) = (Some(asked.text.clone()), piped.types.clone());
+            let prepared = Prepared { text, types, planned: plan, there: There::Nothing };
             self.prepared.insert(piped.statement.clone(), prepared);
+        } else if let Some(prepared) = self.prepared.get_mut(&piped.statement) {
+            prepared.planned = plan;
         }
         if self.is_sampled(planned) {
             self.sample(planned, asked.text.clone(), Some((piped.types.clone(), piped.bind.clone())));
@@ -494,44 +501,10 @@ impl Session {
         self.shun();
     }
 
-    /// Where new serves, an acknowledgement waits for the mirror's COMMIT (R2). What the mirror does not have blocks its tables, and where other proxies may
-    /// serve, waits until none of them can rely on a look at the ledger from before it (R3).
-    pub(super) async fn before_acknowledging(&mut self, behind: Behind, (debts, taints): (Bytes, Bytes)) {
-        let config = self.shared.config.load_full();
-        if !config.fleet && config.most.serve <= 0.0 {
-            return;
-        }
-        match behind {
-            Behind::Nothing => return,
-            Behind::Commit(answered) => {
-                if let Ok(Ok(true)) = self.worker.clock.limit(config.mirror.timeout, answered).await {
-                    return;
-                }
-            }
-            Behind::Owed => {}
-            Behind::Doubt => self.owe_all(),
-        }
-        let tables = [debts, taints].into_iter().filter_map(|debts| debts::decode(debts).ok()).flatten();
-        self.shared.reads.looks.owe(tables.map(|debt| debt.table()));
-        if config.fleet {
-            tokio::time::sleep(LEASE + STUCK).await;
-        }
-    }
-
-    /// What is about to run has left debts in the ledger (CALL), or is about to show them (COMMIT PREPARED).
-    pub(super) fn owe_all(&self) {
-        if self.world.phase.serves() {
-            self.shared.reads.looks.owe(self.world.catalog.tables.keys().copied());
-        }
-    }
-
     /// A statement is about to run on the authority.
     pub(super) fn note_for_serving(&mut self, planned: &Planned) {
         if planned.alters {
             self.serving.alter();
-        }
-        if planned.facts.verb == Verb::CommitPrepared {
-            self.owe_all();
         }
     }
 }

@@ -148,6 +148,7 @@ impl Session {
                 {
                     return self.commit_simple(text, ending).await;
                 }
+                self.before_showing(planned).await;
                 self.sample_query(planned, text);
                 self.send(text, planned, end, false);
                 Ok(())

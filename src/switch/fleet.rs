@@ -42,6 +42,11 @@ impl Registry {
         Registry { id: format!("{:032x}", rand::random::<u128>()), open: tokio::sync::Mutex::default() }
     }
 
+    /// Its name.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
     /// Enters a server session, before its first transaction. Gives the epoch that holds; None: no schema is installed there, so that nobody can move.
     pub async fn enter(&self, config: &Config, side: Side, pid: i32) -> Result<Option<u64>, String> {
         let known = self.open.lock().await.clone().filter(|(of, client, _)| *of == side && !client.is_closed());

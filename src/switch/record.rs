@@ -1,11 +1,14 @@
 //! Who moved, when and why, and how the gates stood: `crossfade.history`, on both sides.
 
+use std::time::Duration;
+
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio_postgres::Client;
 
 use super::gates::{Force, Gate, Standing};
 use crate::phase::{Phase, Side};
+use crate::reads::tally::Recent;
 
 /// Who asks for a move, and what for.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -69,7 +72,7 @@ pub async fn note(client: &Client, epoch: u64, event: &str, detail: &Value) -> R
 }
 
 /// Adds how long the move to that epoch has held clients.
-pub async fn paused(client: &Client, epoch: u64, pause: std::time::Duration) -> Result<(), tokio_postgres::Error> {
+pub async fn paused(client: &Client, epoch: u64, pause: Duration) -> Result<(), tokio_postgres::Error> {
     let text = "UPDATE crossfade.history SET detail = detail || jsonb_build_object('pause_ms', $2::float8) WHERE epoch = $1 AND event = 'move'";
     client.execute(text, &[&(epoch as i64), &(pause.as_secs_f64() * 1000.0)]).await.map(drop)
 }
@@ -103,6 +106,30 @@ pub async fn backup(client: &Client, authority: Side) -> Result<Option<Backup>, 
         WHERE event = 'backup' AND epoch > coalesce((SELECT max(epoch) FROM crossfade.history WHERE detail->>'authority' <> $1), 0) ORDER BY id DESC LIMIT 1";
     let row = client.query_opt(text, &[&authority.name()]).await?;
     Ok(row.map(|row| Backup { age: row.get(0), who: row.get(1), what: row.get(2) }))
+}
+
+/// Adds what a proxy has found since it was last here, of reads that it ran on both sides.
+pub async fn compare(client: &Client, proxy: &str, recent: Recent) -> Result<(), tokio_postgres::Error> {
+    let text = "INSERT INTO crossfade.compared AS c (proxy, minute, runs, different, failed) \
+        VALUES ($1, date_trunc('minute', clock_timestamp()), $2, $3, $4) ON CONFLICT (proxy, minute) DO UPDATE SET \
+        runs = c.runs + excluded.runs, different = c.different + excluded.different, failed = c.failed + excluded.failed";
+    let [runs, different, failed] = [recent.runs, recent.different, recent.failed].map(|count| count as i64);
+    client.execute(text, &[&proxy, &runs, &different, &failed]).await?;
+    client.execute("DELETE FROM crossfade.compared WHERE minute < clock_timestamp() - interval '1 day'", &[]).await?;
+    Ok(())
+}
+
+/// What all proxies have found within this time, in whole minutes. None: an older schema has no place for it.
+pub async fn compared(client: &Client, within: Duration) -> Result<Option<Recent>, tokio_postgres::Error> {
+    let there = "SELECT pg_catalog.to_regclass('crossfade.compared') IS NOT NULL";
+    if !client.query_one(there, &[]).await?.get::<_, bool>(0) {
+        return Ok(None);
+    }
+    let text = "SELECT coalesce(sum(runs), 0)::bigint, coalesce(sum(different), 0)::bigint, coalesce(sum(failed), 0)::bigint FROM crossfade.compared \
+        WHERE minute > clock_timestamp() - $1 * interval '1 second'";
+    let row = client.query_one(text, &[&within.as_secs_f64()]).await?;
+    let [runs, different, failed] = [0, 1, 2].map(|at| row.get::<_, i64>(at) as u64);
+    Ok(Some(Recent { runs, different, failed }))
 }
 
 /// Whether that side was authority in the stretch of mirrored phases that holds: then it had all rows.

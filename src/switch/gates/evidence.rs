@@ -16,6 +16,7 @@ use crate::migrate;
 use crate::migrate::debt::TableDebt;
 use crate::migrate::sequences::Ahead;
 use crate::phase::Side;
+use crate::reads::tally::Recent;
 use crate::shared::Shared;
 use crate::switch::mover::{self, MoveError};
 use crate::switch::record::{self, Backup};
@@ -23,6 +24,9 @@ use crate::switch::{epoch, writers};
 
 /// How long one look of ours may take.
 const LOOKS: Duration = Duration::from_secs(30);
+
+/// What comparing reads has found longer ago says nothing of what is there now.
+pub const COMPARED: Duration = Duration::from_secs(30 * 60);
 
 /// What a side says of itself.
 #[derive(Clone, Debug)]
@@ -120,6 +124,8 @@ pub struct Facts {
     pub sessions: Option<Stuck>,
     /// What new lacks of `expect`.
     pub expected: Option<Vec<Finding>>,
+    /// What comparing reads has found within `COMPARED`.
+    pub compared: Option<Recent>,
     /// Transactions under way; None under the barrier, where there are none.
     pub running: Option<Running>,
     /// Seconds since the last move.
@@ -213,6 +219,9 @@ impl Question<'_> {
         }
         if matches!(facts.sides.get(from), Ok(answer) if answer.installed) {
             facts.held = record::held(client).await?;
+            if step.gains() == Some(Side::New) {
+                facts.compared = record::compared(client, COMPARED).await?;
+            }
         }
         facts.running = Some(self.running(client, &facts).await?);
         Ok(facts)
@@ -341,6 +350,7 @@ impl Facts {
             privileges: None,
             sessions: None,
             expected: None,
+            compared: None,
             running: None,
             held: None,
             backup: None,

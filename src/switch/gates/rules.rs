@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::evidence::{Facts, TableFacts};
+use super::evidence::{COMPARED, Facts, TableFacts};
 use super::{Gate, Name, Standing};
 use crate::check::{Finding, Level};
 use crate::phase::{Phase, Side};
+use crate::reads::tally::Recent;
 
 /// One step of a move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +50,9 @@ impl Step {
 
 /// A sequence with fewer values left than this is worth a word.
 const FEW_LEFT: u64 = 10_000;
+
+/// Fewer reads than this on both sides say little.
+const FEW_READS: u64 = 100;
 
 /// A transaction that is in flight for longer is no passing matter.
 const IN_FLIGHT: Duration = Duration::from_secs(5);
@@ -327,7 +331,7 @@ fn authority(step: Step, facts: &Facts, gates: &mut Vec<Gate>) {
         "",
     ));
     if side == Side::New {
-        gates.push(gate(Name::Reads, Standing::NotMeasured, "no reads are compared yet".into(), Value::Null, ""));
+        gates.push(reads(facts.compared));
         if let Some(found) = &facts.expected {
             let evidence = match found.len() {
                 0 => "new has what `expect` asks for".to_owned(),
@@ -337,6 +341,29 @@ fn authority(step: Step, facts: &Facts, gates: &mut Vec<Gate>) {
             gates.push(gate(Name::Expect, unless(!found.is_empty(), Standing::Closed), evidence, json!(found), next));
         }
     }
+}
+
+/// Reads that were run on both sides.
+fn reads(found: Option<Recent>) -> Gate {
+    let within = people(COMPARED.as_secs_f64());
+    let Some(found) = found.filter(|found| found.runs + found.failed > 0) else {
+        let evidence = format!("no reads were run on both sides within the last {within}");
+        let next = "let a share be compared: `reads: { compare: 5% }`";
+        return gate(Name::Reads, Standing::NotMeasured, evidence, Value::Null, next);
+    };
+    let Recent { runs, different, failed } = found;
+    let mut evidence = format!("of {runs} reads on both sides within the last {within} {different} gave other rows");
+    if failed > 0 {
+        evidence += &format!("; {failed} could not be run on one of them");
+    }
+    let report = "`crossfade report` names them; what is meant to differ goes into `ignore`";
+    let (standing, next) = match found {
+        Recent { different: 1.., .. } => (Standing::Closed, report),
+        Recent { failed: 1.., .. } => (Standing::Warns, report),
+        Recent { runs: ..FEW_READS, .. } => (Standing::Warns, "they are few: let a larger share be compared"),
+        _ => (Standing::Met, ""),
+    };
+    gate(Name::Reads, standing, evidence, json!(found), next)
 }
 
 fn transactions(step: Step, config: &crate::config::Move, facts: &Facts, gates: &mut Vec<Gate>) {
@@ -394,5 +421,22 @@ fn people(seconds: f64) -> String {
         s if s >= 2.0 * 3600.0 => format!("{:.1} hours", s / 3600.0),
         s if s >= 120.0 => format!("{:.1} minutes", s / 60.0),
         s => format!("{s:.1} s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_on_both_sides_close_the_gate_where_they_differ() {
+        let standing = |runs, different, failed| reads(Some(Recent { runs, different, failed })).standing;
+        assert_eq!(reads(None).standing, Standing::NotMeasured);
+        assert_eq!(standing(0, 0, 0), Standing::NotMeasured);
+        assert_eq!(standing(FEW_READS - 1, 0, 0), Standing::Warns);
+        assert_eq!(standing(FEW_READS, 0, 0), Standing::Met);
+        assert_eq!(standing(FEW_READS, 0, 1), Standing::Warns);
+        assert_eq!(standing(0, 0, 1), Standing::Warns);
+        assert_eq!(standing(FEW_READS, 1, 1), Standing::Closed);
     }
 }
