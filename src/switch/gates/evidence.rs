@@ -208,7 +208,7 @@ impl Question<'_> {
                 facts.findings = Some(check::run(config, old, new).await.map_err(closed)?);
             }
             if step.gains().is_some() {
-                facts.privileges = Some(check::privileges(self.catalog, old, new, from).await.map_err(closed)?);
+                facts.privileges = Some(check::privileges(config, self.catalog, old, new, from).await.map_err(closed)?);
                 let (losing, gaining) = if from == Side::Old { (old, new) } else { (new, old) };
                 let look = migrate::sequences::look((from, losing), (from.other(), gaining), self.catalog);
                 facts.sequences = Some(look.await?);
