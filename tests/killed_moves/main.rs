@@ -34,10 +34,24 @@ pub(crate) const TIMEOUT: &str = "mirror: { timeout: 15s }";
 const STONE: &str = "CREATE FUNCTION crossfade.stone() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_advisory_xact_lock(42); RETURN NEW; END'; \
     CREATE TRIGGER stone BEFORE INSERT OR UPDATE ON crossfade.migration FOR EACH ROW EXECUTE FUNCTION crossfade.stone()";
 
-pub(crate) async fn connect(url: &str) -> Result<Client, tokio_postgres::Error> {
+/// How a connection ended.
+pub(crate) type Ended = tokio::task::JoinHandle<Result<(), tokio_postgres::Error>>;
+
+pub(crate) async fn connect_and_hear(url: &str) -> Result<(Client, Ended), tokio_postgres::Error> {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
-    tokio::spawn(async move { drop(connection.await) });
-    Ok(client)
+    Ok((client, tokio::spawn(connection)))
+}
+
+pub(crate) async fn connect(url: &str) -> Result<Client, tokio_postgres::Error> {
+    Ok(connect_and_hear(url).await?.0)
+}
+
+/// What the client was told. What the server says between two statements the driver gives to the connection, and the next statement finds it closed.
+pub(crate) async fn told(error: tokio_postgres::Error, ended: Ended) -> String {
+    if !error.is_closed() {
+        return format!("{error:?}");
+    }
+    format!("{:?}", ended.await.expect("joins"))
 }
 
 /// Clients that insert all the time.
@@ -71,7 +85,7 @@ impl Writers {
                 writers.tasks.push(tokio::spawn(async move {
                     let (mut acknowledged, mut errors) = (Vec::new(), Vec::new());
                     while !stop.load(Ordering::SeqCst) {
-                        let Ok(client) = connect(&url).await else {
+                        let Ok((client, ended)) = connect_and_hear(&url).await else {
                             tokio::time::sleep(Duration::from_millis(50)).await;
                             continue;
                         };
@@ -83,7 +97,7 @@ impl Writers {
                             match done {
                                 Ok(()) => acknowledged.push(id),
                                 Err(error) => {
-                                    errors.push(format!("{error:?}"));
+                                    errors.push(told(error, ended).await);
                                     break;
                                 }
                             }
