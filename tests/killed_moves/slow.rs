@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use crossfade::cluster::processes::{Signal, signal};
 
-use super::common::pair::DATABASE;
-use super::common::{Pair, Proxy, proof, until};
+use super::common::link::{Link, Trip, Way};
+use super::common::pair::{APP, CONTROL, DATABASE};
+use super::common::{Pair, Proxy, ProxyConfig, proof, until};
 use super::{
     TIMEOUT, Writers, assert_none_lost, assert_one_authority, assert_told, connect, connect_and_hear, fleet, moves_to,
     told,
@@ -27,7 +28,7 @@ async fn a_proxy_that_is_slow_for_a_moment_loses_no_client() {
     let (databases, proxies) = fleet(1, TIMEOUT).await;
     let writers = Writers::start(&proxies.iter().collect::<Vec<_>>(), 4);
     writers.go_on().await;
-    let idle = connect(&proxies[1].url_as("app", "app-secret", DATABASE)).await.expect("connects");
+    let idle = connect(&proxies[1].url_as(APP.0, APP.1, DATABASE)).await.expect("connects");
     idle.batch_execute("SELECT 1").await.expect("is known");
     // Phases that are held by the epoch's lock, and one that is held by nothing but the list of proxies.
     for phase in ["new-primary", "dual-write", "old", "dual-write"] {
@@ -49,7 +50,7 @@ async fn a_proxy_that_was_frozen_for_long_has_written_nothing_and_its_clients_ar
     let (databases, proxies) = fleet(1, TIMEOUT).await;
     let writers = Writers::start(&proxies.iter().collect::<Vec<_>>(), 8);
     writers.go_on().await;
-    let url = proxies[1].url_as("app", "app-secret", DATABASE);
+    let url = proxies[1].url_as(APP.0, APP.1, DATABASE);
     let (inside, ended) = connect_and_hear(&url).await.expect("connects");
     inside.batch_execute("BEGIN; INSERT INTO notes (id) VALUES (-1)").await.expect("begins");
     moves_without(&proxies[1], long, &proxies[0], "new-primary").await;
@@ -80,4 +81,34 @@ async fn a_session_that_is_ended_in_a_hidden_statement_is_told() {
     .await;
     let error = waiting.await.expect("joins").expect_err("it was ended");
     assert_eq!(error.code().map(|code| code.code()), Some("57P01"), "{error:?}");
+}
+
+/// A proxy that starves does not come to look at the phase row, and still moves its clients' transactions on: these are waited for, not ended.
+#[tokio::test]
+async fn a_proxy_whose_look_is_late_keeps_the_transactions_that_it_serves() {
+    let (databases, proxies) = fleet(0, TIMEOUT).await;
+    let link = Link::to(databases.old.port()).await;
+    let old = format!("postgres://{}:{}@127.0.0.1:{}/{DATABASE}", CONTROL.0, CONTROL.1, link.port());
+    let more = format!("fleet: true\n{TIMEOUT}");
+    let late = Proxy::start(ProxyConfig { old, ..databases.proxy_config("dual-write", &more) }).await;
+    let client = connect(&late.url_as(APP.0, APP.1, DATABASE)).await.expect("connects");
+    client.batch_execute("SELECT 1").await.expect("is known");
+    let mut held = link.trip(Way::ToServer, b"FROM crossfade.announced", Trip::HoldBefore);
+    until("its next look is held", async || held.try_recv().is_ok()).await;
+    // By now it is silent.
+    tokio::time::sleep(Duration::from_millis(3200)).await;
+    client.batch_execute("BEGIN").await.expect("begins");
+    let transaction = async {
+        for id in 1..=6 {
+            client.batch_execute(&format!("INSERT INTO notes (id) VALUES ({id})")).await.expect("is not ended");
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+        client.batch_execute("COMMIT").await.expect("commits in its epoch");
+    };
+    tokio::join!(transaction, moves_to(&proxies[0], "new-primary"));
+    link.release();
+    until("it follows", async || late.holds("new-primary").await).await;
+    proxies[0].settle().await;
+    assert_one_authority(&databases).await;
+    assert_none_lost(&databases, &[1, 2, 3, 4, 5, 6]).await;
 }
