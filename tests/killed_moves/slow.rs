@@ -48,7 +48,7 @@ async fn a_proxy_that_is_slow_for_a_moment_loses_no_client() {
 async fn a_proxy_that_was_frozen_for_long_has_written_nothing_and_its_clients_are_told() {
     let long = Duration::from_secs(if proof() { 30 } else { 10 });
     let (databases, proxies) = fleet(1, TIMEOUT).await;
-    let writers = Writers::start(&proxies.iter().collect::<Vec<_>>(), 8);
+    let writers = Writers::start(&proxies.iter().collect::<Vec<_>>(), 3);
     writers.go_on().await;
     let url = proxies[1].url_as(APP.0, APP.1, DATABASE);
     let (inside, ended) = connect_and_hear(&url).await.expect("connects");
