@@ -143,6 +143,22 @@ fn imports_go_down() {
     assert!(!may_import("mirror", "session") && !may_import("session", "migrate") && !may_import("wire", "config"));
 }
 
+/// No time of day of this machine is compared with a server's, whose clock may be an hour off: ages are asked for where the times were written, and what is
+/// measured here is measured by clocks that know no time of day.
+#[test]
+fn no_clock_on_the_wall_is_read() {
+    let wall = ["SystemTime", "UNIX_EPOCH", "chrono::", "Utc::now", "OffsetDateTime", "Local::now"];
+    let mut wrong = Vec::new();
+    for file in files(&["src"], &["rs"]) {
+        for (number, line) in file.code() {
+            if wall.iter().any(|word| line.contains(word)) {
+                wrong.push(format!("{}:{number}: {}", file.path, line.trim()));
+            }
+        }
+    }
+    assert_none("a clock on the wall", &wrong);
+}
+
 #[test]
 fn sides_are_called_old_and_new_and_nothing_else() {
     // `source` is also a cause of an error and a text that was parsed; it is a side only in front of these.

@@ -134,6 +134,9 @@ async fn what_stands_in_the_way_of_new_as_authority_closes_its_gate_and_force_is
         .await
         .expect("runs");
     pair.databases.old.psql(DATABASE, "SELECT setval('tickets', 100)").await.expect("runs");
+    // The same password, and another salt: the keys of a login on one side do not open the other.
+    let other_salt = format!("ALTER ROLE {} PASSWORD '{}'", APP.0, APP.1);
+    pair.databases.new.psql(DATABASE, &other_salt).await.expect("alters");
     tokio::time::sleep(Duration::from_millis(1100)).await;
     let seen = gates(&pair.proxy, "new-primary").await;
     assert_eq!(closed(&seen), ["check", "sequences", "privileges", "expect"], "{seen:#}");
@@ -143,6 +146,15 @@ async fn what_stands_in_the_way_of_new_as_authority_closes_its_gate_and_force_is
         (&sessions["temporary"], &sessions["advisory"], &sessions["listening"]),
         (&1.into(), &1.into(), &1.into())
     );
+    let lacking = seen["gates"].as_array().unwrap().iter().find(|gate| gate["gate"] == "privileges").unwrap();
+    let password = lacking["facts"].as_array().unwrap().iter().find(|finding| finding["kind"] == "password").unwrap();
+    assert_eq!(password["object"], APP.0, "{lacking:#}");
+    let print = password["mend"].as_str().unwrap().split_once(": ").expect("says what to run").1;
+    assert!(!lacking.to_string().contains("SCRAM-SHA-256"), "a verifier is a secret: {lacking:#}");
+    let mend = pair.databases.old.psql(DATABASE, print).await.expect("prints");
+    pair.databases.new.psql(DATABASE, &mend).await.expect("mends");
+    let seen = gates(&pair.proxy, "new-primary").await;
+    assert!(!seen.to_string().contains("could not log in there"), "it was mended: {seen:#}");
     pair.databases.new.psql(DATABASE, "ALTER SEQUENCE tickets NO MAXVALUE").await.expect("runs");
     // One by one, or all; never without a word.
     let refused = pair.proxy.crossfade(&["phase", "new-primary", "--force"]).await;

@@ -140,7 +140,7 @@ async fn a_table_without_a_key_is_copied_in_the_snapshot_of_a_move() {
     exec(&mover, "BEGIN ISOLATION LEVEL REPEATABLE READ").await;
     let snapshot: String = mover.query_one("SELECT pg_export_snapshot()", &[]).await.unwrap().get(0);
     let mut pair = world.pair().await;
-    copy::prepare(&mut pair, &catalog, &table).await.expect("empties");
+    copy::prepare(&mut pair, &catalog, &[&table]).await.expect("empties");
     // Clients go on: their rows come by image.
     world.both("INSERT INTO h VALUES (-1, -1, 'later')").await;
     assert_eq!(copy::keyless(&mut pair, &table, &snapshot, &[debt]).await.expect("copies"), 5001);
@@ -280,7 +280,8 @@ async fn the_copy_of_a_move_waits_for_another_job() {
     // Kind::Table.
     let lock = format!("({}, {})", 0x4346_5442, table.number);
     exec(&other, &format!("SELECT pg_advisory_lock{lock}")).await;
-    let mut emptying = Box::pin(copy::prepare(&mut pair, &catalog, &table));
+    let tables = [&*table];
+    let mut emptying = Box::pin(copy::prepare(&mut pair, &catalog, &tables));
     assert!(tokio::time::timeout(Duration::from_millis(300), &mut emptying).await.is_err(), "has not waited");
     exec(&other, &format!("SELECT pg_advisory_unlock{lock}")).await;
     emptying.await.expect("empties");

@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::{CheckError, View};
+use crate::auth::verifiers::Secret;
 use crate::catalog::{Sides, quote};
+use crate::config::{AuthMethod, Config};
 use crate::phase::Side;
 
 /// Roles that are no superusers and may do something with the migrating tables: role, may log in, table, privilege.
@@ -25,8 +27,8 @@ pub(super) async fn compare(view: &mut View<'_>) -> Result<(), CheckError> {
     Ok(())
 }
 
-/// What they have on the side that `loses` authority, and lack on the other.
-pub(super) async fn lacking(view: &mut View<'_>, loses: Side) -> Result<(), CheckError> {
+/// What they have on the side that `loses` authority, and lack on the other. Gives those that log in and are there.
+pub(super) async fn lacking(view: &mut View<'_>, loses: Side) -> Result<Vec<String>, CheckError> {
     let gains = loses.other();
     let mut roles = Sides::<BTreeMap<String, Role>>::default();
     for side in Side::BOTH {
@@ -41,7 +43,11 @@ pub(super) async fn lacking(view: &mut View<'_>, loses: Side) -> Result<(), Chec
     let all = "SELECT rolname::text, rolsuper FROM pg_roles";
     let there: BTreeMap<String, bool> =
         view.rows(gains, "roles", all, &[]).await?.iter().map(|row| (row.get(0), row.get(1))).collect();
+    let mut logins = Vec::new();
     for (name, role) in roles.get(loses) {
+        if role.logs_in && there.contains_key(name) {
+            logins.push(name.clone());
+        }
         match there.get(name) {
             Some(true) => continue,
             Some(false) => {}
@@ -63,6 +69,68 @@ pub(super) async fn lacking(view: &mut View<'_>, loses: Side) -> Result<(), Chec
             let list = privileges.join(", ");
             let mend = format!("GRANT {list} ON {} TO {};", table.qualified(gains), quote(name));
             view.error("privilege", gains, &table.label(), format!("role {name} lacks {list} on {gains}"), mend);
+        }
+    }
+    Ok(logins)
+}
+
+/// Of roles ($1): may it log in, and what its password is kept as. What is kept never leaves the server: equal digests are enough.
+const PASSWORDS: &str = "SELECT rolname::text, rolcanlogin, encode(sha256(convert_to(rolpassword, 'UTF8')), 'hex') FROM pg_authid WHERE rolname = ANY ($1)";
+
+/// Which of these roles could not log in on the side that gains authority. Crossfade logs in there by what the client's login has shown of its password, which
+/// is good only where the same verifier is kept.
+pub(super) async fn passwords(
+    view: &mut View<'_>,
+    config: &Config,
+    loses: Side,
+    logins: &[String],
+) -> Result<(), CheckError> {
+    // A password in the clear, the file's or the client's, is good for any verifier of it.
+    let passed_through = matches!(config.auth, AuthMethod::Scram | AuthMethod::Md5);
+    let in_the_clear = |name: &String| {
+        config.users.get(name).is_some_and(|user| matches!(Secret::read(&user.password), Secret::Password(_)))
+    };
+    let roles: Vec<&String> = logins.iter().filter(|name| !in_the_clear(name)).collect();
+    if !passed_through || roles.is_empty() {
+        return Ok(());
+    }
+    let gains = loses.other();
+    let mut kept = Sides::<BTreeMap<String, (bool, Option<String>)>>::default();
+    for side in Side::BOTH {
+        let may = "SELECT has_table_privilege('pg_authid', 'SELECT'), quote_ident(current_user)";
+        let row = &view.rows(side, "the control role", may, &[]).await?[0];
+        if !row.get::<_, bool>(0) {
+            let what = format!(
+                "it cannot be seen whether clients can log in on {gains} with the passwords that they have on {loses}: pg_authid of {side} is not readable"
+            );
+            let mend = format!("GRANT SELECT ON pg_authid TO {}; or list clients in `users:`", row.get::<_, String>(1));
+            view.warning("password", side, "pg_authid", what, mend);
+            return Ok(());
+        }
+        for row in view.rows(side, "passwords", PASSWORDS, &[&roles]).await? {
+            kept.get_mut(side).insert(row.get(0), (row.get(1), row.get(2)));
+        }
+    }
+    for name in roles {
+        let (Some((_, here)), Some((may_login, there))) = (kept.get(loses).get(name), kept.get(gains).get(name)) else {
+            continue;
+        };
+        if !may_login {
+            let what = format!("role {name} may not log in on {gains}");
+            view.error("password", gains, name, what, format!("ALTER ROLE {} LOGIN;", quote(name)));
+        }
+        if here.is_some() && here != there {
+            let what = match there {
+                Some(_) => format!(
+                    "role {name} has another password on {gains}, or another salt for the same: its clients could not log in there"
+                ),
+                None => format!("role {name} has no password on {gains}: its clients could not log in there"),
+            };
+            let name_text = name.replace('\'', "''");
+            let mend = format!(
+                "run on {gains} what this prints on {loses}: SELECT format('ALTER ROLE %I PASSWORD %L;', rolname, rolpassword) FROM pg_authid WHERE rolname = '{name_text}';"
+            );
+            view.error("password", gains, name, what, mend);
         }
     }
     Ok(())

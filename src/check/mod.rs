@@ -136,8 +136,9 @@ pub async fn run(config: &Config, old: &Client, new: &Client) -> Result<Vec<Find
     Ok(found)
 }
 
-/// What the application's roles have on the side that `loses` authority and lack on the other. `catalog`: of both sides.
+/// What the application's roles have on the side that `loses` authority and lack on the other, and which could not log in there. `catalog`: of both sides.
 pub async fn privileges(
+    config: &Config,
     catalog: &Catalog,
     old: &Client,
     new: &Client,
@@ -145,7 +146,8 @@ pub async fn privileges(
 ) -> Result<Vec<Finding>, CheckError> {
     let tables: Vec<&Table> = catalog.tables.values().map(AsRef::as_ref).collect();
     let mut view = View { clients: Sides { old, new }, catalog, tables, found: Vec::new() };
-    clients::lacking(&mut view, loses).await?;
+    let logins = clients::lacking(&mut view, loses).await?;
+    clients::passwords(&mut view, config, loses, &logins).await?;
     view.found.sort();
     Ok(view.found)
 }

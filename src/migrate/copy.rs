@@ -24,22 +24,23 @@ use super::tokens;
 use crate::catalog::{Catalog, Table};
 use crate::ledger::debts::{self, Debt, Values};
 
-/// Empties the mirror's table, and commits that durably. To be called by the mover after its snapshot is taken and before clients go on,
-/// when no transaction on it is under way on either side; the table's whole debt must have been entered before. Rows that the ledger
-/// owes to the table are in the snapshot, and count as paid.
-pub async fn prepare(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Result<(), Error> {
+/// Empties the mirror's tables, and commits that durably. To be called by the mover after its snapshot is taken and before clients go on,
+/// when no transaction on them is under way on either side; the tables' whole debts must have been entered before, or be void if the move is. Rows that
+/// the ledger owes to them are in the snapshot, and count as paid.
+pub async fn prepare(pair: &mut Pair, catalog: &Catalog, tables: &[&Table]) -> Result<(), Error> {
     let incarnation = pair.incarnation().await?;
-    let mut entries = debts_of(pair, table, &incarnation).await?;
+    let mut entries = debts_of(pair, tables, &incarnation).await?;
     // What is in flight is brought by its own transaction.
     entries.retain(|entry| entry.state != State::InFlight);
-    let numbers = tables_of(table, &entries);
+    let numbers = tables_of(tables, &entries);
     if !locks::take_within(pair, Kind::Table, &numbers, pair.settings.patience).await? {
+        let labels: Vec<String> = tables.iter().map(|table| table.label()).collect();
         return Err(Error::Deadline(format!(
-            "another job works on table {}: try again when it has ended",
-            table.label()
+            "another job works on one of the tables {}: try again when it has ended",
+            labels.join(", ")
         )));
     }
-    let emptied = empty_for_good(pair, catalog, table, &entries).await;
+    let emptied = empty_for_good(pair, catalog, tables, &entries).await;
     if emptied.is_err() {
         pair.abandon().await;
     }
@@ -49,32 +50,41 @@ pub async fn prepare(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Resul
     emptied
 }
 
-async fn empty_for_good(pair: &mut Pair, catalog: &Catalog, table: &Table, entries: &[Entry]) -> Result<(), Error> {
+async fn empty_for_good(pair: &mut Pair, catalog: &Catalog, tables: &[&Table], entries: &[Entry]) -> Result<(), Error> {
     // Durable: were it lost in a crash, the copy would come on top of what was there.
     pair.mirror.batch("beginning", "BEGIN; SET LOCAL synchronous_commit = on").await?;
-    empty(pair, table).await?;
-    absorb(pair, catalog, table, entries).await?;
+    empty(pair, tables).await?;
+    absorb(pair, catalog, tables, entries).await?;
     pair.mirror.batch("committing", "COMMIT").await
 }
 
-/// The table itself, and those that share a token with it.
-fn tables_of(table: &Table, entries: &[Entry]) -> Vec<u32> {
+/// The tables themselves, and those that share a token with them.
+fn tables_of(tables: &[&Table], entries: &[Entry]) -> Vec<u32> {
     let rows = entries.iter().flat_map(|entry| &entry.debts).filter(|debt| matches!(debt, Debt::Row { .. }));
-    rows.map(Debt::table).chain([table.number]).collect::<BTreeSet<_>>().into_iter().collect()
+    let own = tables.iter().map(|table| table.number);
+    rows.map(Debt::table).chain(own).collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 /// In the open transaction of the mirror.
-async fn empty(pair: &mut Pair, table: &Table) -> Result<(), Error> {
-    let there = TableSql::new(table, pair.mirror.side);
-    let only = there.only();
-    pair.mirror.batch("emptying a table", "SAVEPOINT crossfade_empty").await?;
-    match pair.mirror.batch("emptying a table", &format!("TRUNCATE {only}")).await {
-        // Another table refers to it: TRUNCATE will not, DELETE may (triggers are off).
-        Err(error) if error.meaning() == Meaning::Refused => {
-            pair.mirror.batch("emptying a table", &format!("ROLLBACK TO crossfade_empty; DELETE FROM {only}")).await
-        }
-        truncated => truncated,
+async fn empty(pair: &mut Pair, tables: &[&Table]) -> Result<(), Error> {
+    let only: Vec<String> = tables.iter().map(|table| TableSql::new(table, pair.mirror.side).only()).collect();
+    let truncate = |what: &str| format!("SAVEPOINT crossfade_empty; TRUNCATE {what}; RELEASE crossfade_empty");
+    match pair.mirror.batch("emptying tables", &truncate(&only.join(", "))).await {
+        Err(error) if error.meaning() == Meaning::Refused => {}
+        truncated => return truncated,
     }
+    pair.mirror.batch("emptying tables", "ROLLBACK TO crossfade_empty").await?;
+    for only in only {
+        match pair.mirror.batch("emptying a table", &truncate(&only)).await {
+            // Another table refers to it: TRUNCATE will not, DELETE may (triggers are off).
+            Err(error) if error.meaning() == Meaning::Refused => {
+                let rows = format!("ROLLBACK TO crossfade_empty; DELETE FROM {only}");
+                pair.mirror.batch("emptying a table", &rows).await?;
+            }
+            truncated => truncated?,
+        }
+    }
+    Ok(())
 }
 
 /// Copies a table without a key as `snapshot` (of pg_export_snapshot on the authority) shows it to the mirror, behind what clients insert
@@ -236,12 +246,12 @@ async fn locked_once(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Resul
     if let Err(holders) = wait_for_writers(&mut pair.mirror, table, pair.wait * 8).await? {
         return Err(busy(pair, format!("transactions {} stay open", holders.join(", "))));
     }
-    let entries = debts_of(pair, table, &incarnation).await?;
+    let entries = debts_of(pair, &[table], &incarnation).await?;
     // A taint whose transaction carries images of other tables is in flight with them: left out, it would stay behind the copy that pays it.
     if entries.iter().any(|entry| entry.state == State::InFlight) {
         return Err(busy(pair, "transactions that owe it something are in flight on the mirror".to_owned()));
     }
-    let numbers = tables_of(table, &entries);
+    let numbers = tables_of(&[table], &entries);
     if !locks::take(pair, Kind::Table, &numbers).await? {
         return Err(busy(pair, "another job works on the table".to_owned()));
     }
@@ -260,21 +270,22 @@ async fn locked_once(pair: &mut Pair, catalog: &Catalog, table: &Table) -> Resul
     Ok(rows)
 }
 
-/// Ledger rows that have to do with the table.
-pub(super) async fn debts_of(pair: &mut Pair, table: &Table, incarnation: &str) -> Result<Vec<Entry>, Error> {
+/// Ledger rows that have to do with the tables.
+pub(super) async fn debts_of(pair: &mut Pair, tables: &[&Table], incarnation: &str) -> Result<Vec<Entry>, Error> {
     let (mut after, mut found) = (0, Vec::new());
     loop {
         let entries = payable::read(pair.authority.at(), pair.mirror.at(), after, payable::ROWS, incarnation).await?;
         let Some(last) = entries.last() else { return Ok(found) };
         after = last.id;
-        found.extend(entries.into_iter().filter(|entry| entry.debts.iter().any(|debt| debt.table() == table.number)));
+        let about = |debt: &Debt| tables.iter().any(|table| table.number == debt.table());
+        found.extend(entries.into_iter().filter(|entry| entry.debts.iter().any(about)));
     }
 }
 
 async fn replace_all(pair: &mut Pair, catalog: &Catalog, table: &Table, entries: &[Entry]) -> Result<u64, Error> {
     pair.mirror.batch("beginning", "BEGIN").await?;
-    empty(pair, table).await?;
-    absorb(pair, catalog, table, entries).await?;
+    empty(pair, &[table]).await?;
+    absorb(pair, catalog, &[table], entries).await?;
     let rows = copy_all(pair, table).await?;
     // While this answers, the lock on the authority stands.
     pair.authority.batch("holding the table", "SELECT 1").await?;
@@ -283,8 +294,9 @@ async fn replace_all(pair: &mut Pair, catalog: &Catalog, table: &Table, entries:
     Ok(rows)
 }
 
-/// A transaction's rows are paid together, by one token: those for this table come with the copy, those for others now.
-async fn absorb(pair: &mut Pair, catalog: &Catalog, table: &Table, entries: &[Entry]) -> Result<(), Error> {
+/// A transaction's rows are paid together, by one token: those for these tables come with the copy, those for others now.
+async fn absorb(pair: &mut Pair, catalog: &Catalog, tables: &[&Table], entries: &[Entry]) -> Result<(), Error> {
+    let copied = |number: u32| tables.iter().any(|table| table.number == number);
     for entry in entries {
         let mut seen = BTreeSet::new();
         for debt in &entry.debts {
@@ -298,7 +310,7 @@ async fn absorb(pair: &mut Pair, catalog: &Catalog, table: &Table, entries: &[En
             }
             let others: Vec<(u32, &Values)> = (entry.debts.iter())
                 .filter_map(|debt| match debt {
-                    Debt::Row { table: number, token: of, values } if of == token && *number != table.number => {
+                    Debt::Row { table: number, token: of, values } if of == token && !copied(*number) => {
                         Some((*number, values))
                     }
                     _ => None,

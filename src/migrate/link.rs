@@ -232,12 +232,17 @@ impl Pair {
     ) -> Result<Pair, Error> {
         let mut authority = Link::new(authority_side, authority, settings.patience);
         let mut mirror = Link::new(authority_side.other(), mirror, settings.patience);
-        let deadlock = authority.set_up(false).await?.min(mirror.set_up(true).await?);
-        let wait = deadlock / 4;
+        let (here, there) = tokio::try_join!(authority.set_up(false), mirror.set_up(true))?;
+        let wait = here.min(there) / 4;
         for link in [&authority, &mirror] {
             link.batch("setting lock_timeout", &format!("SET lock_timeout = {}", wait.as_millis().max(1))).await?;
         }
         Ok(Pair { authority, mirror, settings, wait, broken: false, versions: Sides::default() })
+    }
+
+    /// Has statements at hand that will be wanted when somebody waits.
+    pub(crate) async fn warm(&mut self) -> Result<(), Error> {
+        self.incarnation().await.map(drop)
     }
 
     /// A connection was lost or given up: this pair is of no more use.

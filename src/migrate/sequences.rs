@@ -123,9 +123,8 @@ async fn pairs(
     gaining: (Side, &Client),
     catalog: &Catalog,
 ) -> Result<Vec<(Name, Position, Position)>, Error> {
-    let theirs = positions(losing).await?;
-    let ours = positions(gaining).await?;
-    let renamed = owned(losing, gaining, catalog).await?;
+    let (theirs, ours, renamed) =
+        tokio::try_join!(positions(losing), positions(gaining), owned(losing, gaining, catalog))?;
     let pair = |(name, their): (Name, Position)| {
         let ours_name = renamed.get(&name).unwrap_or(&name).clone();
         let our = *ours.get(&ours_name)?;
@@ -212,8 +211,7 @@ async fn owned(
     gaining: (Side, &Client),
     catalog: &Catalog,
 ) -> Result<HashMap<Name, Name>, Error> {
-    let theirs = owners(losing, catalog).await?;
-    let mut ours = owners(gaining, catalog).await?;
+    let (theirs, mut ours) = tokio::try_join!(owners(losing, catalog), owners(gaining, catalog))?;
     Ok(theirs.into_iter().filter_map(|(column, sequence)| Some((sequence, ours.remove(&column)?))).collect())
 }
 

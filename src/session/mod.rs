@@ -491,17 +491,16 @@ impl Session {
             End::Server => {
                 // A last ErrorResponse may still be in the buffer: `replies` has passed on whatever was whole.
                 let _ = self.replies();
-                None
+                // A stream of changes ends so.
+                (self.aside.is_none() && !self.dismissed && self.from_server == 0)
+                    .then(|| broken(side, "it was closed without a word"))
             }
             End::ServerBroke(error) => {
                 // A server that leaves messages unread behind its FATAL resets the connection.
                 let _ = self.replies();
                 warn!(%user, %side, %error, "server's connection broke");
-                (!self.dismissed).then(|| Report::fatal(
-                    "08006",
-                    format!("the connection to the {side} database broke: {error}"),
-                    "Connect again; whether a COMMIT that was under way took place must be looked up, as without a proxy.",
-                ))
+                // In the middle of a message the client would take it for a part of that.
+                (!self.dismissed && self.from_server == 0).then(|| broken(side, &error))
             }
             End::Mismatch(what) => {
                 warn!(%user, %side, %what, "a reply that answers nothing that was asked; the session ends");
@@ -532,6 +531,15 @@ fn ending() -> End {
         "terminating connection due to administrator command",
         "crossfade is being stopped; connect again.",
     ))
+}
+
+/// The server is gone, and has not said why.
+fn broken(side: Side, error: &str) -> Report {
+    Report::fatal(
+        "08006",
+        format!("the connection to the {side} database broke: {error}"),
+        "Connect again; whether a COMMIT that was under way took place must be looked up, as without a proxy.",
+    )
 }
 
 /// A whole frame with this tag and payload.

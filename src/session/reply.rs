@@ -228,7 +228,8 @@ impl Session {
     }
 
     fn error(&mut self, at: usize, total: usize) -> Verdict {
-        self.dismissed |= frame::server_error(&self.server.inb[at + HEAD..at + total]).fatal;
+        let fatal = frame::server_error(&self.server.inb[at + HEAD..at + total]).fatal;
+        self.dismissed |= fatal;
         let mut failed = self.queue.fail();
         // The last first: each remembers what was before it.
         while failed.len() > 1 {
@@ -240,6 +241,8 @@ impl Session {
             self.held.failed = true;
         }
         match &owed.to {
+            // The server ends the session, whatever it was doing: for the client, or for us, whose statements the client does not see.
+            _ if fatal => Verdict::Forward,
             To::Nowhere => Verdict::Drop,
             To::Enter(_) if self.refuses_entry(at, total) => Verdict::Drop,
             To::Us | To::Around(_) | To::Audit(Look { told: Told::Us, .. }) => {

@@ -10,7 +10,7 @@ use tokio_postgres::types::ToSql;
 use tracing::{debug, warn};
 
 use super::gates::evidence::Eyes;
-use super::record;
+use super::{fleet, record};
 use crate::phase::Side;
 
 /// How long sessions that were ended have to be gone.
@@ -29,15 +29,20 @@ const NOTED: Duration = Duration::from_secs(2);
 const SEEN: &str = "SELECT l.pid";
 const ENDED: &str = "SELECT pg_catalog.pg_terminate_backend(l.pid)";
 
-/// Those that hold the epoch's table ($1); $2: all of them, else those of proxies that are dead, cut off or frozen: the connection that stands for such a
-/// one is gone, or has asked nothing for three seconds (it asks four times a second, whatever its clients do). By that server's clock alone.
-const HOLDERS: &str = " FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \
+/// Those that hold the epoch's table ($1); $2: all of them, else those of proxies that are dead, cut off or frozen, and wait for these: the connection that
+/// stands for such a proxy is gone, or has asked nothing for so long ($3; it asks four times a second, whatever its clients do), and the session has heard
+/// nothing for as long. A proxy that is only slow still moves its sessions on. By that server's clock alone. (What the control role may not see of a
+/// session does not count.)
+const HOLDERS: &str = " FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid, \
+    LATERAL (SELECT clock_timestamp() - $3::text::interval) AS silent(since) \
     WHERE l.locktype = 'relation' AND l.relation = pg_catalog.to_regclass($1) AND l.mode = 'AccessShareLock' AND l.granted \
     AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) \
     AND ($2 OR EXISTS (SELECT FROM crossfade.sessions s WHERE s.pid = a.pid AND s.start IS NOT DISTINCT FROM a.backend_start \
-        AND a.backend_start < clock_timestamp() - interval '3 seconds' AND NOT EXISTS (SELECT FROM crossfade.proxies p \
+        AND a.backend_start < since AND coalesce(CASE WHEN a.state = 'active' \
+            THEN a.wait_event_type IS NOT DISTINCT FROM 'Client' AND a.query_start < since ELSE a.state_change < since END, true) \
+        AND NOT EXISTS (SELECT FROM crossfade.proxies p \
             JOIN pg_catalog.pg_stat_activity e ON e.pid = p.pid AND e.backend_start IS NOT DISTINCT FROM p.start \
-            WHERE p.id = s.proxy AND coalesce(e.query_start > clock_timestamp() - interval '3 seconds', true))))";
+            WHERE p.id = s.proxy AND coalesce(e.query_start > since, true))))";
 
 /// On the mirror: transactions that carry images.
 const CARRIERS: &str = " FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \
@@ -98,7 +103,7 @@ impl Eyes {
             let found = match late.mirror {
                 true if since.elapsed() > LATE => end(client, CARRIERS, &[&table], (side, all)).await,
                 true => Ok(()),
-                false => end(client, HOLDERS, &[&table, &all], (side, all)).await,
+                false => end(client, HOLDERS, &[&table, &all, &fleet::SILENT], (side, all)).await,
             };
             if let Err(error) = found {
                 debug!(%side, %error, "those that the move waits for cannot be seen");

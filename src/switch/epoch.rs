@@ -87,14 +87,13 @@ pub async fn turn(
 ) -> Result<(), RowError> {
     let failed = |error| RowError::Database { side, error };
     // One that `begin` or `close` has opened goes on.
-    client.batch_execute("BEGIN").await.map_err(failed)?;
+    client.batch_execute("BEGIN; SET LOCAL synchronous_commit = on").await.map_err(failed)?;
     rows::write(client, side, name, holds, event).await?;
-    let epoch = holds.epoch as i64;
-    client.execute("SELECT crossfade.close_epochs($1)", &[&epoch]).await.map_err(failed)?;
-    if holds.phase.mirror().is_some() {
-        client.execute("SELECT crossfade.open_epoch($1)", &[&epoch]).await.map_err(failed)?;
-    }
-    client.batch_execute("COMMIT").await.map_err(failed)
+    let epoch = holds.epoch;
+    let open =
+        if holds.phase.mirror().is_some() { format!("SELECT crossfade.open_epoch({epoch});") } else { String::new() };
+    let turned = format!("SELECT crossfade.close_epochs({epoch}); {open} COMMIT");
+    client.batch_execute(&turned).await.map_err(failed)
 }
 
 /// Transactions that hold an epoch's lock for long and are no client's of a proxy: a dump, say. They would hold everybody up.

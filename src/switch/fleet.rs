@@ -16,8 +16,20 @@ use crate::config::Config;
 use crate::phase::{Phase, Side};
 use crate::shared::Shared;
 
-/// How long a proxy may take to hear of a move. It looks four times a second.
-const HEARS: Duration = Duration::from_secs(2);
+/// A proxy looks four times a second. One that has not for so long, by the clock of the server that it looks at, is frozen, cut off or dead.
+pub const SILENT: &str = "3 seconds";
+
+/// One that has looked within this time hears of a move.
+const AWAKE: &str = "1 second";
+
+/// How long a move waits, with nobody held, for proxies of which it is not known yet whether they are awake or silent.
+const WAKES: Duration = Duration::from_secs(6);
+
+/// How long the others of a fleet are waited for, at least.
+const HEARS: Duration = Duration::from_secs(4);
+
+/// Other proxies release their clients at the end of `move.pause`; their transactions are ended so long before.
+const BEFORE: Duration = Duration::from_millis(250);
 
 /// How often the mover looks who is still.
 const LOOK: Duration = Duration::from_millis(20);
@@ -134,6 +146,25 @@ pub async fn fall_still(shared: &Shared, eye: &Client, epoch: u64) -> Result<boo
     Ok(true)
 }
 
+/// Before anybody is held: waits until each other proxy has looked a moment ago, or is silent. One that is slow for a moment would have its sessions ended,
+/// and one that is frozen would be found out with clients waiting. Schema crossfade is there.
+pub async fn awake(shared: &Shared, authority: &Client) -> Result<(), MoveError> {
+    let sql = "SELECT p.listen FROM crossfade.proxies p JOIN pg_catalog.pg_stat_activity e ON e.pid = p.pid AND e.backend_start IS NOT DISTINCT FROM p.start \
+        WHERE p.id <> $1 AND e.query_start < clock_timestamp() - $2::text::interval AND e.query_start >= clock_timestamp() - $3::text::interval LIMIT 1";
+    let until = Instant::now() + WAKES;
+    while let Some(slow) = authority.query_opt(sql, &[&shared.registry.id, &AWAKE, &SILENT]).await? {
+        if Instant::now() > until {
+            warn!(
+                proxy = slow.get::<_, String>(0),
+                "a proxy is slow to look at the phase row: the move may end transactions of its clients"
+            );
+            break;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    Ok(())
+}
+
 /// Takes it back. A mover that counts on it is waited for: it has this proxy's row locked until its own transaction ends.
 pub async fn stir(shared: &Shared, eye: &Client) -> Result<(), MoveError> {
     let sql = "UPDATE crossfade.proxies SET heard = NULL, still = NULL WHERE id = $1";
@@ -177,20 +208,15 @@ impl Announcement {
             AND a.backend_start IS NOT DISTINCT FROM s.start WHERE s.proxy = ANY ($1) AND a.xact_start IS NOT NULL";
         let mut patience = pause.max(HEARS);
         let mut ended = false;
-        let sql = "SELECT p.listen, coalesce(p.heard = $1, false), coalesce(p.still = $1, false), p.id FROM crossfade.proxies p \
-            JOIN pg_catalog.pg_stat_activity a ON a.pid = p.pid AND a.backend_start IS NOT DISTINCT FROM p.start WHERE p.id <> $2";
+        let sql = "SELECT p.listen, p.id FROM crossfade.proxies p JOIN pg_catalog.pg_stat_activity a ON a.pid = p.pid AND a.backend_start IS NOT DISTINCT FROM p.start \
+            WHERE p.id <> $2 AND p.still IS DISTINCT FROM $1 \
+            AND (coalesce(p.heard = $1, false) OR coalesce(a.query_start > clock_timestamp() - $3::text::interval, true))";
         loop {
-            let rows = self.client.query(sql, &[&self.epoch, &self.me]).await?;
-            let waiting = rows.iter().filter(|row| {
-                let (heard, still): (bool, bool) = (row.get(1), row.get(2));
-                !still && (heard || since.elapsed() < HEARS)
-            });
-            let waiting: Vec<&tokio_postgres::Row> = waiting.collect();
+            let waiting = self.client.query(sql, &[&self.epoch, &self.me, &SILENT]).await?;
             let Some(waits) = waiting.first() else { return Ok(()) };
-            // A little before the other proxy releases its clients by itself.
-            if terminate && !ended && since.elapsed() + HEARS / 8 > pause {
+            if terminate && !ended && since.elapsed() + BEFORE > pause {
                 (ended, patience) = (true, patience + super::end::ENDS);
-                let of: Vec<String> = waiting.iter().map(|row| row.get(3)).collect();
+                let of: Vec<String> = waiting.iter().map(|row| row.get(1)).collect();
                 let found = self.client.query(end, &[&of]).await?;
                 warn!(side = %self.side, sessions = found.len(), "transactions that last longer than move.pause are ended");
             }

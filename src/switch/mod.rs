@@ -10,6 +10,7 @@ pub mod gate;
 pub mod gates;
 pub mod learn;
 pub mod mover;
+mod ready;
 pub mod record;
 pub mod renew;
 pub mod rows;

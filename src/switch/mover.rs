@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tokio_postgres::Client;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
-use super::copies::{KeylessCopy, owe_everything};
+use super::copies::{Copies, owe_everything};
 use super::fleet::{self, Announcement};
-use super::gates::evidence::{Eyes, Facts, Question};
+use super::gates::evidence::Question;
 use super::gates::rules::{self, Step};
-use super::gates::{self, Gate, Name, Standing};
+use super::gates::{self, Gate};
+use super::ready::{Hands, Jobs, Ready, ready};
 use super::record::{self, Ask};
 use super::rows::{Holds, RowError};
 use super::{end, epoch, writers};
@@ -66,53 +67,12 @@ pub struct Stays {
 }
 
 impl Stays {
-    fn at_once(error: MoveError, gates: Vec<Gate>) -> Stays {
+    pub(super) fn at_once(error: MoveError, gates: Vec<Gate>) -> Stays {
         Stays { error, held: false, gates }
     }
 
     fn held(error: MoveError, gates: Vec<Gate>) -> Stays {
         Stays { error, held: true, gates }
-    }
-}
-
-/// Control connections of one move. A side that the move can do without may be out of reach.
-pub(super) struct Hands {
-    old: Result<Client, crate::config::ConnectError>,
-    new: Result<Client, crate::config::ConnectError>,
-}
-
-impl Hands {
-    async fn open(config: &Config) -> Hands {
-        let (old, new) = tokio::join!(config.old.connect("crossfade move"), config.new.connect("crossfade move"));
-        let hands = Hands { old, new };
-        for client in [&hands.old, &hands.new].into_iter().flatten() {
-            // No lock of anybody's may hold the clients for longer than the pause; debts and rows are durable whatever the role's default.
-            let pause = config.moves.pause.as_millis();
-            let _ = client
-                .batch_execute(&format!(
-                    "SET lock_timeout = {pause}; SET synchronous_commit = on; SET client_min_messages = error"
-                ))
-                .await;
-        }
-        hands
-    }
-
-    fn get(&self, side: Side) -> &Result<Client, crate::config::ConnectError> {
-        match side {
-            Side::Old => &self.old,
-            Side::New => &self.new,
-        }
-    }
-
-    /// Whatever locks they hold.
-    async fn let_go(&self) {
-        for client in [&self.old, &self.new].into_iter().flatten() {
-            let _ = tokio::time::timeout(Duration::from_secs(1), client.batch_execute("ROLLBACK")).await;
-        }
-    }
-
-    pub(super) fn on(&self, side: Side) -> Result<&Client, MoveError> {
-        self.get(side).as_ref().map_err(|error| MoveError::Closed(format!("{side} cannot be reached: {error}")))
     }
 }
 
@@ -125,9 +85,6 @@ const CARRIED: Duration = Duration::from_millis(1500);
 
 /// How long one write of a phase row may take before the move is withdrawn.
 const ROW: Duration = Duration::from_secs(5);
-
-/// How long the sweep is waited for while nobody is held.
-const MOVE_SWEPT: Duration = Duration::from_secs(3);
 
 /// A block of 2^32 numbers for debts, from the sequence of the side whose ledger they stand in: nextval in a client's session would change
 /// its lastval().
@@ -182,23 +139,13 @@ pub async fn load_catalog(config: &Config, authority: Side) -> Result<(Catalog, 
     }
 }
 
-/// What a step was found to be able to do, before anybody is held.
-struct Ready {
-    catalog: Arc<Catalog>,
-    /// The first of the numbers for debts on the side that will be authority.
-    block: Option<i64>,
-    eyes: Eyes,
-    facts: Facts,
-    gates: Vec<Gate>,
-}
-
 /// Moves one step on the way to `want`. Gives the phase that holds then.
 pub async fn step(shared: &Arc<Shared>, want: Phase, ask: &Ask) -> Result<Phase, Stays> {
     let world = shared.world.load_full();
     let step = Step { from: world.phase, to: next(world.phase, want) };
     let config = shared.config.load_full();
     let hands = Hands::open(&config).await;
-    let ready = match ready(shared, &config, &hands, &world, step, ask).await {
+    let (ready, mut jobs) = match ready(shared, &config, &hands, &world, step, ask).await {
         Ok(ready) => ready,
         Err(stays) => {
             if matches!(stays.error, MoveError::Overtaken { .. }) {
@@ -218,8 +165,10 @@ pub async fn step(shared: &Arc<Shared>, want: Phase, ask: &Ask) -> Result<Phase,
         }
         false => None,
     };
+    let started = Instant::now();
     let plan = Move {
         shared,
+        started,
         config: &config,
         hands: &hands,
         from: step.from,
@@ -231,85 +180,25 @@ pub async fn step(shared: &Arc<Shared>, want: Phase, ask: &Ask) -> Result<Phase,
         world: &world,
         announcement,
     };
-    let started = Instant::now();
     shared.gate.close();
-    let outcome = plan.behind_the_gate().await;
+    let outcome = plan.behind_the_gate(&mut jobs).await;
+    if outcome.is_err() {
+        // The phase stays: whoever goes on finds no lock of ours in the way.
+        hands.let_go().await;
+    }
+    shared.gate.open();
+    let held = started.elapsed();
+    if let Ok(done) = &outcome
+        && plan.leaves_mirror()
+    {
+        plan.leave_mirror(done).await;
+    }
     hands.let_go().await;
     if let Some(announcement) = &plan.announcement {
         announcement.end().await;
     }
-    shared.gate.open();
-    let held = started.elapsed();
     shared.metrics.move_pause_seconds.observe(held.as_secs_f64());
     plan.after(held, outcome).await
-}
-
-/// Whether the step can be made, with nobody held: what it needs is made or read, other movers are kept out, the gates are looked at.
-async fn ready(
-    shared: &Arc<Shared>,
-    config: &Config,
-    hands: &Hands,
-    world: &World,
-    step: Step,
-    ask: &Ask,
-) -> Result<Ready, Stays> {
-    let Step { from, to } = step;
-    let prepared = async {
-        for side in Side::BOTH.into_iter().filter(|side| step.needs(*side)) {
-            migrate::install(hands.on(side)?, side).await?;
-        }
-        let catalog = definitions(config, hands, from, to, world).await?;
-        let definition = from.mirror().map(|_| config.definition());
-        let side = from.authority();
-        epoch::begin(hands.on(side)?, side, world.epoch, definition.as_deref()).await?;
-        let eyes = Eyes::open(config).await;
-        let known = if from.mirror().is_some() { &world.catalog } else { &catalog };
-        let ours = shared.cancels.pids(side);
-        let question = Question { config, step, epoch: world.epoch, catalog: known, ours: &ours };
-        let facts = question.ask(&eyes).await?;
-        Ok((catalog, eyes, facts))
-    };
-    let (catalog, eyes, facts) = prepared.await.map_err(|error| Stays::at_once(error, Vec::new()))?;
-    let mut gates = rules::judge(step, &config.moves, &facts);
-    ask.force.open(&mut gates);
-    if let Some(why) = gates::why(to, &gates) {
-        if gates.iter().any(|gate| gate.gate == Name::Debt && gate.standing == Standing::Closed) {
-            shared.owed.notify_one();
-        }
-        return Err(Stays::at_once(MoveError::Closed(why), gates));
-    }
-    for gate in gates.iter().filter(|gate| gate.standing == Standing::Forced) {
-        warn!(%from, %to, who = %ask.who, why = ask.why.as_deref().unwrap_or(""), "a gate is overridden: {}: {gate}", gate.gate);
-    }
-    let block = async {
-        swept(config, hands, step).await?;
-        match to.mirror() {
-            Some(_) => Ok(Some(draw_block(hands.on(to.authority())?).await?)),
-            None => Ok(None),
-        }
-    };
-    match block.await {
-        Ok(block) => Ok(Ready { catalog, block, eyes, facts, gates }),
-        Err(error) => Err(Stays::at_once(error, gates)),
-    }
-}
-
-/// The definitions that hold after the move.
-async fn definitions(
-    config: &Config,
-    hands: &Hands,
-    from: Phase,
-    to: Phase,
-    world: &World,
-) -> Result<Arc<Catalog>, MoveError> {
-    if from.mirror() == to.mirror() {
-        return Ok(world.catalog.clone());
-    }
-    if to.mirror().is_none() {
-        return Ok(Arc::new(Catalog::default()));
-    }
-    let (old, new) = (hands.on(Side::Old)?, hands.on(Side::New)?);
-    Ok(Arc::new(catalog::load(old, new, config.tables.as_deref(), &config.except).await?))
 }
 
 /// Writers that this move waits for stand on this side: no transaction of theirs may outlive the phase in which it began.
@@ -318,25 +207,11 @@ fn writers_on(from: Phase, to: Phase) -> Option<Side> {
     (gains_mirror || from.authority() != to.authority()).then(|| from.authority())
 }
 
-/// Where the authority changes: a sweep that was begun has passed what was written there. Once more behind the gate; what is found now can still be
-/// paid without holding anybody.
-async fn swept(config: &Config, hands: &Hands, Step { from, to }: Step) -> Result<(), MoveError> {
-    let side = from.authority();
-    if side == to.authority() {
-        return Ok(());
-    }
-    if let Some(why) = migrate::sweep::obstacle(hands.on(side)?, side).await? {
-        return Err(MoveError::Closed(format!("{to} waits: {why}")));
-    }
-    if !migrate::sweep::passed(Shared::database(config, side), side, Instant::now() + MOVE_SWEPT).await? {
-        return Err(MoveError::Closed(format!("{to} waits: the sweep has not passed yet what was written on {side}")));
-    }
-    Ok(())
-}
-
 /// One step.
 struct Move<'a> {
     shared: &'a Arc<Shared>,
+    /// Since then clients are held.
+    started: Instant,
     config: &'a Config,
     hands: &'a Hands,
     from: Phase,
@@ -353,45 +228,49 @@ struct Move<'a> {
 
 /// What was done with clients held.
 struct Done {
-    copies: Vec<KeylessCopy>,
+    copies: Option<Copies>,
     epoch: u64,
+    /// What the history says of the move.
+    detail: Value,
 }
 
 impl Move<'_> {
+    /// For who wants to know what a pause was made of.
+    fn lap(&self, done: &'static str) {
+        debug!(done, after_us = self.started.elapsed().as_micros() as u64, "clients are held");
+    }
+
     /// With every client transaction ended and new ones waiting.
-    async fn behind_the_gate(&self) -> Result<Done, MoveError> {
+    async fn behind_the_gate(&self, jobs: &mut Jobs) -> Result<Done, MoveError> {
         let (shared, from) = (self.shared, self.from);
         let pause = self.config.moves.pause;
         let deadline = Instant::now() + pause;
         self.drain().await?;
+        self.lap("drained");
         if from.mirror().is_some() {
             self.close_epoch(deadline).await?;
+            self.lap("the epoch is closed");
         }
         // What waits inside ends at the deadline by itself and says why; the rest is bounded here: a server may be frozen.
-        let Ok(prepared) = tokio::time::timeout(pause + ROW, self.prepare(deadline)).await else {
+        let Ok(prepared) = tokio::time::timeout(pause + ROW, self.prepare(jobs, deadline)).await else {
             return Err(MoveError::Held(format!(
                 "the move was not prepared within move.pause ({pause:?}): does a server not answer? Clients were released and the phase stays {from}"
             )));
         };
         let (copies, gates) = prepared?;
+        self.lap("gates are met");
         let detail = record::detail(from, self.ask, &gates);
         let epoch = self.world.epoch + 1;
         if let Err(error) = self.write_rows(self.hands, epoch, &detail).await {
             self.settle_rows(epoch, error, &detail).await?;
         }
+        self.lap("the rows are written");
         if from.authority() != self.to.authority() {
             self.number_debts();
         }
         self.holds(epoch, self.to, self.ready.catalog.clone());
-        if from.mirror().is_some() && self.to.mirror().is_none() {
-            // Without a mirror nothing is owed to it any more: the next mirrored phase begins with whole-table debts.
-            let emptied = self.hands.on(from.authority())?.batch_execute("DELETE FROM crossfade.ledger").await;
-            if let Err(error) = emptied {
-                warn!(%error, "the ledger could not be emptied; nothing reads it in this phase");
-            }
-        }
         shared.owed.notify_one();
-        Ok(Done { copies, epoch })
+        Ok(Done { copies, epoch, detail })
     }
 
     /// With clients released: what is still to be done, and what the history says.
@@ -410,10 +289,8 @@ impl Move<'_> {
         };
         info!(%from, %to, who = %self.ask.who, pause_ms = held.as_millis() as u64, "the phase has moved");
         self.ready.eyes.paused(done.epoch, held).await;
-        for copy in done.copies {
-            if let Err(error) = copy.run().await {
-                warn!(%error, "a table without a key was not copied; its debt stays: `crossfade repair --table NAME` copies it under a lock");
-            }
+        if let Some(copies) = done.copies {
+            copies.run().await;
         }
         Ok(to)
     }
@@ -479,7 +356,7 @@ impl Move<'_> {
     }
 
     /// Everything up to the rows; may be given up at any point.
-    async fn prepare(&self, deadline: Instant) -> Result<(Vec<KeylessCopy>, Vec<Gate>), MoveError> {
+    async fn prepare(&self, jobs: &mut Jobs, deadline: Instant) -> Result<(Option<Copies>, Vec<Gate>), MoveError> {
         let (from, to, catalog) = (self.from, self.to, &self.ready.catalog);
         if let Some(announcement) = &self.announcement {
             announcement.fence(self.hands.on(from.authority())?, deadline).await?;
@@ -487,25 +364,30 @@ impl Move<'_> {
         if let Some(side) = writers_on(from, to) {
             writers::gone(self.hands.on(side)?, catalog, side, deadline, self.terminate).await?;
         }
-        let mut copies = Vec::new();
+        let mut copies = None;
         if from.mirror().is_none() && to.mirror().is_some() {
             // Nobody else owes anything yet.
             self.number_debts();
-            copies = owe_everything(self.shared, self.config, self.hands, to, catalog).await?;
+            let authority = self.hands.on(to.authority())?;
+            self.lap("nobody writes");
+            copies = owe_everything(self.shared, authority, catalog, jobs.keyless.take()).await?;
+            self.lap("everything is owed");
         }
         if from.authority() != to.authority() {
             let side = from.authority();
-            if !migrate::sweep::passed(Shared::database(self.config, side), side, deadline).await? {
+            if !migrate::sweep::passed(self.ready.eyes.must(side)?, side, deadline).await? {
                 return Err(MoveError::Held(format!(
                     "the sweep has not passed all that was written on {side} within move.pause: it may have found rows that differ; clients were released and the phase stays {from}"
                 )));
             }
-            nothing_owed(self.shared, self.config, self.hands.on(from.authority())?, from, catalog, deadline).await?;
+            nothing_owed(self.shared, self.hands.on(from.authority())?, from, jobs.repair.as_mut(), deadline).await?;
+            self.lap("nothing is owed");
             let losing = (from.authority(), self.hands.on(from.authority())?);
             let gaining = (to.authority(), self.hands.on(to.authority())?);
             migrate::sequences::sequences(losing, gaining, catalog, SEQUENCE_MARGIN).await?;
             // What verify found here in an earlier stretch is not about the side that loses.
             gaining.1.batch_execute("DELETE FROM crossfade.verified").await?;
+            self.lap("sequences are set");
         }
         Ok((copies, self.look_again().await?))
     }
@@ -526,19 +408,47 @@ impl Move<'_> {
         }
     }
 
-    /// The side that loses authority points first; then the side that gains it claims. Where authority stays, its side's row is what counts;
-    /// the other's is written for those who look there, if it can be.
+    /// The side that loses authority points first; then the side that gains it claims. Where authority stays, its side's row is what counts; the other's is
+    /// written for those who look there, if it can be, and has its epoch's table. One that is left behind can wait (`leave_mirror`).
     async fn write_rows(&self, hands: &Hands, epoch: u64, detail: &Value) -> Result<(), MoveError> {
         let holds = Holds { epoch, phase: self.to };
         let (losing, gaining) = (self.from.authority(), self.to.authority());
         self.write_row(hands, losing, holds, ("move", detail)).await?;
-        let other = if losing == gaining { gaining.other() } else { gaining };
-        match self.write_row(hands, other, holds, ("move", detail)).await {
-            Err(error) if losing == gaining => {
-                warn!(side = %other, %error, "the phase row of the other side was not written; the authority's holds");
-                Ok(())
-            }
-            written => written,
+        if losing != gaining {
+            return self.write_row(hands, gaining, holds, ("move", detail)).await;
+        }
+        if !self.leaves_mirror() {
+            self.write_other(hands, holds, detail).await;
+        }
+        Ok(())
+    }
+
+    async fn write_other(&self, hands: &Hands, holds: Holds, detail: &Value) {
+        let side = self.to.authority().other();
+        if let Err(error) = self.write_row(hands, side, holds, ("move", detail)).await {
+            warn!(%side, %error, "the phase row of the other side was not written; the authority's holds");
+        }
+    }
+
+    /// From now on nothing is mirrored; the authority stays.
+    fn leaves_mirror(&self) -> bool {
+        self.from.mirror().is_some() && self.to.mirror().is_none()
+    }
+
+    /// With clients released: what nobody has to wait for. The row of the side that is left behind, whose lock is held until then; and the ledger, since
+    /// without a mirror nothing is owed to it. The next mirrored phase begins with whole-table debts: where somebody is about to enter one, or has, the
+    /// ledger is his.
+    async fn leave_mirror(&self, done: &Done) {
+        self.write_other(self.hands, Holds { epoch: done.epoch, phase: self.to }, &done.detail).await;
+        let side = self.to.authority();
+        let emptied = async {
+            let ledger = self.hands.on(side)?;
+            epoch::begin(ledger, side, done.epoch, None).await?;
+            ledger.batch_execute("DELETE FROM crossfade.ledger; COMMIT").await?;
+            Ok::<(), MoveError>(())
+        };
+        if let Err(error) = emptied.await {
+            debug!(%error, "the ledger was not emptied; nothing reads it in this phase");
         }
     }
 
@@ -590,14 +500,11 @@ impl Move<'_> {
 /// debts that would show it).
 async fn nothing_owed(
     shared: &Arc<Shared>,
-    config: &Config,
     ledger: &Client,
     from: Phase,
-    catalog: &Arc<Catalog>,
+    mut repair: Option<&mut migrate::repair::Repair>,
     deadline: Instant,
 ) -> Result<(), MoveError> {
-    let authority = from.authority();
-    let mut repair: Option<migrate::repair::Repair> = None;
     loop {
         let row = ledger.query_one("SELECT count(*) FROM crossfade.ledger", &[]).await?;
         let left: i64 = row.get(0);
@@ -606,14 +513,9 @@ async fn nothing_owed(
         }
         if Instant::now() > deadline {
             return Err(MoveError::Held(format!(
-                "{left} debts are left on {authority}; clients were released and the phase stays {from}"
+                "{left} debts are left on {}; clients were released and the phase stays {from}",
+                from.authority()
             )));
-        }
-        if repair.is_none() {
-            let first = Shared::database(config, authority).connect("crossfade move").await?;
-            let second = Shared::database(config, authority.other()).connect("crossfade move").await?;
-            let pair = migrate::Pair::new(authority, first, second, migrate::Settings::default()).await?;
-            repair = Some(migrate::repair::Repair::new(pair, catalog.clone()));
         }
         if let Some(repair) = &mut repair {
             repair.pass().await?;

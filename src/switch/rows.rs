@@ -126,7 +126,7 @@ pub async fn take(client: &Client, side: Side, pointer: Holds) -> Result<bool, R
     Ok(taken.await.map_err(|error| RowError::Database { side, error })? == 1)
 }
 
-/// Writes the row of one side, with an entry in its history (an event, and what else is known of it: an object); flushed when it returns. A row of a higher epoch stays: what comes late (a statement
+/// Writes the row of one side, with an entry in its history (an event, and what else is known of it: an object), in the open transaction. A row of a higher epoch stays: what comes late (a statement
 /// that was given up, another proxy) never takes a phase back. No `definition`: the one that stands there stays.
 pub async fn write(
     client: &Client,
@@ -145,11 +145,7 @@ pub async fn write(
     let phase = holds.phase;
     let parameters: [&(dyn tokio_postgres::types::ToSql + Sync); 7] =
         [&name, &epoch, &phase.name(), &phase.authority().name(), &event, &definition, detail];
-    let written = async {
-        client.batch_execute("SET synchronous_commit = on").await?;
-        client.execute(sql, &parameters).await
-    };
-    match written.await {
+    match client.execute(sql, &parameters).await {
         Ok(0) => Err(RowError::Passed { side, epoch: holds.epoch }),
         Ok(_) => Ok(()),
         Err(error) => Err(RowError::Database { side, error }),

@@ -6,6 +6,7 @@
 //! rows that behave as PostgreSQL's do (`rows`).
 
 mod backfill;
+mod barrier;
 mod breaks;
 mod checker;
 mod faults;

@@ -491,9 +491,8 @@ pub async fn obstacle(authority: &Client, side: Side) -> Result<Option<String>, 
     }))
 }
 
-/// Waits until the sweep has passed all that has committed by now. False: not by `deadline`.
-pub async fn passed(authority: &Database, side: Side, deadline: Instant) -> Result<bool, Error> {
-    let client = &connect(authority, side, "crossfade slots").await?;
+/// Waits until the sweep has passed all that has committed by now. False: not by `deadline`. In no transaction: each look sees what holds then.
+pub async fn passed(client: &Client, side: Side, deadline: Instant) -> Result<bool, Error> {
     if standing(client, side).await?.is_none() {
         return Ok(true);
     }

@@ -116,7 +116,7 @@ async fn open(pair: &mut Pair, table: &Table) -> Result<bool, Error> {
     for (link, text) in [(&pair.mirror, format!("{BEGIN}; SELECT 1")), (&pair.authority, "SELECT 1".to_owned())] {
         link.batch("taking a snapshot", &text).await?;
     }
-    let entries = debts_of(pair, table, &incarnation).await?;
+    let entries = debts_of(pair, &[table], &incarnation).await?;
     if entries.iter().any(|entry| entry.state == State::InFlight) {
         return Err(busy(pair, "transactions that owe it something are in flight on the mirror".to_owned()));
     }

@@ -9,7 +9,7 @@ use tokio_postgres::Client;
 
 use super::Gate;
 use super::rules::{self, Step};
-use crate::catalog::{Catalog, Sides, definitions};
+use crate::catalog::{self, Catalog, Sides};
 use crate::check::{self, Finding};
 use crate::config::{Config, ConnectError};
 use crate::migrate;
@@ -161,6 +161,12 @@ impl Eyes {
         self.clients.get(side).as_ref().ok()
     }
 
+    /// The connection to a side that cannot be done without.
+    pub(in crate::switch) fn must(&self, side: Side) -> Result<&Client, MoveError> {
+        let client = self.clients.get(side).as_ref();
+        client.map_err(|error| MoveError::Closed(format!("{side} cannot be reached: {error}")))
+    }
+
     fn both(&self) -> Option<(&Client, &Client)> {
         Some((self.on(Side::Old)?, self.on(Side::New)?))
     }
@@ -170,7 +176,8 @@ impl Eyes {
             Ok(client) => look_at(client).await.map(Ok),
             Err(error) => Ok(Err(error.clone())),
         };
-        Ok(Sides { old: answer(Side::Old).await?, new: answer(Side::New).await? })
+        let (old, new) = tokio::try_join!(answer(Side::Old), answer(Side::New))?;
+        Ok(Sides { old, new })
     }
 }
 
@@ -179,7 +186,7 @@ async fn look_at(client: &Client) -> Result<Answer, tokio_postgres::Error> {
         pg_catalog.has_database_privilege(pg_catalog.current_database(), 'CREATE')";
     let row = client.query_one(text, &[]).await?;
     let installed: bool = row.get(0);
-    let version = if installed { definitions(client).await?.version } else { None };
+    let version = if installed { catalog::version(client).await? } else { None };
     Ok(Answer { installed, may_install: row.get(1), version })
 }
 
@@ -207,7 +214,7 @@ impl Question<'_> {
                 facts.findings = Some(check::run(config, old, new).await.map_err(closed)?);
             }
             if step.gains().is_some() {
-                facts.privileges = Some(check::privileges(self.catalog, old, new, from).await.map_err(closed)?);
+                facts.privileges = Some(check::privileges(config, self.catalog, old, new, from).await.map_err(closed)?);
                 let (losing, gaining) = if from == Side::Old { (old, new) } else { (new, old) };
                 let look = migrate::sequences::look((from, losing), (from.other(), gaining), self.catalog);
                 facts.sequences = Some(look.await?);

@@ -307,11 +307,15 @@ fn authority(step: Step, facts: &Facts, gates: &mut Vec<Gate>) {
     }
     if let Some(lacking) = &facts.privileges {
         let evidence = match lacking.len() {
-            0 => format!("clients' roles have on {side} what they have now"),
+            0 => format!("clients' roles have on {side} what they have now, and can log in there"),
             _ => named(&lacking.iter().collect::<Vec<_>>()),
         };
         let next = lacking.first().map(|finding| finding.mend.as_str()).unwrap_or_default();
-        let standing = unless(!lacking.is_empty(), Standing::Closed);
+        let standing = match lacking.iter().map(|finding| finding.level).min() {
+            None => Standing::Met,
+            Some(Level::Error) => Standing::Closed,
+            Some(Level::Warning) => Standing::Warns,
+        };
         gates.push(gate(Name::Privileges, standing, evidence, json!(lacking), next));
     }
     if let Some(stuck) = &facts.sessions {
