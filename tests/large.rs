@@ -25,7 +25,7 @@ struct Scale {
 fn scale() -> Scale {
     match std::env::var_os("CROSSFADE_PROOF") {
         Some(_) => Scale { rows: 1_000_000, width: 300, limits: "", peak_bytes: 200 << 20 },
-        None => Scale { rows: 100_000, width: 300, limits: "limits: { mirror_buffer: 1MiB }", peak_bytes: 90 << 20 },
+        None => Scale { rows: 40_000, width: 300, limits: "limits: { mirror_buffer: 1MiB }", peak_bytes: 90 << 20 },
     }
 }
 

@@ -475,7 +475,7 @@ async fn the_same_rows_written_through_and_around_the_proxy_end_equal() {
     let script = script.to_string_lossy().into_owned();
     let program = pair.databases.old.program("pgbench");
     let around = pair.databases.old.url_as(APP.0, APP.1, DATABASE);
-    let seconds = if common::proof() { "60" } else { "8" };
+    let seconds = if common::proof() { "60" } else { "5" };
     for round in 0..2 {
         let (through, aside) = (pair.url(), around.clone());
         let one = ["-n", "-c", "4", "-T", seconds, "-f", &script];
@@ -486,7 +486,7 @@ async fn the_same_rows_written_through_and_around_the_proxy_end_equal() {
                 return load.await;
             }
             let kill = async {
-                tokio::time::sleep(std::time::Duration::from_secs(4)).await;
+                tokio::time::sleep(std::time::Duration::from_secs(2)).await;
                 pair.proxy.restart().await;
             };
             tokio::join!(load, kill).0

@@ -31,7 +31,9 @@ async fn a_proxy_that_is_slow_for_a_moment_loses_no_client() {
     let idle = connect(&proxies[1].url_as(APP.0, APP.1, DATABASE)).await.expect("connects");
     idle.batch_execute("SELECT 1").await.expect("is known");
     // Phases that are held by the epoch's lock, and one that is held by nothing but the list of proxies.
-    for phase in ["new-primary", "dual-write", "old", "dual-write"] {
+    let phases: &[&str] =
+        if proof() { &["new-primary", "dual-write", "old", "dual-write"] } else { &["new-primary", "dual-write"] };
+    for &phase in phases {
         moves_without(&proxies[1], Duration::from_millis(2300), &proxies[0], phase).await;
         writers.go_on().await;
     }

@@ -48,7 +48,7 @@ async fn transfer(client: &Client, level: &str, from: i32, to: i32) -> u64 {
 async fn sum_stays(level: &'static str) {
     let pair = Pair::dual_write(SCHEMA, "").await;
     let tries = Arc::new(AtomicU64::new(0));
-    let transfers = if proof() { 1000 } else { 25 };
+    let transfers = if proof() { 1000 } else { 12 };
     let mut clients = Vec::new();
     for number in 0..6 {
         let (client, tries) = (pair.client().await, tries.clone());

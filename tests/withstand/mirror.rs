@@ -164,7 +164,7 @@ async fn two_hundred_milliseconds_away() {
     let stage = Stage::start(SCHEMA, "mirror: { timeout: 5s }").await;
     stage.new.set_both(Flow::Delay(Duration::from_millis(100)));
     let load = Load::start(&stage.pair.url(), 8);
-    load.goes_on(if proof() { 400 } else { 60 }).await;
+    load.goes_on(if proof() { 400 } else { 30 }).await;
     let written = load.end().await;
     assert_eq!((written.errors.len(), written.unknown), (0, 0), "clients heard of it: {:?}", written.errors);
     let failures = stage.pair.proxy.metrics("crossfade_mirror_failures_total").await;
