@@ -42,8 +42,14 @@ test-only:
 		set -x; $(CARGO) test --locked --no-fail-fast; \
 	fi
 
+# The same programs as in `make test`, so that nothing is built anew.
 proof: setup
-	CROSSFADE_PROOF=1 CROSSFADE_LARGE_MB=1000 $(CARGO) test --locked --release --no-fail-fast
+	@export CROSSFADE_PROOF=1 CROSSFADE_LARGE_MB=1000; \
+	if $(CARGO) nextest --version >/dev/null 2>&1; then \
+		set -x; $(CARGO) nextest run --locked --no-fail-fast --profile proof --test-threads $$(nproc); \
+	else \
+		set -x; $(CARGO) test --locked --no-fail-fast; \
+	fi
 
 bench:
 	scripts/setup.sh postgres

@@ -6,6 +6,7 @@ happens, `stop` kills them and removes their files.
 
 import glob
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -57,10 +58,23 @@ def as_server_user(command):
     return ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "--"] + command
 
 
+GIVEN_PORTS = set()
+
+
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nobody listens on and that is given once; below those that the kernel takes for the near end of a connection, or a client might take it first."""
+    for _ in range(1000):
+        port = random.randrange(15000, 30000)
+        with socket.socket() as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                s.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if port not in GIVEN_PORTS:
+            GIVEN_PORTS.add(port)
+            return port
+    raise Failed("no free port between 15000 and 30000")
 
 
 def scratch(parent):
