@@ -472,7 +472,7 @@ async fn each_statement_has_its_plan() {
         (inside(Explain { analyze: true }, facts(Insert, "history")), "opaque explain public.history"),
         (inside(Explain { analyze: true }, facts(Select, "history")), "pass"),
         (facts(Other, ""), "opaque unparsed"),
-        (facts(Begin { read_only: None }, ""), "pass"),
+        (facts(Begin { read_only: None, bare: true }, ""), "pass"),
         (facts(Maintenance, ""), "pass"),
     ];
     for (facts, expected) in &cases {

@@ -29,7 +29,7 @@ fn name(name: &str) -> String {
 
 #[test]
 fn utility_statements_are_told_by_their_keywords() {
-    let begin = |read_only| Verb::Begin { read_only };
+    let begin = |read_only: Option<bool>| Verb::Begin { read_only, bare: read_only.is_none() };
     let ddl = |temporary| Verb::Ddl { temporary };
     let set = |parameter: &str, local| Verb::Set { name: name(parameter), local };
     for (text, verb) in [
@@ -39,6 +39,8 @@ fn utility_statements_are_told_by_their_keywords() {
         ("begin work;", begin(None)),
         ("start transaction isolation level repeatable read, read only, deferrable", begin(Some(true))),
         ("begin transaction read only read write not deferrable", begin(Some(false))),
+        ("begin isolation level serializable", Verb::Begin { read_only: None, bare: false }),
+        ("start transaction", Verb::Begin { read_only: None, bare: false }),
         ("begin nonsense", Verb::Other),
         ("start", Verb::Other),
         ("begin read only,", Verb::Other),

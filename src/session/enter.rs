@@ -150,7 +150,7 @@ impl Session {
 
     /// The client's BEGIN, which opens a block that may write.
     pub(super) fn begins(&self, planned: &Planned) -> bool {
-        matches!(planned.facts.verb, Verb::Begin { read_only } if read_only != Some(true)) && !self.in_block()
+        matches!(planned.facts.verb, Verb::Begin { read_only, .. } if read_only != Some(true)) && !self.in_block()
     }
 
     /// ... as a Query: the lock goes into the same one.

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use bytes::Bytes;
 
-use super::books::Prepared;
+use super::books::{Portal, Prepared};
 use crate::plan::Capture;
 use crate::wire::frame::Report;
 
@@ -117,6 +117,8 @@ pub enum Done {
     Nothing,
     /// A block was opened.
     Begin,
+    /// A BEGIN with modes, or START TRANSACTION, behind a write in one implicit transaction: the block that we opened has them from now on, and is the client's.
+    TakeOver,
     /// The transaction is over.
     End {
         /// AND CHAIN: another one has begun.
@@ -138,6 +140,10 @@ pub enum Done {
     Fetched(u64),
     /// Parse of a client's statement: what our books hold if it fails or is passed over.
     Parse(Bytes, Option<Box<Prepared>>),
+    /// Close of a client's statement: what our books hold if it is passed over.
+    Close(Bytes, Option<Box<Prepared>>),
+    /// Bind or Close of a client's portal: what our books hold if it fails or is passed over.
+    Portal(Bytes, Option<Box<Portal>>),
     /// A statement of ours is prepared, unless the server passes over it.
     Ours(&'static [u8]),
 }

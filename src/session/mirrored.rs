@@ -31,6 +31,11 @@ impl Session {
         if self.client.inb.len() >= head.total {
             frame::check(head.tag, &self.client.inb[HEAD..head.total])?;
         }
+        if matches!(head.tag, b'P' | b'B' | b'D' | b'E' | b'C') && !self.unsynced && !self.queue.is_empty() {
+            // The first message behind a Sync (or a Query) that is not answered yet: whether a block is open is known only when it is, and what
+            // that answer ends (`over`) must not be what begins here.
+            self.settle().await?;
+        }
         match head.tag {
             b'Q' if self.client.inb.len() < head.total => {
                 // Too long to be read: it may write anything.
@@ -48,8 +53,9 @@ impl Session {
             b'D' => self.describe(head),
             b'E' => self.execute(head).await?,
             b'C' => {
-                self.forget(head);
-                self.extended(Kind::Close);
+                let done = self.forget(head);
+                self.expect(Expected { done, ..Expected::client(Kind::Close) });
+                self.unsynced = true;
                 self.forward(head);
             }
             b'S' => {
@@ -151,22 +157,16 @@ impl Session {
             let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
             Bytes::copy_from_slice(fields.string()?)
         };
-        if !self.queue.is_empty() && !self.unsynced {
-            // Whether a block is open is known only when the messages before the last Sync were answered.
-            self.settle().await?;
-        }
         let planned = self.current(&name);
         if let Some(report) = self.refusal(&planned) {
             self.client.inb.advance(head.total);
             self.unsynced = true;
-            self.portals.remove(&portal);
             self.put_refused(report, Kind::Bind, false);
             return Ok(());
         }
         self.open_block_for(&planned).await?;
         self.bound |= !self.in_block() && !matches!(planned.facts.verb, Verb::Begin { .. });
         self.unsynced = true;
-        self.queue.push(Expected::client(Kind::Bind));
         let mut binary = false;
         let mut bound = None;
         match &planned.plan {
@@ -184,7 +184,9 @@ impl Session {
         let text = self.prepared.get(&name).filter(|_| kept).and_then(|prepared| prepared.text.clone());
         self.portal_count += 1;
         let planned = Some(planned);
-        self.portals.insert(portal, Portal { number: self.portal_count, planned, binary, text, ran: false, bound });
+        let bound = Portal { number: self.portal_count, planned, binary, text, ran: false, bound };
+        let before = self.portals.insert(portal.clone(), bound).map(Box::new);
+        self.expect(Expected { done: Done::Portal(portal, before), ..Expected::client(Kind::Bind) });
         Ok(())
     }
 
@@ -278,6 +280,11 @@ impl Session {
         let cut = {
             let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
             match (fields.byte(), fields.string()) {
+                (Ok(b'P'), Ok(b"")) if self.has_no_portal(b"") => {
+                    self.client.inb.advance(head.total);
+                    self.unsynced = true;
+                    return self.put_refused(no_portal(), Kind::Describe, false);
+                }
                 (Ok(b'S'), Ok(name)) => {
                     let name = Bytes::copy_from_slice(name);
                     way(&self.current(&name), false).cut()
@@ -294,18 +301,23 @@ impl Session {
         self.forward(head);
     }
 
+    /// The client has no such portal, and under no name the server may have one of ours. (In a failed block it refuses whatever is asked.)
+    fn has_no_portal(&self, name: &[u8]) -> bool {
+        !self.portals.contains_key(name) && self.status != b'E'
+    }
+
     /// The portal of an Execute, as it was before; or what PostgreSQL would answer where the server has something else.
     fn portal_of(&mut self, head: Head) -> Result<Option<Portal>, Report> {
         let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
         let Ok(name) = fields.string() else { return Ok(None) };
-        let Some(portal) = self.portals.get_mut(name) else {
-            // Under no name the server may have a portal of ours.
-            return if name.is_empty() && self.status != b'E' { Err(no_portal()) } else { Ok(None) };
-        };
+        if name.is_empty() && self.has_no_portal(name) {
+            return Err(no_portal());
+        }
+        let Some(portal) = self.portals.get_mut(name) else { return Ok(None) };
         let before = portal.clone();
         portal.ran = true;
         // In a failed block it is refused for that.
-        match (before.ran && self.status != b'E').then(|| ran_already(portal)).flatten() {
+        match (before.ran && self.status != b'E').then(|| ran_already(name, portal)).flatten() {
             Some(report) => Err(report),
             None => Ok(Some(before)),
         }
@@ -365,8 +377,7 @@ impl Session {
         let to = way(&planned, binary).cut().map_or(To::Client, To::Cut);
         let mut done = done(&planned);
         if matches!(done, Done::Begin) {
-            if self.ours && self.takes_over().await? {
-                self.client.inb.advance(head.total);
+            if self.ours && self.takes_over(head, &planned).await? {
                 return Ok(());
             }
             return self.begin_extended(head, &planned, text).await;
@@ -388,14 +399,24 @@ impl Session {
 
     /// BEGIN behind a write in one pipeline: the transaction that we opened for the write becomes the client's block. False: the server is
     /// passing over messages.
-    pub(super) async fn takes_over(&mut self) -> Result<bool, End> {
+    async fn takes_over(&mut self, head: Head, planned: &Planned) -> Result<bool, End> {
         self.settle().await?;
         if self.queue.skipping() {
             return Ok(false);
         }
+        if matches!(planned.facts.verb, Verb::Begin { bare: false, .. }) {
+            self.queue.push(Expected { done: Done::TakeOver, ..Expected::client(Kind::Execute) });
+            self.forward(head);
+            self.settle().await?;
+            if self.queue.skipping() {
+                return Ok(true);
+            }
+        } else {
+            self.client.inb.advance(head.total);
+            frame::complete(&mut self.client.out, b"BEGIN");
+        }
         self.ours = false;
         self.begun = true;
-        frame::complete(&mut self.client.out, b"BEGIN");
         Ok(true)
     }
 
@@ -432,14 +453,20 @@ impl Session {
         tables.iter().for_each(|table| self.taint(table.number, reason));
     }
 
-    pub(super) fn forget(&mut self, head: Head) {
+    /// Close: our books follow at once, and go back where the server passes over it.
+    pub(super) fn forget(&mut self, head: Head) -> Done {
         if let Some(name) = self.name_in(head, b'C') {
-            self.prepared.remove(&name);
-        } else {
-            let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
-            if let (Ok(b'P'), Ok(name)) = (fields.byte(), fields.string()) {
-                self.portals.remove(name);
+            let before = self.prepared.remove(&name).map(Box::new);
+            return Done::Close(name, before);
+        }
+        let mut fields = Fields::new(&self.client.inb[HEAD..head.total.min(self.client.inb.len())]);
+        match (fields.byte(), fields.string()) {
+            (Ok(b'P'), Ok(name)) => {
+                let name = Bytes::copy_from_slice(name);
+                let before = self.portals.remove(&name).map(Box::new);
+                Done::Portal(name, before)
             }
+            _ => Done::Nothing,
         }
     }
 
@@ -486,20 +513,20 @@ pub(super) fn splice(planned: &Planned) -> Option<&str> {
     }
 }
 
-/// PostgreSQL's answer to Execute of an unnamed portal that is not there.
+/// PostgreSQL's answer to Describe or Execute of an unnamed portal that is not there.
 fn no_portal() -> Report {
     Report { severity: "ERROR", code: "34000", message: "portal \"\" does not exist".to_owned(), hint: None }
 }
 
 /// PostgreSQL's answer to a second Execute of what gives no rows. With the hidden column the server would say that no more rows were written, and
 /// a BEGIN that took over a block of ours was never sent.
-fn ran_already(portal: &Portal) -> Option<Report> {
+fn ran_already(name: &[u8], portal: &Portal) -> Option<Report> {
     let planned = portal.planned.as_ref()?;
     let once = match &planned.plan {
         Plan::Capture(capture) => !capture.returning,
         _ => matches!(planned.facts.verb, Verb::Begin { .. }),
     };
-    let message = || "portal cannot be run".to_owned();
+    let message = || format!("portal \"{}\" cannot be run", String::from_utf8_lossy(name));
     once.then(|| Report { severity: "ERROR", code: "55000", message: message(), hint: None })
 }
 

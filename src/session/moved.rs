@@ -38,7 +38,7 @@ const TIDS: u32 = 1010;
 
 /// A client's Bind of an UPDATE that may change keys: what is needed to read its rows, and to run it again.
 #[derive(Debug)]
-pub(super) struct Bound {
+pub struct Bound {
     /// The statement's text.
     pub text: Bytes,
     /// Bind's payload.

@@ -184,8 +184,9 @@ impl Session {
                 self.extended(Kind::Execute);
             }
             b'C' => {
-                self.forget(head);
-                self.extended(Kind::Close);
+                let done = self.forget(head);
+                self.expect(Expected { done, ..Expected::client(Kind::Close) });
+                self.unsynced = true;
             }
             b'S' => {
                 self.queue.push(Expected::client(Kind::Sync));
@@ -217,11 +218,15 @@ impl Session {
         }
     }
 
-    /// A Parse has failed, or was passed over.
+    /// A message has failed, or was passed over: what it names is as it was.
     pub(super) fn undo(&mut self, done: Done) {
         match done {
-            Done::Parse(name, Some(before)) => drop(self.prepared.insert(name, *before)),
-            Done::Parse(name, None) => drop(self.prepared.remove(&name)),
+            Done::Parse(name, Some(before)) | Done::Close(name, Some(before)) => {
+                drop(self.prepared.insert(name, *before));
+            }
+            Done::Parse(name, None) | Done::Close(name, None) => drop(self.prepared.remove(&name)),
+            Done::Portal(name, Some(before)) => drop(self.portals.insert(name, *before)),
+            Done::Portal(name, None) => drop(self.portals.remove(&name)),
             Done::Ours(name) => self.ours_prepared.retain(|prepared| *prepared != name),
             _ => {}
         }

@@ -96,10 +96,16 @@ impl Session {
             b'A' => return Ok(Verdict::Forward),
             b'N' => {
                 let ours = self.queue.front().is_some_and(|owed| {
-                    matches!(
-                        owed.to,
-                        To::Us | To::Nobody | To::Nowhere | To::Enter(Entered::Ours | Entered::Begin) | To::Around(_)
-                    )
+                    // For the server a block is open already.
+                    matches!(owed.done, Done::TakeOver)
+                        || matches!(
+                            owed.to,
+                            To::Us
+                                | To::Nobody
+                                | To::Nowhere
+                                | To::Enter(Entered::Ours | Entered::Begin)
+                                | To::Around(_)
+                        )
                 });
                 return Ok(if ours { Verdict::Drop } else { Verdict::Forward });
             }
@@ -263,7 +269,7 @@ impl Session {
     fn complete(&mut self) {
         let Some(owed) = self.queue.front() else { return };
         match owed.done.clone() {
-            Done::Nothing | Done::Parse(..) | Done::Ours(_) => {}
+            Done::Nothing | Done::TakeOver | Done::Parse(..) | Done::Close(..) | Done::Portal(..) | Done::Ours(_) => {}
             Done::Fetched(portal) => drop(self.suspended.remove(&portal)),
             Done::Begin => self.status = b'T',
             Done::End { chain } => {

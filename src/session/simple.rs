@@ -214,6 +214,12 @@ impl Session {
             let verb = &planned.facts.verb;
             self.held = Held::default();
             match verb {
+                Verb::Begin { bare: false, .. } if self.ours => {
+                    self.put_query(part, "", 0);
+                    self.queue.push(Expected { hold: true, done: Done::TakeOver, ..Expected::client(Kind::Query) });
+                    self.settle_query(planned).await?;
+                    self.ours = self.held.failed;
+                }
                 Verb::Begin { .. } if self.ours => {
                     // The implicit transaction becomes the client's block.
                     self.ours = false;

@@ -39,6 +39,8 @@ pub enum Verb {
     Begin {
         /// READ ONLY (true) or READ WRITE (false).
         read_only: Option<bool>,
+        /// BEGIN alone: it names no mode (READ ONLY, ISOLATION LEVEL, DEFERRABLE).
+        bare: bool,
     },
     /// COMMIT, END.
     Commit {

@@ -71,7 +71,8 @@ fn transaction(mut words: Words<'_>, keyword: &str) -> Option<Verb> {
             if keyword == "begin" {
                 words.eat_any(&["work", "transaction"]);
             }
-            Verb::Begin { read_only: transaction_modes(&mut words)? }
+            let bare = keyword == "begin" && words.is_done();
+            Verb::Begin { read_only: transaction_modes(&mut words)?, bare }
         }
         _ => end_of_transaction(&mut words, keyword)?,
     };

@@ -6,6 +6,7 @@
 mod common;
 mod killed;
 mod statements;
+mod twin;
 
 use std::time::Duration;
 

@@ -159,30 +159,34 @@ pub(crate) struct Player {
 #[derive(Debug)]
 pub(crate) struct Lost;
 
-impl Player {
-    fn statement(&mut self) -> String {
-        let random = &mut self.random;
-        let mut text = loop {
-            let drawn = STATEMENTS[random.random_range(0..STATEMENTS.len())];
-            if self.kinds == Kinds::All || !OPAQUE.iter().any(|opaque| drawn.contains(opaque)) {
-                break drawn.to_owned();
-            }
-        };
-        // Every mention of {i}, {j} and {v} is the same number; words differ.
-        while let Some(at) = text.find('{') {
-            let value = match &text[at + 1..at + 2] {
-                "i" | "j" => random.random_range(1..=12).to_string(),
-                "v" => random.random_range(0..=20).to_string(),
-                "w" => format!("'{}'", ["a", "A", "b", "B", "ab", "Ab", "é", "É"][random.random_range(0..8)]),
-                "p" => ["a", "b", "c", "d"][random.random_range(0..4)].to_owned(),
-                _ => "0".repeat(random.random_range(1..=3)),
-            };
-            let mention = text[at..at + 3].to_owned();
-            text = if mention == "{w}" { text.replacen("{w}", &value, 1) } else { text.replace(&mention, &value) };
+/// One of the statements above.
+pub(crate) fn any(random: &mut StdRng, kinds: Kinds) -> String {
+    loop {
+        let text = STATEMENTS[random.random_range(0..STATEMENTS.len())];
+        if kinds == Kinds::All || !OPAQUE.iter().any(|opaque| text.contains(opaque)) {
+            return drawn(text, random);
         }
-        text
     }
+}
 
+/// A statement with its blanks filled in. Every mention of {i}, {j} and {v} is the same number; words differ.
+pub(crate) fn drawn(text: &str, random: &mut StdRng) -> String {
+    let mut text = text.to_owned();
+    while let Some(at) = text.find('{') {
+        let value = match &text[at + 1..at + 2] {
+            "i" | "j" => random.random_range(1..=12).to_string(),
+            "v" => random.random_range(0..=20).to_string(),
+            "w" => format!("'{}'", ["a", "A", "b", "B", "ab", "Ab", "é", "É"][random.random_range(0..8)]),
+            "p" => ["a", "b", "c", "d"][random.random_range(0..4)].to_owned(),
+            _ => "0".repeat(random.random_range(1..=3)),
+        };
+        let mention = text[at..at + 3].to_owned();
+        text = if mention == "{w}" { text.replacen("{w}", &value, 1) } else { text.replace(&mention, &value) };
+    }
+    text
+}
+
+impl Player {
     /// One transaction. An error ends it, or leads back to its savepoint.
     pub(crate) async fn transaction(&mut self) -> Result<(), Lost> {
         if self.random.random_bool(0.1) {
@@ -200,7 +204,7 @@ impl Player {
             let text = match self.random.random_range(0..10) {
                 0 if block => "SAVEPOINT s".to_owned(),
                 1 if savepoint => "ROLLBACK TO s".to_owned(),
-                _ => self.statement(),
+                _ => any(&mut self.random, self.kinds),
             };
             let ran = self.run(&text).await?;
             savepoint |= text == "SAVEPOINT s";
