@@ -18,6 +18,9 @@ use crate::wire::frame::{self, HEAD};
 
 const MAKE_NAME: &[u8] = b"crossfade_make_twin";
 
+/// What twins' names begin with.
+const TWIN: &str = "crossfade_execute_";
+
 /// A statement that the client has prepared in SQL.
 #[derive(Clone, Debug)]
 pub(super) struct Named {
@@ -48,6 +51,17 @@ impl NamedStatements {
     pub(super) fn forget(&mut self, name: &str) {
         let twin = self.by_name.remove(name).and_then(|named| named.twin).and_then(|(.., twin)| twin);
         self.gone.extend(twin);
+    }
+
+    /// An ErrorResponse's payload that names a twin, with the client's name instead. None: it names none.
+    pub(super) fn in_clients_words(&self, payload: &[u8]) -> Option<Vec<u8>> {
+        memchr::memmem::find(payload, TWIN.as_bytes())?;
+        self.by_name.iter().find_map(|(name, named)| {
+            let (.., twin) = named.twin.as_ref()?;
+            let said = [b"\"", twin.as_deref()?, b"\""].concat();
+            let at = memchr::memmem::find(payload, &said)?;
+            Some([&payload[..=at], name.as_bytes(), &payload[at + said.len() - 1..]].concat())
+        })
     }
 
     /// DEALLOCATE ALL: the twins are gone, too.
@@ -149,7 +163,7 @@ impl Session {
     async fn make_twin(&mut self, text: &Bytes, splice: &str) -> Result<Option<Bytes>, End> {
         self.settle().await?;
         self.named.made += 1;
-        let twin = Bytes::from(format!("crossfade_execute_{}", self.named.made));
+        let twin = Bytes::from(format!("{TWIN}{}", self.named.made));
         let Some(prepare) = renamed(text, &twin, splice) else { return Ok(None) };
         for gone in std::mem::take(&mut self.named.gone) {
             frame::close_statement(&mut self.server.out, &gone);

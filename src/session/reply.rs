@@ -261,7 +261,10 @@ impl Session {
                 report.put(&mut instead);
                 Verdict::Replace(instead)
             }
-            _ => Verdict::Forward,
+            _ => match self.named.in_clients_words(&self.server.inb[at + HEAD..at + total]) {
+                Some(said) => Verdict::Replace(whole(b'E', &said)),
+                None => Verdict::Forward,
+            },
         }
     }
 

@@ -60,7 +60,7 @@ impl Session {
     }
 
     /// PostgreSQL reads a text of several statements before it runs the first: where that one changes how texts are read, the others cannot be
-    /// sent one by one.
+    /// sent one by one. Nor where one that nobody reads may be an error, for which none of them runs, and a COMMIT among them would have run.
     async fn several_as_read(
         &mut self,
         text: &Bytes,
@@ -69,7 +69,11 @@ impl Session {
     ) -> Result<(), End> {
         let [before @ .., _] = plans else { return Ok(()) };
         let moves = |(planned, _): &(Arc<Planned>, usize)| changes_lexing(planned);
-        if !before.iter().any(moves) {
+        let errs = |(planned, _): &(Arc<Planned>, usize)| planned.facts.verb == Verb::Other;
+        let settles = |(planned, _): &(Arc<Planned>, usize)| Ending::of(&planned.facts.verb).is_some();
+        let as_one = plans.iter().any(errs) && plans.iter().any(settles);
+        let as_one = as_one && !self.ours && self.status != b'E' && !self.strict();
+        if !as_one && !before.iter().any(moves) {
             return self.several(parts, plans).await;
         }
         self.unread(Kind::Query).await?;
@@ -205,7 +209,7 @@ impl Session {
     /// A Query of several statements: one implicit transaction, until a BEGIN or COMMIT among them says otherwise.
     /// They are sent one by one; the client sees their replies and one ReadyForQuery.
     async fn several(&mut self, parts: &[Bytes], plans: &[(Arc<Planned>, usize)]) -> Result<(), End> {
-        for (part, (planned, end)) in parts.iter().zip(plans) {
+        for (number, (part, (planned, end))) in parts.iter().zip(plans).enumerate() {
             let executed = self.executes(planned, part).await?;
             let (planned, part, end) = match &executed {
                 Some((planned, part)) => (planned, part, &part.len()),
@@ -247,14 +251,16 @@ impl Session {
                     }
                 }
             }
-            if let Some(complete) = self.held.complete.take() {
+            // The last is complete when the implicit transaction is committed.
+            if !(self.ours && number + 1 == parts.len())
+                && let Some(complete) = self.held.complete.take()
+            {
                 self.client.out.extend_from_slice(&complete);
             }
             if self.held.failed {
                 break;
             }
         }
-        self.held = Held { complete: None, failed: self.held.failed };
         if self.ours {
             return self.commit_ours().await;
         }

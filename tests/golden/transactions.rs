@@ -16,6 +16,7 @@ async fn transactions_arrive_whole_or_not_at_all() {
     savepoints(&stage).await;
     failures(&stage).await;
     implicit(&stage).await;
+    unreadable(&stage).await;
     deferred(&stage).await;
     read_only(&stage).await;
     stage.enter("new-primary").await;
@@ -178,6 +179,13 @@ async fn implicit(stage: &Stage) {
     story.exact(&[("t", &rows)]).await;
 }
 
+/// PostgreSQL reads all of a text before it runs the first statement of it.
+async fn unreadable(stage: &Stage) {
+    let story = stage.story("an error in a text of several statements").await;
+    script(stage, &[("INSERT INTO t VALUES (19, 'never'); COMMIT; SELEC 1", "E(42601) Z(I)")]).await;
+    story.heals("unparsed", &[]).await;
+}
+
 async fn deferred(stage: &Stage) {
     let story = stage.story("a deferred constraint fails at COMMIT").await;
     let lines = [
@@ -186,7 +194,7 @@ async fn deferred(stage: &Stage) {
         ("INSERT INTO child VALUES (1, 1)", "C(INSERT 0 1) Z(T)"),
         ("COMMIT", "E(23503) Z(I)"),
         ("INSERT INTO child VALUES (2, 2)", "E(23503) Z(I)"),
-        ("INSERT INTO child VALUES (3, 3); SELECT 1", "C(INSERT 0 1) T(?column?) D(1) C(SELECT 1) E(23503) Z(I)"),
+        ("INSERT INTO child VALUES (3, 3); SELECT 1", "C(INSERT 0 1) T(?column?) D(1) E(23503) Z(I)"),
         ("BEGIN", "C(BEGIN) Z(T)"),
         ("INSERT INTO child VALUES (4, 4)", "C(INSERT 0 1) Z(T)"),
         ("INSERT INTO parent VALUES (4)", "C(INSERT 0 1) Z(T)"),
