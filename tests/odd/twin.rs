@@ -1,5 +1,7 @@
 //! Law 1: one client says the same, at random, to crossfade in `dual-write` and to a server that stands alone: each reply is the same, and so are all rows.
 
+use std::collections::HashMap;
+
 use bytes::Buf;
 use crossfade::cluster::Cluster;
 use rand::rngs::StdRng;
@@ -308,6 +310,7 @@ async fn a_random_conversation_is_answered_as_by_a_server_that_stands_alone() {
     for seed in 0..conversations {
         let mut talk = Talk { random: StdRng::seed_from_u64(seed), parameters: [0; 3], failed: false };
         let (mut there, mut here) = (client(twin.port()).await, client(pair.proxy.port()).await);
+        let mut settings = [HashMap::new(), HashMap::new()];
         for number in 0..exchanges {
             let exchange = talk.exchange();
             let said = format!("conversation {seed}, exchange {number}:\n  {}", exchange.said.join("\n  "));
@@ -319,10 +322,19 @@ async fn a_random_conversation_is_answered_as_by_a_server_that_stands_alone() {
                 client.send(&exchange.bytes).await;
                 let frames = client.until_ready(exchange.ready).await;
                 let frames = frames.into_iter().filter(|frame| !says_no_block(frame)).map(comparable);
-                // ParameterStatus and notifications may come at any time: here, in front.
-                let (mut told, rest): (Vec<_>, Vec<_>) = frames.partition(|frame| matches!(frame.tag, b'S' | b'A'));
-                told.extend(rest);
-                replies.push(told);
+                // ParameterStatus may come at any time, and of one setting more than once: what it says in the end is compared.
+                let (told, rest): (Vec<_>, Vec<_>) = frames.partition(|frame| frame.tag == b'S');
+                for setting in told {
+                    let name = setting.body.split(|&byte| byte == 0).next().expect("a name").to_vec();
+                    settings[replies.len()].insert(name, setting.body);
+                }
+                // A notification, too, may come at any time: here, in front.
+                let (mut heard, rest): (Vec<_>, Vec<_>) = rest.into_iter().partition(|frame| frame.tag == b'A');
+                heard.extend(rest);
+                replies.push(heard);
+            }
+            for (name, value) in &settings[0] {
+                assert!(settings[1].get(name).is_none_or(|ours| ours == value), "{said}: {:?}", name.escape_ascii());
             }
             let (alone, ours) = (&replies[0], &replies[1]);
             println!("  -> {}", raw::tags(alone));
