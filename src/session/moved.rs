@@ -163,6 +163,8 @@ impl Session {
             }
             // Rows that the client has not fetched yet: it is not known how many there are.
             last |= matches!(sent, Sent::Portal { number, .. } if self.suspended.contains_key(number));
+            // A trigger may take rows out each time, and what else it does (nextval) is not undone.
+            last |= capture.tables.iter().any(|table| table.effects.get(self.side).before_row);
             let mut exact = updated(&self.kept.tag) == Some(count);
             if exact {
                 match self.all_gone(versions, sent).await? {

@@ -1,6 +1,7 @@
 //! Law 1: one client says the same, at random, to crossfade in `dual-write` and to a server that stands alone: each reply is the same, and so are all rows.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use bytes::Buf;
 use crossfade::cluster::Cluster;
@@ -38,7 +39,10 @@ const OTHERS: &[&str] = &[
     "PREPARE TRANSACTION 'gid'",
     "SELECT * FROM ci ORDER BY name, v",
     "SELECT count(*), sum(v) FROM plain",
-    "TABLE gen",
+    "SELECT * FROM gen ORDER BY id",
+    "SELECT p.id, p.v, c.id FROM parent p LEFT JOIN child c ON c.p = p.id ORDER BY p.id, c.id",
+    "SELECT id FROM uq WHERE a = {i}",
+    "SELECT v FROM num ORDER BY n LIMIT 2",
     "SELECT id, v FROM plain WHERE id = {i} FOR UPDATE",
     "SELECT lastval()",
     "SELECT currval('log_id_seq')",
@@ -88,6 +92,20 @@ const OTHERS: &[&str] = &[
     "UNLISTEN *",
 ];
 
+/// Reads whose answers have one order.
+const READS: &[&str] = &[
+    "SELECT * FROM ci ORDER BY name",
+    "SELECT count(*), sum(v) FROM plain",
+    "SELECT * FROM gen ORDER BY id",
+    "SELECT * FROM num ORDER BY n",
+    "SELECT * FROM part WHERE id < {i} ORDER BY id, r",
+    "SELECT * FROM uq WHERE a = {i}",
+    "SELECT id, r, upper(r) FROM ex ORDER BY id",
+    "SELECT p.id, p.v, c.id FROM parent p LEFT JOIN child c ON c.p = p.id ORDER BY p.id, c.id",
+    "SELECT 1 / (v - {v}) FROM plain WHERE id = {i}",
+    "SELECT v, count(*) FROM hist GROUP BY v ORDER BY v COLLATE \"C\"",
+];
+
 /// Messages of one exchange, with how many ReadyForQuery it brings.
 struct Exchange {
     bytes: Vec<u8>,
@@ -101,6 +119,8 @@ struct Talk {
     parameters: [usize; 3],
     /// The transaction has failed. PostgreSQL describes no statement then that gives rows, and a write that is captured gives some.
     failed: bool,
+    /// A block is open.
+    open: bool,
 }
 
 const NAMES: [&str; 3] = ["", "s1", "s2"];
@@ -153,14 +173,37 @@ impl Talk {
         to.ready += 1;
     }
 
+    /// One read.
+    fn read(&mut self) -> Exchange {
+        let text = drawn(READS.choose(&mut self.random).expect("some"), &mut self.random);
+        let bytes = match self.random.random_bool(0.5) {
+            true => raw::query(&text),
+            false => [
+                raw::parse("", &text, &[]),
+                raw::bind("", "", &[], &[], &[1]),
+                raw::describe(b'P', ""),
+                raw::execute("", 0),
+                raw::sync(),
+            ]
+            .concat(),
+        };
+        Exchange { bytes, ready: 1, said: vec![format!("Read {text}")] }
+    }
+
     fn copy(&mut self, to: &mut Exchange) {
         let sql = ["COPY plain FROM STDIN", "COPY hist FROM STDIN", "COPY gen (id, v) FROM STDIN (FORMAT csv)"]
             [self.random.random_range(0..3)];
         let by_parts = self.random.random_bool(0.5);
         match by_parts {
-            true => to
-                .bytes
-                .extend([raw::parse("", sql, &[]), raw::bind("", "", &[], &[], &[]), raw::execute("", 0)].concat()),
+            true => to.bytes.extend(
+                [
+                    raw::close(b'S', "cp"),
+                    raw::parse("cp", sql, &[]),
+                    raw::bind("", "cp", &[], &[], &[]),
+                    raw::execute("", 0),
+                ]
+                .concat(),
+            ),
             false => to.bytes.extend(raw::query(sql)),
         }
         let between = if sql.contains("csv") { ',' } else { '\t' };
@@ -169,7 +212,6 @@ impl Talk {
         to.bytes.extend(if self.random.random_bool(0.8) { raw::copy_done() } else { raw::copy_fail("no") });
         if by_parts {
             to.bytes.extend(raw::sync());
-            self.parameters[0] = 0;
         }
         to.said.push(format!("COPY ({}) {sql} {row:?}", if by_parts { "extended" } else { "simple" }));
         to.ready += 1;
@@ -300,19 +342,39 @@ async fn client(port: u16) -> RawClient {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_random_conversation_is_answered_as_by_a_server_that_stands_alone() {
+    let (conversations, exchanges) = if proof() { (400, 100) } else { (4, 60) };
+    converse("dual-write", 0..conversations, exchanges).await;
+}
+
+/// R1 to R3: the same where new serves what it may.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_random_conversation_is_answered_the_same_where_new_serves() {
+    let (conversations, exchanges) = if proof() { (200, 100) } else { (2, 60) };
+    let served = converse("dual-read", 1000..1000 + conversations, exchanges).await;
+    assert!(served > 0.0, "new has served nothing: the test has forced nothing");
+}
+
+/// Conversations of these numbers in this phase. Gives how many reads new has served.
+async fn converse(phase: &str, conversations: std::ops::Range<u64>, exchanges: usize) -> f64 {
     let (twin, databases) = tokio::join!(twin(), Databases::start_trusting());
     databases.run_on_both(SCHEMA).await;
-    let mut proxy = Proxy::start(databases.proxy_config("old", TRUST)).await;
+    let mut proxy = Proxy::start(databases.proxy_config("old", &format!("{TRUST}\nreads: {{ serve: 100% }}"))).await;
     proxy.set_phase("dual-write").await;
+    proxy.set_phase(phase).await;
+    let reading = phase == "dual-read";
     let pair = Pair { proxy, databases };
     pair.proxy.settle().await;
-    let (conversations, exchanges) = if proof() { (400, 100) } else { (4, 60) };
-    for seed in 0..conversations {
-        let mut talk = Talk { random: StdRng::seed_from_u64(seed), parameters: [0; 3], failed: false };
+    for seed in conversations {
+        let mut talk = Talk { random: StdRng::seed_from_u64(seed), parameters: [0; 3], failed: false, open: false };
         let (mut there, mut here) = (client(twin.port()).await, client(pair.proxy.port()).await);
         let mut settings = [HashMap::new(), HashMap::new()];
         for number in 0..exchanges {
-            let exchange = talk.exchange();
+            // A session that only reads for a while is served.
+            if reading && number % 20 == 5 && !talk.open {
+                pair.proxy.settle().await;
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
+            let exchange = if reading && number % 20 > 5 && !talk.open { talk.read() } else { talk.exchange() };
             let said = format!("conversation {seed}, exchange {number}:\n  {}", exchange.said.join("\n  "));
             // Shown where something fails.
             println!("{said}");
@@ -338,6 +400,7 @@ async fn a_random_conversation_is_answered_as_by_a_server_that_stands_alone() {
             }
             let (alone, ours) = (&replies[0], &replies[1]);
             println!("  -> {}", raw::tags(alone));
+            talk.open = alone.last().is_some_and(|frame| frame.tag == b'Z' && frame.body != b"I");
             talk.failed = alone.last().is_some_and(|frame| frame.tag == b'Z' && frame.body == b"E");
             let log = || pair.databases.old.log_tail();
             let same = alone.iter().zip(ours).take_while(|(a, b)| a == b).count();
@@ -355,6 +418,7 @@ async fn a_random_conversation_is_answered_as_by_a_server_that_stands_alone() {
         assert_equal_at_rest(&pair).await;
         compare::assert_equal(&twin, &pair.databases.old, DATABASE, &[]).await;
     }
+    pair.proxy.metrics("crossfade_read_served_total{side=\"new\"}").await
 }
 
 /// A pipeline that comes while the one before it is not answered yet: what that answer ends is the transaction before, not the one that has begun behind it.
