@@ -199,18 +199,29 @@ CREATE TABLE IF NOT EXISTS crossfade.verified (
     equal_epoch bigint,
     equal_at timestamptz
 );
--- How far a look of verify has come that has not ended, on the authority: all up to the key `position` (as in a range debt) was equal, seen in this epoch and
--- since `owings.times` was so many. runner: command, or a proxy's background.
+-- How far a look of verify has come that has not ended, on the authority, with each part of a table: its keys are those behind after_key up to upto_key; all up
+-- to the key `position` (as in a range debt) was equal, seen in this epoch and since `owings.times` was so many. runner: command, or a proxy's background.
+-- part -1: all of the table was equal.
+DO $$ BEGIN
+    -- Of before there were parts; what it says is worth an hour of hashing at most.
+    IF to_regclass('crossfade.verifying') IS NOT NULL
+        AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('crossfade.verifying') AND attname = 'part') THEN
+        DROP TABLE crossfade.verifying;
+    END IF;
+END $$;
 CREATE TABLE IF NOT EXISTS crossfade.verifying (
     number integer NOT NULL,
     runner text NOT NULL,
+    part integer NOT NULL,
     epoch bigint NOT NULL,
     owings bigint NOT NULL,
+    after_key bytea,
+    upto_key bytea,
     position bytea,
     rows bigint NOT NULL,
     done boolean NOT NULL DEFAULT false,
     changed timestamptz NOT NULL DEFAULT clock_timestamp(),
-    PRIMARY KEY (number, runner)
+    PRIMARY KEY (number, runner, part)
 ) WITH (fillfactor = 50);
 -- How often debts of a table were owed, and so had to be paid; what their carriers brought is not counted. A look of verify that began at one count says
 -- nothing of what was owed later: `equal_owings` is the count at which the last one began that found all equal.

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
+use super::super::cut;
 use super::super::error::{Error, Meaning};
 use super::super::gone;
 use super::super::link::{Link, Pair};
@@ -11,7 +12,7 @@ use super::super::pace::{Pace, Strain};
 use super::super::payable::{self, Entry, State};
 use super::super::reconcile::{self, Outcome};
 use super::super::repair::clear;
-use super::super::sql::{Bounds, TableSql};
+use super::super::sql::Bounds;
 use super::super::walk;
 use super::chunk::{Chunk, Reading};
 use super::load::{self, Loaded, Way};
@@ -169,42 +170,10 @@ impl<'a> Lane<'a> {
         // Now, when there are few: later all that is copied would have to be looked at.
         let outcome = walk::leftovers(&mut self.pair, table).await?;
         self.flushed().await?;
-        let cuts = self.cuts(table).await?;
-        let mut parts = Vec::new();
-        let mut after = None;
-        for upto in cuts.into_iter().map(Some).chain([None]) {
-            parts.push(Bounds { after: after.take(), upto: upto.clone() });
-            after = upto;
-        }
+        let parts = cut::parts(&mut self.pair.authority, table, PARTS_MOST).await?;
         let keys = self.left(table, outcome)?;
         position::begin(&mut self.pair.authority, table.number, debts, &parts, keys).await?;
         position::read(&mut self.pair.authority, table.number, None).await
-    }
-
-    /// Keys that cut the table into parts of about the same size: from a sample, in the order of the authority's index.
-    async fn cuts(&mut self, table: &Table) -> Result<Vec<Values>, Error> {
-        let sql = TableSql::new(table, self.pair.authority.side);
-        let doing = "sampling keys";
-        let size = "SELECT (coalesce(sum(pg_relation_size(relid)), 0) / 8192)::bigint FROM unnest($1::oid[]) AS relid";
-        let mut relations = vec![*table.oid.get(sql.side)];
-        relations.extend(table.partitions.get(sql.side));
-        let pages: i64 = self.pair.authority.rows(doing, size, &[&relations]).await?[0].get(0);
-        let parts = (pages / PART_PAGES).clamp(1, PARTS_MOST);
-        if parts == 1 {
-            return Ok(Vec::new());
-        }
-        // Some pages of each part; a whole page's rows come with it.
-        let percent = (100.0 * (parts * 16) as f64 / pages as f64).min(100.0);
-        let text = format!(
-            "WITH t AS MATERIALIZED (SELECT {key}, pg_catalog.ntile({parts}) OVER (ORDER BY {key}) AS crossfade_tile FROM {} AS t TABLESAMPLE SYSTEM ({percent})), \
-             last AS (SELECT t.*, pg_catalog.row_number() OVER (PARTITION BY t.crossfade_tile ORDER BY {key} DESC) AS crossfade_nth FROM t) \
-             SELECT {read} FROM last AS t WHERE t.crossfade_nth = 1 AND t.crossfade_tile < {parts} ORDER BY {key}",
-            sql.only(),
-            key = sql.key_columns(),
-            read = sql.read_key()
-        );
-        let rows = self.pair.authority.rows(doing, &text, &[]).await?;
-        Ok(rows.iter().map(|row| super::super::binary::values(row, 0, sql.key.len())).collect())
     }
 
     /// Works on a part until it is done.
@@ -348,8 +317,7 @@ impl<'a> Lane<'a> {
     }
 }
 
-/// Pages of a part at least, and parts of a table at most.
-const PART_PAGES: i64 = 128;
+/// Parts of a table at most.
 const PARTS_MOST: i64 = 64;
 /// How long ANALYZE may take.
 const ANALYZE: Duration = Duration::from_secs(600);

@@ -10,7 +10,6 @@ mod load;
 mod position;
 mod progress;
 
-use std::collections::VecDeque;
 use std::sync::atomic::AtomicI64;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -19,6 +18,7 @@ use super::error::{Error, Meaning};
 use super::link::{Link, Pair, Settings, connect};
 use super::lock;
 use super::pace::Pace;
+use super::queue::Queue;
 use crate::catalog::{Catalog, Table};
 use crate::config::Database;
 use crate::phase::Side;
@@ -99,12 +99,6 @@ enum Unit {
     Part(u32, i32),
 }
 
-/// What is still to be done, and how many jobs are at it: those may find more.
-struct Queue {
-    units: VecDeque<Unit>,
-    busy: usize,
-}
-
 /// What its sessions are called on the servers.
 const NAME: &str = "crossfade backfill";
 /// How long lost connections are opened again, without anything being done in between.
@@ -120,7 +114,7 @@ pub async fn run(
     options: &Options,
     tell: &(dyn Fn(Event) + Send + Sync),
 ) -> Result<(), Error> {
-    let queue = Mutex::new(Queue { units: tables.iter().map(|table| Unit::Table(table.number)).collect(), busy: 0 });
+    let queue = Queue::new(tables.iter().map(|table| Unit::Table(table.number)));
     let tally = Mutex::new(Tally::default());
     let rows = |number: u32, part: i32, rows: usize| {
         let share = lock(&tally).add(number, part, rows as u64);
@@ -137,7 +131,7 @@ pub async fn run(
 struct Worker<'a> {
     backfill: &'a Backfill,
     options: &'a Options,
-    queue: &'a Mutex<Queue>,
+    queue: &'a Queue<Unit>,
     tally: &'a Mutex<Tally>,
     common: &'a Common<'a>,
     tell: &'a (dyn Fn(Event) + Send + Sync),
@@ -147,7 +141,7 @@ impl<'a> Worker<'a> {
     async fn work(self) -> Result<(), Error> {
         let mut open: Option<Lane<'a>> = None;
         let mut lost: Option<Instant> = None;
-        while let Some(unit) = self.next().await {
+        while let Some(unit) = self.queue.next().await {
             let worked = match &mut open {
                 Some(lane) => self.unit(lane, unit).await,
                 None => match self.lane().await {
@@ -158,14 +152,14 @@ impl<'a> Worker<'a> {
             match worked {
                 Ok(more) => {
                     lost = None;
-                    self.give_back(more);
+                    self.queue.later(more);
                 }
                 Err(error) => {
                     // With its locks.
                     open = None;
                     let since = *lost.get_or_insert_with(Instant::now);
                     let hopeless = since.elapsed() > LOST || !is_about_the_connection(&error);
-                    self.give_back(vec![unit]);
+                    self.queue.later([unit]);
                     if hopeless {
                         return Err(error);
                     }
@@ -175,28 +169,6 @@ impl<'a> Worker<'a> {
             }
         }
         Ok(())
-    }
-
-    async fn next(&self) -> Option<Unit> {
-        loop {
-            {
-                let mut queue = lock(self.queue);
-                if let Some(unit) = queue.units.pop_front() {
-                    queue.busy += 1;
-                    return Some(unit);
-                }
-                if queue.busy == 0 {
-                    return None;
-                }
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    }
-
-    fn give_back(&self, units: Vec<Unit>) {
-        let mut queue = lock(self.queue);
-        queue.busy -= 1;
-        queue.units.extend(units);
     }
 
     async fn lane(&self) -> Result<Lane<'a>, Error> {
