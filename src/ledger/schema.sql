@@ -188,6 +188,18 @@ CREATE TABLE IF NOT EXISTS crossfade.backfill (
     PRIMARY KEY (number, part)
 ) WITH (fillfactor = 50);
 
+-- Indexes of tables on this side that a backfill drops while it fills them (src/migrate/backfill/indexes.rs): a row stands from before an index is dropped until
+-- it is there again. name, relation: quoted, with their schemas. tablespace, comment: what a definition does not say.
+CREATE TABLE IF NOT EXISTS crossfade.indexes (
+    name text PRIMARY KEY,
+    number integer NOT NULL,
+    relation text NOT NULL,
+    definition text NOT NULL,
+    tablespace text,
+    comment text,
+    at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
 -- What verify has found, on the authority: its last look at each table, and the last one that found all equal.
 CREATE TABLE IF NOT EXISTS crossfade.verified (
     number integer PRIMARY KEY,

@@ -17,7 +17,8 @@ use super::super::walk;
 use super::chunk::{Chunk, Reading};
 use super::load::{self, Loaded, Way};
 use super::position::{self, Done, KeyDebts, Next, Part};
-use crate::catalog::Table;
+use super::standbys::Standbys;
+use crate::catalog::{Sides, Table};
 use crate::ledger::clear::flush;
 use crate::ledger::debts::{Debt, Values};
 
@@ -27,6 +28,8 @@ pub(super) struct Common<'a> {
     pub ids: AtomicI64,
     /// How fast it may go.
     pub pace: Pace,
+    /// Whether it may go.
+    pub standbys: &'a Standbys,
     /// Told of rows that are done.
     pub tell: &'a (dyn Fn(u32, i32, usize) + Send + Sync),
 }
@@ -49,7 +52,8 @@ pub(super) struct Lane<'a> {
     /// Rows of the next chunk.
     rows: usize,
     way: Way,
-    strain: Strain,
+    /// Of both servers.
+    strain: Sides<Strain>,
 }
 
 /// What became of a part.
@@ -91,7 +95,7 @@ impl<'a> Lane<'a> {
         let row = &pair.mirror.rows("asking who we are", text, &[]).await?[0];
         let backend = (row.get(0), row.get(1));
         let incarnation = pair.incarnation().await?;
-        let (way, strain) = (Way::Straight, Strain::default());
+        let (way, strain) = (Way::Straight, Sides::default());
         Ok(Lane { pair, reader, backend, incarnation, common, rows: FIRST, way, strain })
     }
 
@@ -227,9 +231,18 @@ impl<'a> Lane<'a> {
             let keys = self.left(table, brought.outcome)?;
             done = Some(Done { debt: next.debt, last: now.last(), rows: now.rows, keys });
             (self.common.tell)(table.number, part.part, now.rows);
-            let pause = self.common.pace.after(now.rows, Instant::now());
-            tokio::time::sleep(pause.max(self.strain.after(commit, begun.elapsed()))).await;
-            chunk = ahead?;
+            let mut pause = self.common.pace.after(now.rows, Instant::now());
+            let commits = [(self.pair.authority.side, Some(commit)), (self.pair.mirror.side, brought.commit)];
+            for (side, commit) in commits {
+                let strain = self.strain.get_mut(side);
+                pause = pause.max(commit.map_or(Duration::ZERO, |commit| strain.after(commit, begun.elapsed())));
+            }
+            tokio::time::sleep(pause).await;
+            chunk = match self.common.standbys.rest().await {
+                false => ahead?,
+                // What was read before a rest may have changed since: read again, less of it is suspect.
+                true => reading.next(&mut self.reader, &left, rows, BYTES_MOST).await?,
+            };
         }
         position::step(&mut self.pair, &part, done.as_ref(), None).await?;
         Ok(Taken::Done)
@@ -330,6 +343,8 @@ struct Brought {
     reconciled: bool,
     /// How long the mirror's transaction took.
     took: Duration,
+    /// ... and its COMMIT, with a flush, where there was one.
+    commit: Option<Duration>,
 }
 
 /// Copies a chunk, looks again, reconciles the suspects.
@@ -343,22 +358,22 @@ async fn bring(
     let begun = Instant::now();
     let loaded = if chunk.copy.is_empty() { None } else { Some(load::load(pair, table, chunk, way).await?) };
     let took = begun.elapsed();
-    let (suspects, took) = match loaded {
-        Some(Loaded::But(mut there)) => {
+    let (suspects, took, commit) = match loaded {
+        Some(Loaded::But(mut there, commit)) => {
             there.extend(reading.moved(&mut pair.authority, chunk).await?);
-            (there, took)
+            (there, took, Some(commit))
         }
         Some(Loaded::Not(error)) => {
             tracing::debug!(table = table.label(), %error, "a chunk is reconciled instead of copied");
             // Smaller ones, if it was about time or locks.
             let took = if error.meaning() == Meaning::Busy { took.max(load::limit(pair)) } else { CHUNK };
-            (chunk.keys(), took)
+            (chunk.keys(), took, None)
         }
-        None => (chunk.keys(), CHUNK),
+        None => (chunk.keys(), CHUNK, None),
     };
     if suspects.is_empty() {
-        return Ok(Brought { outcome: Outcome::default(), reconciled: false, took });
+        return Ok(Brought { outcome: Outcome::default(), reconciled: false, took, commit });
     }
     let outcome = reconcile::keys(pair, table, suspects).await?;
-    Ok(Brought { outcome, reconciled: true, took })
+    Ok(Brought { outcome, reconciled: true, took, commit })
 }

@@ -1,14 +1,16 @@
 //! Backfill (D5, D6): fills the mirror with what was there before, in chunks of keys, several at once, while clients write.
 //!
 //! [`run`] gives each job a `lane` (sessions of its own), which takes tables and parts of tables until none is left. A part goes chunk by chunk: `chunk`
-//! reads it and looks again, `load` brings it to the mirror, `position` keeps where it stands and what is owed meanwhile, `super::pace` says
-//! how fast. What does not pass the second look is left to reconcile. docs/protocols.md, *Backfill*, says why this is right.
+//! reads it and looks again, `load` brings it to the mirror, `position` keeps where it stands and what is owed meanwhile, `super::pace` and `standbys` say
+//! how fast. `indexes` are out of the way meanwhile, where that was asked for. What does not pass the second look is left to reconcile. docs/protocols.md, *Backfill*, says why this is right.
 
 mod chunk;
+mod indexes;
 mod lane;
 mod load;
 mod position;
 mod progress;
+mod standbys;
 
 use std::sync::atomic::AtomicI64;
 use std::sync::{Arc, Mutex};
@@ -22,10 +24,13 @@ use super::queue::Queue;
 use crate::catalog::{Catalog, Table};
 use crate::config::Database;
 use crate::phase::Side;
+use indexes::Indexes;
+pub use indexes::{Dropped, dropped};
 use lane::{Common, Lane, Ready, Taken};
 pub(super) use position::under_way;
 use progress::Tally;
 pub use progress::{Standing, standing};
+use standbys::Standbys;
 
 /// What is filled from what.
 pub struct Backfill {
@@ -50,6 +55,10 @@ pub struct Options {
     pub rate: Option<u64>,
     /// Tables that owe nothing as a whole are filled all the same.
     pub enter: bool,
+    /// Indexes that are not unique are dropped before a table is filled, and made again when all is copied.
+    pub rebuild_indexes: bool,
+    /// It rests while a standby of either side is further behind.
+    pub lag: Duration,
     /// A server that says nothing for this long is given up.
     pub patience: Duration,
 }
@@ -82,6 +91,20 @@ pub enum Event {
     Void {
         /// The table's number.
         table: u32,
+    },
+    /// Something was done about an index of a table on the mirror.
+    Index {
+        /// The table's number.
+        table: u32,
+        /// What.
+        what: String,
+    },
+    /// How standbys of a side are, where that matters.
+    Standbys {
+        /// Whose.
+        side: Side,
+        /// What is about them.
+        what: String,
     },
     /// A connection was lost; it goes on with a new one.
     Again {
@@ -121,10 +144,20 @@ pub async fn run(
         tell(Event::Rows { table: number, rows: rows as u64, share });
     };
     let ids = AtomicI64::new(backfill.first_debt);
-    let common = Common { ids, pace: Pace::new(options.rate, Instant::now()), tell: &rows };
+    let standbys = Standbys::new(options.lag);
+    let common = Common { ids, pace: Pace::new(options.rate, Instant::now()), standbys: &standbys, tell: &rows };
     let worker = || Worker { backfill, options, queue: &queue, tally: &tally, common: &common, tell };
     let jobs = (0..options.jobs.max(1)).map(|_| worker().work());
-    futures_util::future::try_join_all(jobs).await.map(drop)
+    tokio::select! {
+        worked = futures_util::future::try_join_all(jobs) => drop(worked?),
+        never = standbys.watch(backfill, tell) => match never {},
+    }
+    // Also what a run before this one has dropped.
+    let indexes = Indexes::open(backfill, tell).await?;
+    for table in tables {
+        indexes.make(table).await?;
+    }
+    Ok(())
 }
 
 /// One job.
@@ -212,6 +245,9 @@ impl<'a> Worker<'a> {
                 lock(self.tally).begin(&parts);
                 let left: Vec<Unit> =
                     parts.iter().filter(|part| !part.done).map(|part| Unit::Part(number, part.part)).collect();
+                if self.options.rebuild_indexes && !left.is_empty() {
+                    Indexes::open(self.backfill, self.tell).await?.set_aside(table).await?;
+                }
                 if left.is_empty() && lane.finish(table).await? {
                     (self.tell)(Event::Table { table: number, owed: true });
                 }
