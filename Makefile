@@ -56,6 +56,7 @@ bench:
 	$(CARGO) build --locked --release --bins --examples
 	bench/run
 	bench/backfill
+	bench/verify
 
 # Inputs at random, shrunk where one fails (proptest); coverage-guided fuzzers need a nightly compiler.
 fuzz:

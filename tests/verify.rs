@@ -157,7 +157,7 @@ async fn nothing_is_invented_while_clients_write() {
     )
     .expect("writes");
     let program = pair.databases.old.program("pgbench");
-    let seconds = if rows > 100_000 { "60" } else { "15" };
+    let seconds = if rows > 100_000 { "60" } else { "8" };
     let script = script.to_string_lossy().into_owned();
     let (url, arguments) = (pair.url(), ["-n", "-c", "8", "-j", "2", "-T", seconds, "-f", &script]);
     let load = try_pgbench(&program, &url, &arguments);
@@ -406,13 +406,14 @@ async fn a_row_that_ends_on_the_mirror_is_waited_for() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_that_was_killed_goes_on_where_it_was() {
     let schema = "CREATE TABLE a (k int PRIMARY KEY); INSERT INTO a SELECT generate_series(1, 10); \
-        CREATE TABLE b (k int PRIMARY KEY, v text); INSERT INTO b SELECT n, 'row' FROM generate_series(1, 6000) n";
+        CREATE TABLE b (k int PRIMARY KEY, v text); INSERT INTO b SELECT n, repeat('row ', 100) FROM generate_series(1, 6000) n";
     let pair = Pair::dual_write(schema, "").await;
     let on_old = async |sql: &str| pair.databases.old.psql(DATABASE, sql).await.expect(sql).trim().to_owned();
-    let (mut running, _file) = verify_beside(&pair, pair.databases.old.port(), &["--jobs", "1", "--rate", "1000"]);
-    let kept =
-        "SELECT count(*) FROM crossfade.verifying WHERE done OR rows BETWEEN 1 AND 5999 AND position IS NOT NULL";
-    common::until("a is done, b begun", async || on_old(kept).await == "2").await;
+    // Two jobs: b is large enough to be cut into two parts.
+    let (mut running, _file) = verify_beside(&pair, pair.databases.old.port(), &["--jobs", "2", "--rate", "1000"]);
+    let kept = "SELECT string_agg(concat(number, ' ', part, ' ', done), ', ' ORDER BY number, part) FROM crossfade.verifying \
+        WHERE done OR rows BETWEEN 1 AND 3500 AND position IS NOT NULL";
+    common::until("a is done, both parts of b begun", async || on_old(kept).await == "1 -1 t, 2 0 f, 2 1 f").await;
     running.kill().await.expect("is killed");
     let planted = "UPDATE b SET v = 'planted' WHERE k IN (1, 6000); INSERT INTO a VALUES (11)";
     pair.databases.new.psql(DATABASE, planted).await.expect("plants");
@@ -430,7 +431,7 @@ async fn a_run_that_was_killed_goes_on_where_it_was() {
     // A run that has ended leaves nothing to go on with.
     assert_eq!(on_old("SELECT count(*) FROM crossfade.verifying").await, "0");
     on_old("INSERT INTO crossfade.verifying SELECT * FROM crossfade.kept").await;
-    on_old("INSERT INTO crossfade.owings SELECT number, 1 FROM crossfade.kept ON CONFLICT (number) DO UPDATE SET times = owings.times + 1").await;
+    on_old("INSERT INTO crossfade.owings SELECT DISTINCT number, 1 FROM crossfade.kept ON CONFLICT (number) DO UPDATE SET times = owings.times + 1").await;
     let (document, _) = verify(&pair.proxy, &["--resume"]).await;
     assert_eq!(differences(&document, "public.b"), ["1 changed v", "6000 changed v"], "{document:#}");
     assert_eq!(differences(&document, "public.a"), ["11 extra"], "{document:#}");

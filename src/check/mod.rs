@@ -130,6 +130,7 @@ pub async fn run(config: &Config, old: &Client, new: &Client) -> Result<Vec<Find
     role::privileges(&mut view).await?;
     clients::compare(&mut view).await?;
     expect::compare(&mut view, &config.expect).await?;
+    set_aside(&mut view).await?;
     found.append(&mut view.found);
     found.sort();
     found.dedup();
@@ -208,6 +209,25 @@ async fn logical(view: &mut View<'_>) -> Result<(), CheckError> {
             let what = "all of them are in use: sweep.follow needs one".to_owned();
             let mend = "ALTER SYSTEM SET max_replication_slots = 20; and restart the server".to_owned();
             view.error("server", side, "max_replication_slots", what, mend);
+        }
+    }
+    Ok(())
+}
+
+/// Indexes that a backfill has dropped, and did not come to make again.
+async fn set_aside(view: &mut View<'_>) -> Result<(), CheckError> {
+    let what = "indexes that were set aside";
+    for side in Side::BOTH {
+        let there = "SELECT to_regclass('crossfade.indexes') IS NOT NULL";
+        if !view.rows(side, what, there, &[]).await?[0].get::<_, bool>(0) {
+            continue;
+        }
+        let text = "SELECT name, relation, definition FROM crossfade.indexes x \
+            WHERE NOT EXISTS (SELECT FROM pg_index i WHERE i.indexrelid = to_regclass(x.name) AND i.indisvalid) ORDER BY name";
+        for row in view.rows(side, what, text, &[]).await? {
+            let (name, relation, definition): (String, String, String) = (row.get(0), row.get(1), row.get(2));
+            let what = format!("a backfill has dropped index {name}; `crossfade backfill` makes it again at its end");
+            view.error("index", side, &relation, what, format!("{definition};"));
         }
     }
     Ok(())

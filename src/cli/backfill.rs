@@ -23,10 +23,17 @@ pub struct BackfillArguments {
     /// A server that says nothing for so many seconds is given up; it goes on with a new connection.
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     patience: u64,
+    /// Drops indexes of the tables that are filled, and makes them again when all is copied: not unique ones, nor those of constraints. A run that
+    /// is killed in between leaves them to the next; `crossfade check` names what is missing.
+    #[arg(long)]
+    rebuild_indexes: bool,
     /// Fills old from new, in phases in which new is the authority.
     #[arg(long)]
     reverse: bool,
 }
+
+/// It rests while a standby is further behind, where the file's `expect.lag` says nothing.
+const LAG: Duration = Duration::from_secs(10);
 
 /// `crossfade backfill`: true when all that was asked for is copied.
 pub async fn backfill(path: &Path, arguments: BackfillArguments) -> Result<bool, Trouble> {
@@ -73,6 +80,8 @@ pub async fn backfill(path: &Path, arguments: BackfillArguments) -> Result<bool,
         jobs: arguments.chosen.jobs(),
         rate: arguments.chosen.rate,
         enter: before || arguments.chosen.any_named(),
+        rebuild_indexes: arguments.rebuild_indexes,
+        lag: config.expect.lag.unwrap_or(LAG),
         patience: Duration::from_secs(arguments.patience),
     };
     let show = Show::new(&tables, "of its keys");
@@ -125,6 +134,8 @@ fn tell(show: &Show, event: Event) {
         Event::Table { table, owed } => show.done(table, if owed { "done" } else { "owes nothing as a whole" }),
         Event::Void { table } => show.done(table, "its whole-table debt is gone"),
         Event::Waits { table } => show.waits(table, "waits for another job on it, or for the session of one that died"),
+        Event::Index { table, what } => show.said(table, &what),
+        Event::Standbys { side, what } => show.line(&format!("{side}: {what}")),
         Event::Again { error } => show.line(&format!("{error}; trying again")),
     }
 }

@@ -62,6 +62,11 @@ impl Show {
         self.with(table, |shown| shown.end(how));
     }
 
+    /// Said of a table.
+    pub fn said(&self, table: u32, what: &str) {
+        self.with(table, |shown| shown.say(what));
+    }
+
     /// Said once, until rows are done.
     pub fn waits(&self, table: u32, what: &str) {
         self.with(table, |shown| {

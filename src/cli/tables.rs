@@ -14,7 +14,7 @@ pub struct TableArguments {
     /// The same, one at a time.
     #[arg(long = "table", value_name = "TABLE")]
     more_tables: Vec<String>,
-    /// So many are worked on at once: parts of tables when they are copied, tables when they are compared. Each takes sessions of its own on both sides.
+    /// So many parts of tables are worked on at once. Each takes sessions of its own on both sides.
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=64))]
     jobs: u16,
     /// Rows per second at most, over all jobs.

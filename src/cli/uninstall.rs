@@ -4,8 +4,8 @@ use std::path::Path;
 
 use super::{Trouble, what_holds};
 use crate::config;
-use crate::migrate::install;
 use crate::migrate::sweep::slot;
+use crate::migrate::{self, install};
 use crate::phase::Side;
 use crate::shared::Shared;
 
@@ -29,6 +29,13 @@ pub async fn uninstall(path: &Path, force: bool) -> Result<bool, Trouble> {
         let at_work = install::at_work(&client, side).await?;
         if !at_work.is_empty() {
             println!("{side}: in use by {}: end the proxy and its jobs first", at_work.join(", "));
+            needed = true;
+        }
+        for index in migrate::backfill::dropped(&client, side, None).await? {
+            println!(
+                "{side}: a backfill has dropped index {} and not made it again; run it to its end, or: {};",
+                index.name, index.definition
+            );
             needed = true;
         }
         match install::kept(&client, side).await? {

@@ -188,6 +188,18 @@ CREATE TABLE IF NOT EXISTS crossfade.backfill (
     PRIMARY KEY (number, part)
 ) WITH (fillfactor = 50);
 
+-- Indexes of tables on this side that a backfill drops while it fills them (src/migrate/backfill/indexes.rs): a row stands from before an index is dropped until
+-- it is there again. name, relation: quoted, with their schemas. tablespace, comment: what a definition does not say.
+CREATE TABLE IF NOT EXISTS crossfade.indexes (
+    name text PRIMARY KEY,
+    number integer NOT NULL,
+    relation text NOT NULL,
+    definition text NOT NULL,
+    tablespace text,
+    comment text,
+    at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
 -- What verify has found, on the authority: its last look at each table, and the last one that found all equal.
 CREATE TABLE IF NOT EXISTS crossfade.verified (
     number integer PRIMARY KEY,
@@ -199,18 +211,29 @@ CREATE TABLE IF NOT EXISTS crossfade.verified (
     equal_epoch bigint,
     equal_at timestamptz
 );
--- How far a look of verify has come that has not ended, on the authority: all up to the key `position` (as in a range debt) was equal, seen in this epoch and
--- since `owings.times` was so many. runner: command, or a proxy's background.
+-- How far a look of verify has come that has not ended, on the authority, with each part of a table: its keys are those behind after_key up to upto_key; all up
+-- to the key `position` (as in a range debt) was equal, seen in this epoch and since `owings.times` was so many. runner: command, or a proxy's background.
+-- part -1: all of the table was equal.
+DO $$ BEGIN
+    -- Of before there were parts; what it says is worth an hour of hashing at most.
+    IF to_regclass('crossfade.verifying') IS NOT NULL
+        AND NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = to_regclass('crossfade.verifying') AND attname = 'part') THEN
+        DROP TABLE crossfade.verifying;
+    END IF;
+END $$;
 CREATE TABLE IF NOT EXISTS crossfade.verifying (
     number integer NOT NULL,
     runner text NOT NULL,
+    part integer NOT NULL,
     epoch bigint NOT NULL,
     owings bigint NOT NULL,
+    after_key bytea,
+    upto_key bytea,
     position bytea,
     rows bigint NOT NULL,
     done boolean NOT NULL DEFAULT false,
     changed timestamptz NOT NULL DEFAULT clock_timestamp(),
-    PRIMARY KEY (number, runner)
+    PRIMARY KEY (number, runner, part)
 ) WITH (fillfactor = 50);
 -- How often debts of a table were owed, and so had to be paid; what their carriers brought is not counted. A look of verify that began at one count says
 -- nothing of what was owed later: `equal_owings` is the count at which the last one began that found all equal.

@@ -3,6 +3,9 @@
 //! An absent row has no lock that could be held, so the order of steps must do what locks do elsewhere. A delete that found no row
 //! may have missed an insert that is not committed yet (it is invisible, and DELETE does not wait for it): such a transaction
 //! holds RowExclusiveLock on the table. Those are waited for, holding nothing, and the delete is done again.
+//!
+//! Many keys go in one transaction, which never waits for anybody while it holds a row: it locks what it can have at once, and deletes just that.
+//! Keys on whose rows others have a hand go one by one. docs/protocols.md says what a batch must not do.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -10,8 +13,8 @@ use std::time::{Duration, Instant};
 use super::across::key_across;
 use super::error::{Error, Meaning};
 use super::link::{Link, Pair};
-use super::reconcile::{Outcome, ask, begin_on_mirror, delete};
-use super::rules::{Removal, removal};
+use super::reconcile::{Outcome, ask, begin_on_mirror, delete, halves};
+use super::rules::{Place, Removal, place, removal, removals};
 use super::sql::TableSql;
 use crate::catalog::Table;
 use crate::ledger::debts::Values;
@@ -28,16 +31,10 @@ enum Tried {
     Refused(String),
 }
 
-/// Deletes on the mirror what the authority lacks, one key in a transaction.
+/// Deletes on the mirror what the authority lacks.
 pub(crate) async fn remove(pair: &mut Pair, table: &Table, keys: Vec<Values>) -> Result<Outcome, Error> {
     let mut outcome = Outcome::default();
-    let mut unseen = Vec::new();
-    for key in keys {
-        match remove_one(pair, table, &key).await? {
-            Tried::Nothing => unseen.push(key),
-            tried => note(tried, key, &mut outcome),
-        }
-    }
+    let unseen = try_all(pair, table, keys, &mut outcome).await?;
     if unseen.is_empty() {
         return Ok(outcome);
     }
@@ -47,20 +44,128 @@ pub(crate) async fn remove(pair: &mut Pair, table: &Table, keys: Vec<Values>) ->
         outcome.locked.extend(unseen);
         return Ok(outcome);
     }
-    for key in unseen {
-        let tried = remove_one(pair, table, &key).await?;
-        note(tried, key, &mut outcome);
-    }
+    // Those that are not there even now are equal.
+    try_all(pair, table, unseen, &mut outcome).await?;
     Ok(outcome)
 }
 
-fn note(tried: Tried, key: Values, outcome: &mut Outcome) {
-    match tried {
-        Tried::Removed => outcome.removed += 1,
-        Tried::Nothing => {}
-        Tried::Again => outcome.locked.push(key),
-        Tried::Refused(message) => outcome.refused.push((key, message)),
+/// Tries each key once. Returns those of which there was no row, on either side.
+async fn try_all(
+    pair: &mut Pair,
+    table: &Table,
+    keys: Vec<Values>,
+    outcome: &mut Outcome,
+) -> Result<Vec<Values>, Error> {
+    let mut unseen = Vec::new();
+    let mut stack: Vec<Vec<Values>> = keys.chunks(pair.settings.chunk_rows.max(1)).rev().map(<[_]>::to_vec).collect();
+    while let Some(keys) = stack.pop() {
+        if let [key] = &keys[..] {
+            match remove_one(pair, table, key).await? {
+                Tried::Nothing => unseen.extend(keys),
+                Tried::Removed => outcome.removed += 1,
+                Tried::Again => outcome.locked.extend(keys),
+                Tried::Refused(message) => outcome.refused.extend(keys.into_iter().map(|key| (key, message.clone()))),
+            }
+            continue;
+        }
+        match remove_many(pair, table, &keys).await {
+            Ok(batch) => {
+                outcome.removed += batch.removed;
+                unseen.extend(batch.unseen);
+                outcome.locked.extend(batch.again);
+                if !batch.undone.is_empty() {
+                    stack.push(batch.undone);
+                }
+                stack.extend(batch.alone.into_iter().map(|key| vec![key]));
+            }
+            Err(error) => {
+                pair.abandon().await;
+                match error.meaning() {
+                    Meaning::Fatal => return Err(error),
+                    Meaning::Definition => {
+                        outcome.refused.extend(keys.into_iter().map(|key| (key, error.to_string())));
+                    }
+                    _ => halves(&mut stack, keys, |keys| keys),
+                }
+            }
+        }
     }
+    Ok(unseen)
+}
+
+/// What became of keys that were tried together. What is nowhere here is gone.
+#[derive(Default)]
+struct Batch {
+    /// Rows that were there and are gone.
+    removed: u64,
+    /// Not there on either side.
+    unseen: Vec<Values>,
+    /// The authority has them after all: nothing of the batch was committed.
+    again: Vec<Values>,
+    /// The others, then: to be tried without those.
+    undone: Vec<Values>,
+    /// Somebody else has a hand on their rows.
+    alone: Vec<Values>,
+}
+
+/// Several keys in one transaction of the mirror. Whoever waits for a row of its waits for no longer than its statements take, since it waits for none itself:
+/// for the table before it holds a row, for rows never.
+async fn remove_many(pair: &mut Pair, table: &Table, keys: &[Values]) -> Result<Batch, Error> {
+    let here = TableSql::new(table, pair.authority.side);
+    let there = TableSql::new(table, pair.mirror.side);
+    begin_on_mirror(pair, false).await?;
+    let lock = format!("LOCK TABLE {} IN ROW EXCLUSIVE MODE", there.only());
+    pair.mirror.batch("locking the table", &lock).await?;
+    let across: Vec<Values> = keys.iter().map(|key| key_across(table, here.side, key.clone())).collect();
+    let asked: Vec<&Values> = across.iter().collect();
+    let ours = found(&mut pair.mirror, "locking rows", &there, &there.seize(), &asked).await?;
+    let present = match ours.len() == keys.len() {
+        true => ours.clone(),
+        // One that is there and not ours is somebody else's at this moment; it is not absent.
+        false => found(&mut pair.mirror, "looking for rows", &there, &there.exist(), &asked).await?,
+    };
+    let mine: Vec<&Values> =
+        asked.iter().enumerate().filter(|(at, _)| ours.contains(at)).map(|(_, key)| *key).collect();
+    if delete(&mut pair.mirror, &there, &mine).await? < mine.len() as u64 {
+        // A trigger that fires always has kept one: which, is seen one by one.
+        pair.mirror.batch("ending", "ROLLBACK").await?;
+        return Ok(Batch { alone: keys.to_vec(), ..Batch::default() });
+    }
+    // No transaction is open on the authority: this is a new snapshot, taken after every delete was answered.
+    let asked: Vec<&Values> = keys.iter().collect();
+    let appeared = found(&mut pair.authority, "looking again", &here, &here.exist(), &asked).await?;
+    let mut batch = Batch::default();
+    let mut judged = Vec::with_capacity(keys.len());
+    for (at, key) in keys.iter().enumerate() {
+        match place(ours.contains(&at), present.contains(&at)) {
+            Place::Held => judged.push((key, removal(1, appeared.contains(&at)))),
+            Place::Absent => judged.push((key, removal(0, appeared.contains(&at)))),
+            Place::Again => batch.alone.push(key.clone()),
+        }
+    }
+    let end = removals(judged.iter().map(|(_, removal)| *removal));
+    for (key, removal) in judged {
+        match (end, removal) {
+            (Removal::Again, Removal::Again) => batch.again.push(key.clone()),
+            (Removal::Again, _) => batch.undone.push(key.clone()),
+            (_, Removal::Nothing) => batch.unseen.push(key.clone()),
+            (_, Removal::Commit | Removal::Again) => batch.removed += 1,
+        }
+    }
+    let end = if end == Removal::Commit { "COMMIT" } else { "ROLLBACK" };
+    pair.mirror.batch("ending", end).await?;
+    Ok(batch)
+}
+
+/// Positions of the asked keys that this statement answers.
+async fn found(
+    link: &mut Link,
+    doing: &'static str,
+    sql: &TableSql<'_>,
+    text: &str,
+    keys: &[&Values],
+) -> Result<HashSet<usize>, Error> {
+    Ok(ask(link, doing, sql, text, keys).await?.into_iter().map(|(at, _)| at).collect())
 }
 
 async fn remove_one(pair: &mut Pair, table: &Table, key: &Values) -> Result<Tried, Error> {

@@ -18,6 +18,8 @@ pub(crate) enum Kind {
     Keys = 0x4346_4b59,
     /// A part of a table, in a backfill.
     Part = 0x4346_5054,
+    /// A table's indexes, when a backfill drops or makes them.
+    Indexes = 0x4346_4958,
     /// Verification in the background: one proxy at a time. Of no table: number 0.
     Verify = 0x4346_5652,
 }

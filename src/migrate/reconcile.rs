@@ -110,7 +110,7 @@ pub(crate) async fn chunk_of_keys(pair: &mut Pair, table: &Table, keys: Vec<Valu
         };
         pair.abandon().await;
         match (trouble.why, mode) {
-            (Why::TooBig, _) => halves(&mut stack, keys, mode),
+            (Why::TooBig, _) => halves(&mut stack, keys, |keys| (keys, mode)),
             (Why::Error(error), _) if error.meaning() == Meaning::Fatal => return Err(error),
             (Why::Error(error), Mode::Copy) if error.meaning() == Meaning::Conflict => stack.push((keys, Mode::Upsert)),
             (Why::Error(error), _) if error.meaning() == Meaning::Conflict => {
@@ -132,17 +132,18 @@ pub(crate) async fn chunk_of_keys(pair: &mut Pair, table: &Table, keys: Vec<Valu
                     _ => outcome.refused.extend(keys.into_iter().map(|key| (key, error.to_string()))),
                 }
             }
-            (Why::Error(_), _) => halves(&mut stack, keys, mode),
+            (Why::Error(_), _) => halves(&mut stack, keys, |keys| (keys, mode)),
         }
     }
     outcome.add(gone::remove(pair, table, absent).await?);
     Ok(outcome)
 }
 
-fn halves(stack: &mut Vec<(Vec<Values>, Mode)>, mut keys: Vec<Values>, mode: Mode) {
+/// Puts both halves of these keys on a stack, the first on top.
+pub(crate) fn halves<T>(stack: &mut Vec<T>, mut keys: Vec<Values>, entry: impl Fn(Vec<Values>) -> T) {
     let tail = keys.split_off(keys.len().div_ceil(2));
-    stack.push((tail, mode));
-    stack.push((keys, mode));
+    stack.push(entry(tail));
+    stack.push(entry(keys));
 }
 
 pub(crate) fn without(keys: &[Values], these: &[Values]) -> Vec<Values> {

@@ -81,6 +81,16 @@ pub fn removal(found: u64, appeared: bool) -> Removal {
     }
 }
 
+/// What is done with the open transaction on the mirror that has deleted several keys, of which each alone would want this. One that has appeared undoes
+/// all of them.
+pub fn removals(each: impl IntoIterator<Item = Removal>) -> Removal {
+    each.into_iter().fold(Removal::Nothing, |all, one| match (all, one) {
+        (Removal::Again, _) | (_, Removal::Again) => Removal::Again,
+        (Removal::Commit, _) | (_, Removal::Commit) => Removal::Commit,
+        (Removal::Nothing, Removal::Nothing) => Removal::Nothing,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -93,5 +103,13 @@ mod tests {
         assert_eq!(state(Told::Aborted, true, false), State::Payable);
         assert_eq!(state(Told::Nothing, true, false), State::InFlight);
         assert_eq!(state(Told::Nothing, false, false), State::Payable);
+    }
+
+    #[test]
+    fn one_key_that_has_appeared_undoes_a_batch() {
+        use Removal::{Again, Commit, Nothing};
+        assert_eq!(removals([Commit, Nothing, Again, Commit]), Again);
+        assert_eq!(removals([Nothing, Commit, Nothing]), Commit);
+        assert_eq!(removals([Nothing, Nothing]), Nothing);
     }
 }

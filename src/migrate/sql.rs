@@ -130,6 +130,11 @@ impl<'a> TableSql<'a> {
         )
     }
 
+    /// Positions of the asked rows that could be locked at once to be deleted.
+    pub fn seize(&self) -> String {
+        format!("{} FOR UPDATE OF t SKIP LOCKED", self.exist())
+    }
+
     /// Positions and columns of the asked rows, without a lock.
     pub fn look(&self, columns: &[usize]) -> String {
         self.look_at(&self.read_columns(columns))

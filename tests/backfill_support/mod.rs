@@ -164,7 +164,8 @@ async fn unlock(client: &Client, kind: i32, number: i32) {
 pub struct Running(Option<Child>);
 
 impl Running {
-    fn start(config: &std::path::Path, arguments: &[&str]) -> Running {
+    /// With this file.
+    pub fn start(config: &std::path::Path, arguments: &[&str]) -> Running {
         let mut command = Command::new(env!("CARGO_BIN_EXE_crossfade"));
         command.arg("backfill").args(arguments).arg("--config").arg(config);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

@@ -48,6 +48,10 @@ pub enum Break {
     NoWait,
     /// D2: the authority is not looked at behind the delete.
     NoSecondLook,
+    /// D2: of several keys that go together, one whose row somebody else has is taken for one that is not there.
+    LockedIsGone,
+    /// D2: what the first of several keys wants is done for all of them.
+    OneForMany,
     /// Whole tables: the walk over the mirror does not wait for those who write it.
     WalkAtOnce,
     /// D4: repair does not hold the table's lock on the mirror.
@@ -66,7 +70,7 @@ pub enum Break {
 
 impl Break {
     /// All of them.
-    pub const ALL: [Break; 29] = [
+    pub const ALL: [Break; 31] = [
         Break::DeleteOnce,
         Break::ImagesAfterCommit,
         Break::DebtsAfterCommit,
@@ -89,6 +93,8 @@ impl Break {
         Break::NoSecondTry,
         Break::NoWait,
         Break::NoSecondLook,
+        Break::LockedIsGone,
+        Break::OneForMany,
         Break::WalkAtOnce,
         Break::NoJobsLock,
         Break::NoSecondReading,

@@ -10,6 +10,7 @@ mod barrier;
 mod breaks;
 mod checker;
 mod faults;
+mod gone;
 mod repair;
 mod rows;
 mod script;
@@ -122,6 +123,14 @@ fn two_writers_of_two_keys() {
     holds("two writers, two keys, one fault", &world(starts(2, [DELETE, REKEY, OPAQUE]), 1, 1), EVERYTHING);
 }
 
+/// Two keys that the authority lacks go together.
+#[test]
+fn deletes_of_both_keys_beside_a_writer() {
+    let pairs =
+        [INSERT, UPDATE, BOTH, CROSSED, REKEY, GONE_BOTH, OPAQUE].map(|script| start(ROWS[2], &[script, GONE_BOTH]));
+    holds("both keys deleted, a writer, one fault", &world(pairs.to_vec(), 1, 1), EVERYTHING);
+}
+
 #[test]
 fn three_writers_with_a_key_change() {
     let starts = starts(3, [INSERT, DELETE, REKEY]);
@@ -174,6 +183,7 @@ fn stage(rule: Break) -> Option<(&'static [usize], usize, usize, u8)> {
         Break::DebtsAfterCommit | Break::FlushBeforeAnswer | Break::FlushOfNothing => (&[INSERT, UPDATE], 0, 1, 0),
         Break::ImagesAfterCommit | Break::ClearByRange | Break::ClearByKey => (&[INSERT, DELETE], 0, 1, 0),
         Break::DeleteOnce | Break::NoSecondTry | Break::NoWait => (&[INSERT, DELETE], 1, 1, 0),
+        Break::LockedIsGone | Break::OneForMany => (&[BOTH, GONE_BOTH], 2, 1, 1),
         Break::WalkAtOnce => (&[BOTH, OPAQUE], 1, 1, 0),
         Break::CompareUnlocked => (&[UPDATE, RESET], 0, 1, 0),
         Break::AnyIncarnation | Break::AskAcrossIncarnations | Break::CommitNotDurable => (&[INSERT, UPDATE], 0, 1, 1),

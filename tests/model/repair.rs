@@ -1,7 +1,7 @@
-//! The jobs: repair pays what is owed (`migrate::repair`, `reconcile`, `gone`, `walk`), the clearing job deletes what was answered
+//! The jobs: repair pays what is owed (`migrate::repair`, `reconcile`, `walk`; `gone` beside), the clearing job deletes what was answered
 //! (`ledger::clear`). And what dead repairers have left on the mirror.
 
-use crossfade::migrate::rules::{Place, Removal, State as Payable, place, removal};
+use crossfade::migrate::rules::{Place, State as Payable, place};
 
 use crate::breaks::Break;
 use crate::rows::{KEYS, Set, Value, members};
@@ -32,6 +32,14 @@ pub enum Step {
     Hold,
     /// The mirror reads COMMIT, and answers.
     Commit,
+    /// Lock on the mirror, of several keys that the authority lacks, the rows that nobody else has.
+    Seize,
+    /// Look for those that could not be locked; delete those that could.
+    DeleteMany,
+    /// Look again at the authority, and end the mirror's transaction.
+    LookAgainAtMany,
+    /// The mirror reads COMMIT, and answers.
+    DeleteManyCommit,
     /// Delete a key that the authority lacks.
     Delete(u8),
     /// Look again at the authority, and end the mirror's transaction.
@@ -67,15 +75,18 @@ pub struct Repair {
     values: [Value; KEYS],
     write: Set,
     written: Set,
-    absent: Set,
-    unseen: Set,
-    busy: Set,
+    pub absent: Set,
+    pub unseen: Set,
+    pub busy: Set,
+    /// Of those that the authority lacks: locked on the mirror, and deleted; to be deleted in a transaction of their own.
+    pub seized: Set,
+    pub alone: Set,
     /// Transactions that are waited for.
     awaited: Set,
     /// The delete under way: its statement has begun, saw a row, has removed it.
-    begun: bool,
-    saw: bool,
-    found: bool,
+    pub begun: bool,
+    pub saw: bool,
+    pub found: bool,
     /// Deletes are done for the second time.
     again: bool,
     /// The table is owed as a whole; its rows on the mirror were read.
@@ -112,22 +123,30 @@ impl Repair {
         let pipelined = broken == Some(Break::CommitPipelined);
         let ghost = |writes, values| Some(Ghost { live: true, writes, values });
         match self.step {
-            Step::Commit | Step::DeleteCommit(_) => ghost(0, [0; KEYS]),
+            Step::Commit | Step::DeleteCommit(_) | Step::DeleteManyCommit => ghost(0, [0; KEYS]),
             Step::Write if pipelined => ghost(self.write & !self.written, self.values),
             Step::Delete(key) if pipelined => ghost(1 << key, [0; KEYS]),
+            Step::DeleteMany if pipelined => ghost(self.seized, [0; KEYS]),
             _ => None,
         }
     }
 
+    /// Keys that the authority lacks, which are deleted in one transaction.
+    pub fn together(&self) -> Set {
+        self.absent & !self.alone
+    }
+
     /// What comes next among keys that the authority lacks, and after them.
-    fn proceed(&mut self, broken: Option<Break>, writing: Set) {
+    pub fn proceed(&mut self, broken: Option<Break>, writing: Set) {
         (self.begun, self.saw, self.found) = (false, false, false);
-        if let Some(key) = members(self.absent).next() {
+        if self.together().count_ones() > 1 {
+            self.step = Step::Seize;
+        } else if let Some(key) = members(self.absent).next() {
             self.step = Step::Delete(key as u8);
         } else if self.unseen != 0 && !self.again && broken != Some(Break::NoSecondTry) {
             (self.step, self.awaited) = (Step::Wait, if broken == Some(Break::NoWait) { 0 } else { writing });
         } else if self.whole && !self.walked {
-            (self.unseen, self.again, self.walked) = (0, false, true);
+            (self.unseen, self.alone, self.again, self.walked) = (0, 0, false, true);
             (self.step, self.awaited) = (Step::Wait, if broken == Some(Break::WalkAtOnce) { 0 } else { writing });
         } else {
             self.step = Step::Flush;
@@ -198,7 +217,15 @@ impl World {
                 self.ask(&mut next, r);
                 push("asks the mirror for carriers", next);
             }
-            Step::Page | Step::Lock | Step::Look | Step::Hold | Step::LookAgain(_) | Step::Exist if repair.cut => {
+            Step::Page
+            | Step::Lock
+            | Step::Look
+            | Step::Hold
+            | Step::LookAgain(_)
+            | Step::LookAgainAtMany
+            | Step::Exist
+                if repair.cut =>
+            {
                 self.abandon(&mut next, r);
                 push("finds its session on the authority dead", next);
             }
@@ -220,6 +247,9 @@ impl World {
                 push("reads them in a later snapshot", next);
             }
             Step::Compare | Step::Write | Step::Hold | Step::Commit => self.equalise(state, r, out),
+            Step::Seize | Step::DeleteMany | Step::LookAgainAtMany | Step::DeleteManyCommit => {
+                self.remove_many(state, r, out);
+            }
             Step::Delete(_) | Step::LookAgain(_) | Step::DeleteCommit(_) => self.remove(state, r, out),
             Step::Wait | Step::Walk | Step::Exist => self.walk(state, r, out),
             Step::Flush | Step::Clear => self.flush(state, r, out),
@@ -335,62 +365,6 @@ impl World {
         next.repairs[r] = repair;
     }
 
-    /// Delete on the mirror, then look again at the authority.
-    fn remove(&self, state: &State, r: usize, out: &mut Out) {
-        let me = of_repair(r);
-        let mut next = state.clone();
-        let mut repair = state.repairs[r];
-        let mut push = |what, next| out.push((Action { who: ('R', r), what, fault: false }, next));
-        let (Step::Delete(at) | Step::LookAgain(at) | Step::DeleteCommit(at)) = repair.step else { return };
-        let key = usize::from(at);
-        match repair.step {
-            Step::Delete(_) => {
-                if !repair.begun {
-                    (repair.begun, repair.saw) = (true, state.mirror.sees(me, key) != 0);
-                    if repair.saw && !state.mirror.is_free(me, key) {
-                        next.repairs[r] = repair;
-                        return push("DELETE of a key that the authority lacks: it waits", next);
-                    }
-                } else if repair.saw && !state.mirror.is_free(me, key) {
-                    next.repairs[r].busy |= 1 << key;
-                    self.after_delete(&mut next, r, key, false);
-                    return push("waits too long for a row on the mirror: tries again later", next);
-                }
-                repair.found = repair.saw && state.mirror.sees(me, key) != 0;
-                if repair.found {
-                    next.mirror.write(me, key, 0);
-                }
-                repair.step = Step::LookAgain(at);
-                next.repairs[r] = repair;
-                push("DELETE of a key that the authority lacks", next);
-            }
-            Step::LookAgain(_) => {
-                let appeared = state.authority.sees(me, key) != 0 && !self.lacks(Break::NoSecondLook);
-                match removal(u64::from(repair.found), appeared) {
-                    Removal::Commit => {
-                        next.repairs[r].step = Step::DeleteCommit(at);
-                        return push("sees that it is absent still; COMMIT is sent to the mirror", next);
-                    }
-                    Removal::Nothing => next.repairs[r].unseen |= 1 << key,
-                    Removal::Again => next.repairs[r].busy |= 1 << key,
-                }
-                self.after_delete(&mut next, r, key, false);
-                push("looks again at the authority, and rolls back on the mirror", next);
-            }
-            _ => {
-                self.after_delete(&mut next, r, key, true);
-                push("has committed the delete on the mirror", next);
-            }
-        }
-    }
-
-    fn after_delete(&self, next: &mut State, r: usize, key: usize, commit: bool) {
-        next.end_on_mirror(of_repair(r), commit);
-        let writing = next.writing_on_mirror();
-        next.repairs[r].absent &= !(1 << key);
-        next.repairs[r].proceed(self.broken, writing);
-    }
-
     /// Waiting, holding nothing; and the walk over the mirror's rows.
     fn walk(&self, state: &State, r: usize, out: &mut Out) {
         let mut next = state.clone();
@@ -411,7 +385,7 @@ impl World {
                     return push("waits too long for those who write the table: tries again later", next);
                 }
                 if repair.unseen != 0 {
-                    (repair.absent, repair.unseen, repair.again) = (repair.unseen, 0, true);
+                    (repair.absent, repair.unseen, repair.alone, repair.again) = (repair.unseen, 0, 0, true);
                     repair.proceed(self.broken, 0);
                 } else {
                     repair.step = Step::Walk;

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
+use super::super::cut;
 use super::super::error::{Error, Meaning};
 use super::super::gone;
 use super::super::link::{Link, Pair};
@@ -11,12 +12,13 @@ use super::super::pace::{Pace, Strain};
 use super::super::payable::{self, Entry, State};
 use super::super::reconcile::{self, Outcome};
 use super::super::repair::clear;
-use super::super::sql::{Bounds, TableSql};
+use super::super::sql::Bounds;
 use super::super::walk;
 use super::chunk::{Chunk, Reading};
 use super::load::{self, Loaded, Way};
 use super::position::{self, Done, KeyDebts, Next, Part};
-use crate::catalog::Table;
+use super::standbys::Standbys;
+use crate::catalog::{Sides, Table};
 use crate::ledger::clear::flush;
 use crate::ledger::debts::{Debt, Values};
 
@@ -26,6 +28,8 @@ pub(super) struct Common<'a> {
     pub ids: AtomicI64,
     /// How fast it may go.
     pub pace: Pace,
+    /// Whether it may go.
+    pub standbys: &'a Standbys,
     /// Told of rows that are done.
     pub tell: &'a (dyn Fn(u32, i32, usize) + Send + Sync),
 }
@@ -48,7 +52,8 @@ pub(super) struct Lane<'a> {
     /// Rows of the next chunk.
     rows: usize,
     way: Way,
-    strain: Strain,
+    /// Of both servers.
+    strain: Sides<Strain>,
 }
 
 /// What became of a part.
@@ -90,7 +95,7 @@ impl<'a> Lane<'a> {
         let row = &pair.mirror.rows("asking who we are", text, &[]).await?[0];
         let backend = (row.get(0), row.get(1));
         let incarnation = pair.incarnation().await?;
-        let (way, strain) = (Way::Straight, Strain::default());
+        let (way, strain) = (Way::Straight, Sides::default());
         Ok(Lane { pair, reader, backend, incarnation, common, rows: FIRST, way, strain })
     }
 
@@ -169,42 +174,10 @@ impl<'a> Lane<'a> {
         // Now, when there are few: later all that is copied would have to be looked at.
         let outcome = walk::leftovers(&mut self.pair, table).await?;
         self.flushed().await?;
-        let cuts = self.cuts(table).await?;
-        let mut parts = Vec::new();
-        let mut after = None;
-        for upto in cuts.into_iter().map(Some).chain([None]) {
-            parts.push(Bounds { after: after.take(), upto: upto.clone() });
-            after = upto;
-        }
+        let parts = cut::parts(&mut self.pair.authority, table, PARTS_MOST).await?;
         let keys = self.left(table, outcome)?;
         position::begin(&mut self.pair.authority, table.number, debts, &parts, keys).await?;
         position::read(&mut self.pair.authority, table.number, None).await
-    }
-
-    /// Keys that cut the table into parts of about the same size: from a sample, in the order of the authority's index.
-    async fn cuts(&mut self, table: &Table) -> Result<Vec<Values>, Error> {
-        let sql = TableSql::new(table, self.pair.authority.side);
-        let doing = "sampling keys";
-        let size = "SELECT (coalesce(sum(pg_relation_size(relid)), 0) / 8192)::bigint FROM unnest($1::oid[]) AS relid";
-        let mut relations = vec![*table.oid.get(sql.side)];
-        relations.extend(table.partitions.get(sql.side));
-        let pages: i64 = self.pair.authority.rows(doing, size, &[&relations]).await?[0].get(0);
-        let parts = (pages / PART_PAGES).clamp(1, PARTS_MOST);
-        if parts == 1 {
-            return Ok(Vec::new());
-        }
-        // Some pages of each part; a whole page's rows come with it.
-        let percent = (100.0 * (parts * 16) as f64 / pages as f64).min(100.0);
-        let text = format!(
-            "WITH t AS MATERIALIZED (SELECT {key}, pg_catalog.ntile({parts}) OVER (ORDER BY {key}) AS crossfade_tile FROM {} AS t TABLESAMPLE SYSTEM ({percent})), \
-             last AS (SELECT t.*, pg_catalog.row_number() OVER (PARTITION BY t.crossfade_tile ORDER BY {key} DESC) AS crossfade_nth FROM t) \
-             SELECT {read} FROM last AS t WHERE t.crossfade_nth = 1 AND t.crossfade_tile < {parts} ORDER BY {key}",
-            sql.only(),
-            key = sql.key_columns(),
-            read = sql.read_key()
-        );
-        let rows = self.pair.authority.rows(doing, &text, &[]).await?;
-        Ok(rows.iter().map(|row| super::super::binary::values(row, 0, sql.key.len())).collect())
     }
 
     /// Works on a part until it is done.
@@ -258,9 +231,18 @@ impl<'a> Lane<'a> {
             let keys = self.left(table, brought.outcome)?;
             done = Some(Done { debt: next.debt, last: now.last(), rows: now.rows, keys });
             (self.common.tell)(table.number, part.part, now.rows);
-            let pause = self.common.pace.after(now.rows, Instant::now());
-            tokio::time::sleep(pause.max(self.strain.after(commit, begun.elapsed()))).await;
-            chunk = ahead?;
+            let mut pause = self.common.pace.after(now.rows, Instant::now());
+            let commits = [(self.pair.authority.side, Some(commit)), (self.pair.mirror.side, brought.commit)];
+            for (side, commit) in commits {
+                let strain = self.strain.get_mut(side);
+                pause = pause.max(commit.map_or(Duration::ZERO, |commit| strain.after(commit, begun.elapsed())));
+            }
+            tokio::time::sleep(pause).await;
+            chunk = match self.common.standbys.rest().await {
+                false => ahead?,
+                // What was read before a rest may have changed since: read again, less of it is suspect.
+                true => reading.next(&mut self.reader, &left, rows, BYTES_MOST).await?,
+            };
         }
         position::step(&mut self.pair, &part, done.as_ref(), None).await?;
         Ok(Taken::Done)
@@ -348,8 +330,7 @@ impl<'a> Lane<'a> {
     }
 }
 
-/// Pages of a part at least, and parts of a table at most.
-const PART_PAGES: i64 = 128;
+/// Parts of a table at most.
 const PARTS_MOST: i64 = 64;
 /// How long ANALYZE may take.
 const ANALYZE: Duration = Duration::from_secs(600);
@@ -362,6 +343,8 @@ struct Brought {
     reconciled: bool,
     /// How long the mirror's transaction took.
     took: Duration,
+    /// ... and its COMMIT, with a flush, where there was one.
+    commit: Option<Duration>,
 }
 
 /// Copies a chunk, looks again, reconciles the suspects.
@@ -375,22 +358,22 @@ async fn bring(
     let begun = Instant::now();
     let loaded = if chunk.copy.is_empty() { None } else { Some(load::load(pair, table, chunk, way).await?) };
     let took = begun.elapsed();
-    let (suspects, took) = match loaded {
-        Some(Loaded::But(mut there)) => {
+    let (suspects, took, commit) = match loaded {
+        Some(Loaded::But(mut there, commit)) => {
             there.extend(reading.moved(&mut pair.authority, chunk).await?);
-            (there, took)
+            (there, took, Some(commit))
         }
         Some(Loaded::Not(error)) => {
             tracing::debug!(table = table.label(), %error, "a chunk is reconciled instead of copied");
             // Smaller ones, if it was about time or locks.
             let took = if error.meaning() == Meaning::Busy { took.max(load::limit(pair)) } else { CHUNK };
-            (chunk.keys(), took)
+            (chunk.keys(), took, None)
         }
-        None => (chunk.keys(), CHUNK),
+        None => (chunk.keys(), CHUNK, None),
     };
     if suspects.is_empty() {
-        return Ok(Brought { outcome: Outcome::default(), reconciled: false, took });
+        return Ok(Brought { outcome: Outcome::default(), reconciled: false, took, commit });
     }
     let outcome = reconcile::keys(pair, table, suspects).await?;
-    Ok(Brought { outcome, reconciled: true, took })
+    Ok(Brought { outcome, reconciled: true, took, commit })
 }

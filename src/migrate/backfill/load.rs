@@ -1,7 +1,7 @@
 //! A chunk into the mirror: by COPY, or where rows are there already by way of a temporary table. Nothing that is there is overwritten.
 
 use std::collections::HashSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::SinkExt;
@@ -18,8 +18,8 @@ use crate::plan::image::needs_lock;
 
 /// What became of a chunk on the mirror.
 pub(super) enum Loaded {
-    /// These rows were there already (keys as the authority has them); all others are committed, with a flush.
-    But(Vec<Values>),
+    /// These rows were there already (keys as the authority has them); all others are committed, with a flush, which took that long.
+    But(Vec<Values>, Duration),
     /// Nothing was written: reconcile must do it. The mirror's words.
     Not(Error),
 }
@@ -42,7 +42,7 @@ pub(super) async fn load(pair: &mut Pair, table: &Table, chunk: &Chunk, way: &mu
     }
     if *way == Way::Straight {
         match straight(pair, &there, chunk).await {
-            Ok(()) => return Ok(Loaded::But(Vec::new())),
+            Ok(commit) => return Ok(Loaded::But(Vec::new(), commit)),
             Err(error) => {
                 undo(pair, &error).await?;
                 match error.meaning() {
@@ -54,12 +54,12 @@ pub(super) async fn load(pair: &mut Pair, table: &Table, chunk: &Chunk, way: &mu
         }
     }
     match staged(pair, &there, chunk).await {
-        Ok(inserted) => {
+        Ok((inserted, commit)) => {
             let but = if inserted.len() == chunk.rows { Vec::new() } else { chunk.keys_but(&inserted) };
             if but.is_empty() {
                 *way = Way::Straight;
             }
-            Ok(Loaded::But(but))
+            Ok(Loaded::But(but, commit))
         }
         Err(error) => {
             undo(pair, &error).await?;
@@ -94,14 +94,21 @@ pub(super) fn limit(pair: &Pair) -> Duration {
     pair.wait * 2
 }
 
-async fn straight(pair: &mut Pair, there: &TableSql<'_>, chunk: &Chunk) -> Result<(), Error> {
-    begin(pair).await?;
-    copy(pair, &there.copy_in(), chunk).await?;
-    pair.mirror.batch("committing a chunk", "COMMIT").await
+/// How long it took.
+async fn commit(pair: &Pair) -> Result<Duration, Error> {
+    let begun = Instant::now();
+    pair.mirror.batch("committing a chunk", "COMMIT").await?;
+    Ok(begun.elapsed())
 }
 
-/// Returns the keys that were inserted (packed, as the authority has them).
-async fn staged(pair: &mut Pair, there: &TableSql<'_>, chunk: &Chunk) -> Result<HashSet<Bytes>, Error> {
+async fn straight(pair: &mut Pair, there: &TableSql<'_>, chunk: &Chunk) -> Result<Duration, Error> {
+    begin(pair).await?;
+    copy(pair, &there.copy_in(), chunk).await?;
+    commit(pair).await
+}
+
+/// Returns the keys that were inserted (packed, as the authority has them), and how long COMMIT took.
+async fn staged(pair: &mut Pair, there: &TableSql<'_>, chunk: &Chunk) -> Result<(HashSet<Bytes>, Duration), Error> {
     let stage = format!("pg_temp.crossfade_stage_{}", there.table.number);
     let make = format!(
         "CREATE TEMPORARY TABLE IF NOT EXISTS {} (LIKE {}) ON COMMIT DELETE ROWS",
@@ -121,9 +128,9 @@ async fn staged(pair: &mut Pair, there: &TableSql<'_>, chunk: &Chunk) -> Result<
         there.read_key()
     );
     let rows = pair.mirror.rows("inserting a chunk", &text, &[]).await?;
-    pair.mirror.batch("committing a chunk", "COMMIT").await?;
+    let took = commit(pair).await?;
     let key = |row| packed(&key_across(there.table, there.side, values(row, 0, there.key.len())));
-    Ok(rows.iter().map(key).collect())
+    Ok((rows.iter().map(key).collect(), took))
 }
 
 /// COPY in pieces of this size.

@@ -1,16 +1,17 @@
 //! Backfill (D5, D6): fills the mirror with what was there before, in chunks of keys, several at once, while clients write.
 //!
 //! [`run`] gives each job a `lane` (sessions of its own), which takes tables and parts of tables until none is left. A part goes chunk by chunk: `chunk`
-//! reads it and looks again, `load` brings it to the mirror, `position` keeps where it stands and what is owed meanwhile, `super::pace` says
-//! how fast. What does not pass the second look is left to reconcile. docs/protocols.md, *Backfill*, says why this is right.
+//! reads it and looks again, `load` brings it to the mirror, `position` keeps where it stands and what is owed meanwhile, `super::pace` and `standbys` say
+//! how fast. `indexes` are out of the way meanwhile, where that was asked for. What does not pass the second look is left to reconcile. docs/protocols.md, *Backfill*, says why this is right.
 
 mod chunk;
+mod indexes;
 mod lane;
 mod load;
 mod position;
 mod progress;
+mod standbys;
 
-use std::collections::VecDeque;
 use std::sync::atomic::AtomicI64;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -19,13 +20,17 @@ use super::error::{Error, Meaning};
 use super::link::{Link, Pair, Settings, connect};
 use super::lock;
 use super::pace::Pace;
+use super::queue::Queue;
 use crate::catalog::{Catalog, Table};
 use crate::config::Database;
 use crate::phase::Side;
+use indexes::Indexes;
+pub use indexes::{Dropped, dropped};
 use lane::{Common, Lane, Ready, Taken};
 pub(super) use position::under_way;
 use progress::Tally;
 pub use progress::{Standing, standing};
+use standbys::Standbys;
 
 /// What is filled from what.
 pub struct Backfill {
@@ -50,6 +55,10 @@ pub struct Options {
     pub rate: Option<u64>,
     /// Tables that owe nothing as a whole are filled all the same.
     pub enter: bool,
+    /// Indexes that are not unique are dropped before a table is filled, and made again when all is copied.
+    pub rebuild_indexes: bool,
+    /// It rests while a standby of either side is further behind.
+    pub lag: Duration,
     /// A server that says nothing for this long is given up.
     pub patience: Duration,
 }
@@ -83,6 +92,20 @@ pub enum Event {
         /// The table's number.
         table: u32,
     },
+    /// Something was done about an index of a table on the mirror.
+    Index {
+        /// The table's number.
+        table: u32,
+        /// What.
+        what: String,
+    },
+    /// How standbys of a side are, where that matters.
+    Standbys {
+        /// Whose.
+        side: Side,
+        /// What is about them.
+        what: String,
+    },
     /// A connection was lost; it goes on with a new one.
     Again {
         /// What happened.
@@ -97,12 +120,6 @@ enum Unit {
     Table(u32),
     /// A part of one.
     Part(u32, i32),
-}
-
-/// What is still to be done, and how many jobs are at it: those may find more.
-struct Queue {
-    units: VecDeque<Unit>,
-    busy: usize,
 }
 
 /// What its sessions are called on the servers.
@@ -120,24 +137,34 @@ pub async fn run(
     options: &Options,
     tell: &(dyn Fn(Event) + Send + Sync),
 ) -> Result<(), Error> {
-    let queue = Mutex::new(Queue { units: tables.iter().map(|table| Unit::Table(table.number)).collect(), busy: 0 });
+    let queue = Queue::new(tables.iter().map(|table| Unit::Table(table.number)));
     let tally = Mutex::new(Tally::default());
     let rows = |number: u32, part: i32, rows: usize| {
         let share = lock(&tally).add(number, part, rows as u64);
         tell(Event::Rows { table: number, rows: rows as u64, share });
     };
     let ids = AtomicI64::new(backfill.first_debt);
-    let common = Common { ids, pace: Pace::new(options.rate, Instant::now()), tell: &rows };
+    let standbys = Standbys::new(options.lag);
+    let common = Common { ids, pace: Pace::new(options.rate, Instant::now()), standbys: &standbys, tell: &rows };
     let worker = || Worker { backfill, options, queue: &queue, tally: &tally, common: &common, tell };
     let jobs = (0..options.jobs.max(1)).map(|_| worker().work());
-    futures_util::future::try_join_all(jobs).await.map(drop)
+    tokio::select! {
+        worked = futures_util::future::try_join_all(jobs) => drop(worked?),
+        never = standbys.watch(backfill, tell) => match never {},
+    }
+    // Also what a run before this one has dropped.
+    let indexes = Indexes::open(backfill, tell).await?;
+    for table in tables {
+        indexes.make(table).await?;
+    }
+    Ok(())
 }
 
 /// One job.
 struct Worker<'a> {
     backfill: &'a Backfill,
     options: &'a Options,
-    queue: &'a Mutex<Queue>,
+    queue: &'a Queue<Unit>,
     tally: &'a Mutex<Tally>,
     common: &'a Common<'a>,
     tell: &'a (dyn Fn(Event) + Send + Sync),
@@ -147,7 +174,7 @@ impl<'a> Worker<'a> {
     async fn work(self) -> Result<(), Error> {
         let mut open: Option<Lane<'a>> = None;
         let mut lost: Option<Instant> = None;
-        while let Some(unit) = self.next().await {
+        while let Some(unit) = self.queue.next().await {
             let worked = match &mut open {
                 Some(lane) => self.unit(lane, unit).await,
                 None => match self.lane().await {
@@ -158,14 +185,14 @@ impl<'a> Worker<'a> {
             match worked {
                 Ok(more) => {
                     lost = None;
-                    self.give_back(more);
+                    self.queue.later(more);
                 }
                 Err(error) => {
                     // With its locks.
                     open = None;
                     let since = *lost.get_or_insert_with(Instant::now);
                     let hopeless = since.elapsed() > LOST || !is_about_the_connection(&error);
-                    self.give_back(vec![unit]);
+                    self.queue.later([unit]);
                     if hopeless {
                         return Err(error);
                     }
@@ -175,28 +202,6 @@ impl<'a> Worker<'a> {
             }
         }
         Ok(())
-    }
-
-    async fn next(&self) -> Option<Unit> {
-        loop {
-            {
-                let mut queue = lock(self.queue);
-                if let Some(unit) = queue.units.pop_front() {
-                    queue.busy += 1;
-                    return Some(unit);
-                }
-                if queue.busy == 0 {
-                    return None;
-                }
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    }
-
-    fn give_back(&self, units: Vec<Unit>) {
-        let mut queue = lock(self.queue);
-        queue.busy -= 1;
-        queue.units.extend(units);
     }
 
     async fn lane(&self) -> Result<Lane<'a>, Error> {
@@ -240,6 +245,9 @@ impl<'a> Worker<'a> {
                 lock(self.tally).begin(&parts);
                 let left: Vec<Unit> =
                     parts.iter().filter(|part| !part.done).map(|part| Unit::Part(number, part.part)).collect();
+                if self.options.rebuild_indexes && !left.is_empty() {
+                    Indexes::open(self.backfill, self.tell).await?.set_aside(table).await?;
+                }
                 if left.is_empty() && lane.finish(table).await? {
                     (self.tell)(Event::Table { table: number, owed: true });
                 }

@@ -111,9 +111,8 @@ async fn record_once(pair: &mut Pair, table: &Table, job: &Job<'_>, owings: i64,
     pair.authority
         .execute("writing down", text, &[&number, &epoch, &rows, &different, &unsettled, &found.is_equal(), &owings])
         .await?;
-    let look = (job.runner, (job.verify.epoch, owings));
     match job.runner {
-        Runner::Command if found.is_equal() => position::done(pair, table, look, found).await?,
+        Runner::Command if found.is_equal() => position::over(pair, table, job.since(owings), found.rows).await?,
         Runner::Command => {}
         Runner::Proxy => position::forget(pair, &[table.number], job.runner).await?,
     }

@@ -2,23 +2,21 @@
 //!
 //! A table with a key is gone through in ranges of the authority's. `look` has each side hash its rows of the range, and where the sums differ names the
 //! keys whose hashes do; `settle` looks at those again under lock, and tells a difference from a row that is on its way. `keyless` compares a table without
-//! one as a whole. `mend` writes down what was found, and has what differs repaired; `position` keeps how far a look has come. docs/protocols.md, *Verify*,
-//! says why nothing is called different that only is on its way.
+//! one as a whole. `mend` writes down what was found, and has what differs repaired; `position` keeps how far a look has come; `jobs` has several at work.
+//! docs/protocols.md, *Verify*, says why nothing is called different that only is on its way.
 
+mod jobs;
 mod keyless;
 mod look;
 mod mend;
 mod position;
 mod settle;
 
-use std::collections::VecDeque;
-use std::sync::atomic::{AtomicI64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::error::Error;
 use super::link::{Pair, Settings};
-use super::lock;
 use super::locks::{self, Kind};
 use super::pace::{self, Pace, Strain};
 use super::sql::{Bounds, TableSql};
@@ -27,9 +25,10 @@ use crate::catalog::{Catalog, Table};
 use crate::config::Database;
 use crate::ledger::debts::Values;
 use crate::phase::Side;
+pub use jobs::run;
 use look::Look;
 pub use mend::{Standing, standing};
-use position::{Position, Runner};
+use position::{Beginning, Position, Runner, Since};
 pub use position::{begun, installed};
 pub use settle::{Difference, How};
 
@@ -52,7 +51,7 @@ pub struct Verify {
 /// How it is done.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Tables that are compared at once.
+    /// Tables, and parts of large ones, that are compared at once.
     pub jobs: usize,
     /// Rows per second at most, over all jobs.
     pub rate: Option<u64>,
@@ -99,6 +98,16 @@ impl Found {
             && self.unseen.is_none()
     }
 
+    /// What was found of one part of a table, and of the next.
+    fn and(mut self, next: Found) -> Found {
+        self.rows += next.rows;
+        self.different.extend(next.different);
+        self.at_least |= next.at_least;
+        (self.owed, self.covered, self.busy) =
+            (self.owed + next.owed, self.covered + next.covered, self.busy + next.busy);
+        self
+    }
+
     /// All that differed is equal now.
     fn mended(&mut self) {
         (self.repaired, self.at_least) = (self.rows_different(), false);
@@ -133,34 +142,6 @@ pub enum Event<'a> {
 
 type Tell<'a> = &'a (dyn Fn(Event<'_>) + Send + Sync);
 
-/// Compares these tables. What was found of each is told as soon as it is. Err: the first that failed; tables that were done by then are, for a run that
-/// resumes.
-pub async fn run(verify: &Verify, tables: &[Arc<Table>], options: &Options, tell: Tell<'_>) -> Result<(), Error> {
-    let queue: Mutex<VecDeque<Arc<Table>>> = Mutex::new(tables.iter().cloned().collect());
-    let next = || lock(&queue).pop_front();
-    let pace = Pace::new(options.rate, Instant::now());
-    let ids = AtomicI64::new(verify.first_debt);
-    let worker = async || {
-        while let Some(table) = next() {
-            let mut pair = open(verify, options.patience).await?;
-            let mut going = Going { tempo: Tempo::Asked(&pace), tell };
-            let job = Job { verify, runner: Runner::Command, resume: options.resume };
-            let (mut found, mut owings) = job.look(&mut pair, &table, &mut going).await?;
-            if options.repair && found.rows_different() > 0 {
-                let from = (ids.fetch_add(1, Ordering::Relaxed), owings);
-                owings = mend::repair(verify, &mut pair, &table, from, &mut found, &mut going).await?;
-            }
-            job.end(&mut pair, &table, owings, &found, tell).await?;
-        }
-        Ok(())
-    };
-    let jobs = (0..options.jobs.clamp(1, tables.len().max(1))).map(|_| worker());
-    futures_util::future::try_join_all(jobs).await?;
-    let mut pair = open(verify, options.patience).await?;
-    let numbers: Vec<u32> = tables.iter().map(|table| table.number).collect();
-    position::forget(&mut pair, &numbers, Runner::Command).await
-}
-
 /// How a proxy verifies in the background.
 pub struct Background {
     /// The share of the time that it may work, from 0 to 1.
@@ -184,7 +165,7 @@ pub async fn pass(verify: &Verify, how: &Background, tell: Tell<'_>) -> Result<b
     let (job, mut failed) = (Job { verify, runner: Runner::Proxy, resume: true }, None);
     for table in tables {
         let tempo = Tempo::Beside { share: how.share, strain: Strain::default() };
-        if let Err(error) = job.beside(&mut pair, table, how.share, &mut Going { tempo, tell }).await {
+        if let Err(error) = job.beside(&mut pair, table, how.share, &mut Going::new(tempo, tell)).await {
             pair.abandon().await;
             // One that cannot be compared must not keep the others from it.
             if !error.is_about_a_table() || pair.is_broken() {
@@ -204,17 +185,33 @@ struct Job<'a> {
 }
 
 impl Job<'_> {
+    /// Where a look at a table begins, with so many parts at most, and how often something of the table had been owed then.
+    async fn begin(&self, pair: &mut Pair, table: &Table, parts: usize) -> Result<(i64, Beginning), Error> {
+        let owings = mend::owings(pair, table).await?;
+        Ok((owings, Beginning::of(pair, table, self.since(owings), self.resume, parts).await?))
+    }
+
+    fn since(&self, owings: i64) -> Since {
+        Since { runner: self.runner, epoch: self.verify.epoch, owings }
+    }
+
     /// Looks at a table: what was found, and how often something of it had been owed when the look began.
     async fn look(&self, pair: &mut Pair, table: &Table, going: &mut Going<'_>) -> Result<(Found, i64), Error> {
         let begun = Instant::now();
-        let owings = mend::owings(pair, table).await?;
-        let kept = Position::begin(pair, table, self.runner, (self.verify.epoch, owings), self.resume).await?;
-        let mut found = match (kept, &table.key) {
-            (kept, _) if kept.done => Found { rows: kept.rows, before: true, ..Found::default() },
-            (kept, Some(_)) => compare(pair, table, kept, going).await?,
-            (_, None) => {
+        let (owings, beginning) = self.begin(pair, table, 1).await?;
+        let mut found = match beginning {
+            Beginning::Over(rows) => Found { rows, before: true, ..Found::default() },
+            Beginning::Parts(_) if table.key.is_none() => {
                 let same_encoding = look::same_encoding(pair).await?;
                 keyless::compare(pair, table, same_encoding, going).await?
+            }
+            Beginning::Parts(parts) => {
+                let mut found = Found::default();
+                for part in parts {
+                    found = found.and(compare(pair, (table, self.runner), part, going).await?);
+                }
+                extra(pair, table, going, &mut found).await?;
+                found
             }
         };
         found.took = begun.elapsed();
@@ -271,12 +268,23 @@ enum Tempo<'a> {
 struct Going<'a> {
     tempo: Tempo<'a>,
     tell: Tell<'a>,
+    /// The table that it was at last, and the rows of the range that would have come next there.
+    last: (u32, usize),
 }
 
 /// A commit that flushes, as clients' do: how long it takes says how the server is.
 const COMMIT: &str = "BEGIN; SET LOCAL synchronous_commit = on; UPDATE crossfade.flush SET n = n + 1; COMMIT";
 
-impl Going<'_> {
+impl<'a> Going<'a> {
+    fn new(tempo: Tempo<'a>, tell: Tell<'a>) -> Going<'a> {
+        Going { tempo, tell, last: (0, 0) }
+    }
+
+    /// Rows of the first range of a part of that table.
+    fn first(&self, table: u32) -> usize {
+        if self.last.0 == table { self.last.1 } else { FIRST }
+    }
+
     fn rows_max(&self) -> usize {
         match &self.tempo {
             Tempo::Asked(pace) => pace.rows_max(),
@@ -307,47 +315,53 @@ impl Going<'_> {
     }
 }
 
-/// Rows of the first range, and of one at most.
+/// Rows of the first range, and of one at most: what differs is looked for in its range again, and a large one costs more than many small ones save.
 const FIRST: usize = 1000;
-const ROWS_MOST: usize = 50_000;
+const ROWS_MOST: usize = 32_000;
 /// A range is to be hashed in this time.
 const RANGE: Duration = Duration::from_millis(300);
 
-/// Goes through one table with a key, from where an earlier look has come to.
+/// Goes through one part of a table with a key, from where an earlier look has come to.
 async fn compare(
     pair: &mut Pair,
-    table: &Table,
+    (table, runner): (&Table, Runner),
     mut position: Position,
     going: &mut Going<'_>,
 ) -> Result<Found, Error> {
+    let mut found = Found { rows: position.rows, ..Found::default() };
+    if position.done {
+        return Ok(found);
+    }
     let alike = walk::order_alike(pair, table).await?;
     let look = Look::new(table, pair.authority.side, alike, look::same_encoding(pair).await?);
-    let mut found = Found { rows: position.rows, ..Found::default() };
-    let (mut left, mut rows) = (Bounds { after: position.after.take(), upto: None }, FIRST);
+    let (mut left, mut rows) = (position.left(), going.first(table.number));
     loop {
         let begun = Instant::now();
-        let range = look.range(pair, &left, rows.min(going.rows_max())).await?;
+        let (range, last) = look.range(pair, &left, rows.min(going.rows_max())).await?;
         let seen = look.compare(pair, &range).await?;
         found.rows += seen.rows;
         let took = begun.elapsed();
         settle::suspects(pair, table, seen.suspects, &mut found).await?;
+        if let Some(upto) = range.upto.as_ref().filter(|_| !last) {
+            position.keep(pair, (table, runner), &found, upto).await?;
+        }
         left.after = range.upto;
-        position.keep(pair, table, &found, left.after.as_ref()).await?;
         going.rest(pair, table.number, seen.rows as usize, took).await?;
         let by_time = (rows as f64 * RANGE.as_secs_f64() / took.as_secs_f64().max(1e-6)) as usize;
         rows = by_time.clamp(rows / 4, rows * 4).clamp(16, ROWS_MOST);
-        if left.after.is_none() {
-            break;
+        if last {
+            going.last = (table.number, rows);
+            position.end(pair, (table, runner), &found).await?;
+            return Ok(found);
         }
     }
-    if !alike {
-        extra(pair, table, going, &mut found).await?;
-    }
-    Ok(found)
 }
 
 /// Rows that only the mirror has, where its order is another: all its keys are asked for on the authority.
 async fn extra(pair: &mut Pair, table: &Table, going: &mut Going<'_>, found: &mut Found) -> Result<(), Error> {
+    if walk::order_alike(pair, table).await? {
+        return Ok(());
+    }
     let mut page = walk::Page::new(Bounds::default());
     loop {
         let begun = Instant::now();
