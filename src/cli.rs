@@ -17,7 +17,7 @@ use std::time::Duration;
 use crate::catalog::{Catalog, Sides, Table};
 use crate::config::{self, Config};
 use crate::migrate::repair::{self, Repair};
-use crate::migrate::{self, Pair};
+use crate::migrate::{self, Pair, late};
 use crate::phase::Side;
 use crate::server;
 use crate::shared::Shared;
@@ -145,7 +145,9 @@ async fn repair_all(
     timeout: Duration,
 ) -> Result<repair::Summary, Trouble> {
     let deadline = std::time::Instant::now() + timeout;
+    let (mut watch, commits) = (late::Watch::default(), late::commits(config.mirror.timeout));
     loop {
+        watch.look(worker.pair.authority.at(), worker.pair.mirror.at(), commits).await?;
         let left = deadline.saturating_duration_since(std::time::Instant::now());
         match repair::wait(worker, left.min(LOOK_AGAIN)).await {
             Err(migrate::Error::Deadline(_)) if left > LOOK_AGAIN => {}

@@ -14,6 +14,7 @@ pub mod debt;
 pub mod error;
 mod gone;
 pub mod install;
+pub mod late;
 pub mod link;
 mod locks;
 mod owes;

@@ -3,6 +3,7 @@
 mod console;
 pub mod http;
 mod jobs;
+mod late;
 mod listen;
 mod logins;
 mod reads;

@@ -261,7 +261,7 @@ fn debt(step: Step, facts: &Facts, gates: &mut Vec<Gate>) {
             (Standing::Met, format!("nothing is owed on {side}; {flying} in flight, which the move clears{fresh}"))
         }
         (0, flying) => {
-            (Standing::Closed, format!("of {flying} debts in flight on {side} one is older than {IN_FLIGHT:?}"))
+            (Standing::Closed, format!("of {flying} debts in flight on {side} one is older than {IN_FLIGHT:?}: repair ends it after mirror.timeout"))
         }
         (owed, _) => (Standing::Closed, format!("{owed} debts are still owed on {side}")),
     };
