@@ -12,6 +12,7 @@ mod conflict;
 pub mod copy;
 pub mod debt;
 pub mod error;
+pub mod fence;
 mod gone;
 pub mod install;
 pub mod late;

@@ -86,6 +86,7 @@ pub fn start(shared: &Arc<Shared>) {
     tokio::spawn(super::sweep::follow(shared.clone()));
     tokio::spawn(super::sweep::watch(shared.clone()));
     tokio::spawn(super::verify::follow(shared.clone()));
+    tokio::spawn(super::fence::keep(shared.clone()));
     tokio::spawn(super::late::end(shared.clone()));
 }
 

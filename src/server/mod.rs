@@ -1,6 +1,7 @@
 //! The proxy as a process: threads that run sessions, jobs beside them, an end in good order.
 
 mod console;
+pub mod fence;
 pub mod http;
 mod jobs;
 mod late;
