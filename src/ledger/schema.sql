@@ -262,13 +262,14 @@ CREATE TABLE IF NOT EXISTS crossfade.compared (
 
 -- Columns that came later. ALTER TABLE would wait for whoever moves, and have all others wait behind it, also where there is nothing to add.
 --   migration.definition: what migrates, as the file of the proxy that moved says: proxies of other files refuse to serve while writes are mirrored.
+--   proxies.holding: sessions of the proxy that may have a cursor WITH HOLD.
 --   migration.taken: of a pointer: somebody is about to write the claim. From then on the move cannot be withdrawn.
 DO $$
 DECLARE
     wanted record;
 BEGIN
     FOR wanted IN SELECT * FROM (VALUES ('migration', 'definition', 'text'), ('migration', 'taken', 'boolean NOT NULL DEFAULT false'),
-        ('verified', 'equal_owings', 'bigint')) AS v(relation, name, kind)
+        ('verified', 'equal_owings', 'bigint'), ('proxies', 'holding', 'bigint NOT NULL DEFAULT 0')) AS v(relation, name, kind)
     LOOP
         IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = format('crossfade.%I', wanted.relation)::regclass AND attname = wanted.name) THEN
             EXECUTE format('ALTER TABLE crossfade.%I ADD COLUMN %I %s', wanted.relation, wanted.name, wanted.kind);

@@ -117,6 +117,7 @@ pub fn share(config: Config) -> Result<Shared, RunError> {
         stale: Notify::new(),
         renewed: Notify::new(),
         registry: crate::switch::fleet::Registry::new(),
+        holding: AtomicI64::new(0),
         overtaken: Notify::new(),
         learnt: Notify::new(),
         intent: std::sync::Mutex::new(intent),
