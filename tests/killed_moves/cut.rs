@@ -63,8 +63,10 @@ async fn a_proxy_that_is_cut_off_from_one_database_keeps_nobody_and_writes_nothi
     let mut link = Link::to(databases.old.port()).await;
     let cut_off = over(&link, &databases).await;
     let (here, there) = (Writers::start(&[&proxies[0]], 4), Writers::numbered(&[&cut_off], 4, 1_000_000));
-    let rounds: &[(i64, bool)] =
-        if proof() { &[(1, true), (2, false), (3, true), (4, false)] } else { &[(1, true), (2, false)] };
+    let rounds: &[(i64, bool)] = match proof() {
+        true => &[(1, true), (2, false), (3, true), (4, false)],
+        false => &[(1, true)],
+    };
     for &(round, stalls) in rounds {
         there.go_on().await;
         if stalls {
