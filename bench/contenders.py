@@ -201,6 +201,8 @@ class Crossfade(Contender):
     """The release build, in one phase."""
 
     protocols = PGBENCH + OWN
+    # Further lines of its file.
+    more = ""
 
     def __init__(self, old, new, database, directory, binary, phase):
         super().__init__("crossfade " + phase, database, free_port())
@@ -212,7 +214,7 @@ class Crossfade(Contender):
     def _write_config(self, phase):
         draft = os.path.join(self.directory, "draft")
         write(draft, f"listen: 127.0.0.1:{self.port}\nadmin: 127.0.0.1:{self.admin}\n{sides(self.old, self.new, self.database)}"
-              f"name: {self.database}\nauth: trust\nphase: {phase}\nlimits: {{ clients: {CONNECTIONS + 50} }}\nlog: {{ level: warn }}\n")
+              f"name: {self.database}\nauth: trust\nphase: {phase}\nlimits: {{ clients: {CONNECTIONS + 50} }}\nlog: {{ level: warn }}\n{self.more}")
         os.rename(draft, os.path.join(self.directory, "crossfade.yaml"))
 
     def start(self):

@@ -17,7 +17,7 @@ use std::time::Duration;
 use crate::catalog::{Catalog, Sides, Table};
 use crate::config::{self, Config};
 use crate::migrate::repair::{self, Repair};
-use crate::migrate::{self, Pair};
+use crate::migrate::{self, Pair, fence, late};
 use crate::phase::Side;
 use crate::server;
 use crate::shared::Shared;
@@ -74,6 +74,17 @@ pub async fn install(path: &Path, print_sql: bool) -> Result<bool, Trouble> {
         let client = Shared::database(&config, side).connect("crossfade install").await?;
         migrate::install(&client, side).await?;
         println!("{side}: schema crossfade is there");
+        let lowered = if config.fence { 0 } else { fence::lower(&client, side).await? };
+        if lowered > 0 {
+            println!("{side}: the fence is taken from {lowered} tables");
+        }
+    }
+    if config.fence {
+        let holds = what_holds(&config).await?;
+        let (catalog, _) = mover::load_catalog(&config, holds.phase.authority()).await?;
+        server::fence::make(&config, holds, &catalog).await?;
+        let closed = holds.phase.authority().other();
+        println!("the fence stands on the migrating tables of both sides; {closed} takes no writes around the proxies");
     }
     Ok(true)
 }
@@ -145,7 +156,9 @@ async fn repair_all(
     timeout: Duration,
 ) -> Result<repair::Summary, Trouble> {
     let deadline = std::time::Instant::now() + timeout;
+    let (mut watch, commits) = (late::Watch::default(), late::commits(config.mirror.timeout));
     loop {
+        watch.look(worker.pair.authority.at(), worker.pair.mirror.at(), commits).await?;
         let left = deadline.saturating_duration_since(std::time::Instant::now());
         match repair::wait(worker, left.min(LOOK_AGAIN)).await {
             Err(migrate::Error::Deadline(_)) if left > LOOK_AGAIN => {}

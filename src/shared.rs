@@ -150,6 +150,8 @@ pub struct Shared {
     pub intent: Mutex<Option<Phase>>,
     /// This proxy among others.
     pub registry: Registry,
+    /// Sessions that may have a cursor WITH HOLD.
+    pub holding: AtomicI64,
     /// There is something to repair.
     pub owed: Notify,
     /// The file may want another phase.

@@ -28,14 +28,14 @@ impl Stage {
         let databases = Databases::start(&[]).await;
         databases.run_on_both(schema).await;
         let stage = Stage { databases, dir: tempfile::tempdir().expect("a directory") };
-        stage.write_config(CONTROL);
+        stage.write_config(CONTROL, "");
         stage
     }
 
-    fn write_config(&self, role: (&str, &str)) {
+    fn write_config(&self, role: (&str, &str), more: &str) {
         let url = |cluster: &crossfade::cluster::Cluster| cluster.url_as(role.0, role.1, DATABASE);
         let text = format!(
-            "listen: 127.0.0.1:1\nold: {}\nnew: {}\nphase: old\n",
+            "listen: 127.0.0.1:1\nold: {}\nnew: {}\nphase: old\n{more}\n",
             url(&self.databases.old),
             url(&self.databases.new)
         );
@@ -227,7 +227,7 @@ async fn what_the_control_role_lacks_is_found() {
     stage.on_new(role).await;
     stage.on_old("ALTER TABLE parent ENABLE ROW LEVEL SECURITY; REVOKE USAGE ON SCHEMA public FROM PUBLIC; REVOKE USAGE ON TYPE mood FROM PUBLIC; GRANT USAGE ON SCHEMA public TO app").await;
     stage.on_new("ALTER TABLE parent ENABLE ROW LEVEL SECURITY").await;
-    stage.write_config(("plain", "plain-secret"));
+    stage.write_config(("plain", "plain-secret"), "fence: true");
     let found = stage.findings().await;
     let said = lines(&found);
     for expected in [
@@ -238,6 +238,7 @@ async fn what_the_control_role_lacks_is_found() {
         "warning event trigger plain: it may not make event triggers",
         "error control privilege plain: a migrating table has row security",
         "error control privilege public.t: the control role plain lacks SELECT, INSERT, UPDATE, DELETE, TRUNCATE",
+        "error control privilege public.t: the control role plain lacks TRIGGER",
         "error control privilege public: the control role plain lacks USAGE",
         "error control privilege public.mood: the control role plain lacks USAGE",
         "error control privilege public.drawn: the control role plain lacks SELECT, UPDATE",
@@ -254,9 +255,19 @@ async fn what_the_control_role_lacks_is_found() {
     // It does: the proxy itself agrees.
     let url = |cluster: &crossfade::cluster::Cluster| cluster.url_as("plain", "plain-secret", DATABASE);
     let (old, new) = (url(&stage.databases.old), url(&stage.databases.new));
-    let mut proxy = Proxy::start(common::ProxyConfig { old, new, ..stage.databases.proxy_config("old", "") }).await;
+    let config = stage.databases.proxy_config("old", "fence: true");
+    let mut proxy = Proxy::start(common::ProxyConfig { old, new, ..config }).await;
     proxy.set_phase("dual-write").await;
     proxy.settle().await;
+    let fenced = async || !lines(&stage.findings().await).iter().any(|line| line.contains(" fence "));
+    common::until("the fence stands, though the tables are another role's", fenced).await;
+    let direct = "UPDATE t SET c = 1";
+    assert!(stage.databases.new.psql(DATABASE, direct).await.is_err(), "a superuser's write is refused");
+    drop(proxy);
+    stage.write_config(("plain", "plain-secret"), "fence: false");
+    let lowered = stage.run(&["install"]).await;
+    assert!(lowered.status.success(), "{lowered:?}");
+    stage.on_new(direct).await;
     // Installed by another role: said, and nothing is tried.
     stage.on_old("ALTER SCHEMA crossfade OWNER TO crossfade").await;
     let said = lines(&stage.findings().await);

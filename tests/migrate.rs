@@ -441,6 +441,43 @@ async fn debts_in_flight_are_left_alone_and_carried_ones_cleared_without_repair(
     world.assert_equal("t").await;
 }
 
+/// C4: T has committed, and M's COMMIT does not come: its proxy has lost the answer, or is frozen. M is ended after a while, and what it brought is repaired;
+/// one whose backend is at work is not, nor is a session that is no proxy's, whatever the ledger says of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_carrier_whose_commit_does_not_come_is_ended() {
+    let world = World::new(T).await;
+    let table = world.table("t").await;
+    let (pair, mut watch) = (world.pair().await, migrate::late::Watch::default());
+    let mut look = async || {
+        let looked = watch.look(pair.authority.at(), pair.mirror.at(), Duration::from_millis(600)).await;
+        looked.expect("looks")
+    };
+    let (left, at_work, stranger) = (world.new_replica().await, world.new_replica().await, world.new_replica().await);
+    exec(&stranger, "SET application_name = 'somebody'").await;
+    for (id, mirror) in [(1, &left), (2, &at_work), (3, &stranger)] {
+        let t1 = world.old().await;
+        exec(&t1, &format!("BEGIN; INSERT INTO t VALUES ({id}, NULL, 1)")).await;
+        exec(mirror, &format!("BEGIN; INSERT INTO t VALUES ({id}, NULL, 1)")).await;
+        owe(&t1, Some(&carrier(mirror).await), &[key(&table, id)]).await;
+        exec(&t1, "COMMIT").await;
+    }
+    let work = tokio::spawn(async move {
+        at_work.batch_execute("SELECT pg_sleep(2)").await.expect("is not ended");
+        at_work.batch_execute("COMMIT").await.expect("commits late");
+    });
+    tokio::time::sleep(Duration::from_millis(550)).await;
+    assert_eq!(look().await, 0, "it may still commit");
+    tokio::time::sleep(Duration::from_millis(650)).await;
+    assert_eq!(look().await, 1);
+    assert!(left.batch_execute("COMMIT").await.is_err(), "it was ended");
+    exec(&stranger, "COMMIT").await;
+    work.await.expect("joins");
+    let mut repair = world.repair().await;
+    repair::wait(&mut repair, Duration::from_secs(10)).await.expect("drains");
+    world.assert_equal("t").await;
+    assert_eq!(world.rows(Side::New, "t").await.len(), 3);
+}
+
 /// A backend of the authority that may still be adding to its debt.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_debt_with_a_holder_is_payable_when_it_is_released_or_gone() {

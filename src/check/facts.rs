@@ -74,7 +74,7 @@ const KINDS: &[Kind] = &[
         name: "trigger",
         query: "SELECT tgrelid, tgname::text, regexp_replace(pg_get_triggerdef(oid), ' ON \\S+ ', ' ON %T ') || CASE WHEN tgenabled = 'D' THEN ' (disabled)' ELSE '' END, \
             regexp_replace(pg_get_triggerdef(oid), ' ON \\S+ ', ' ON %T ') || ';', format('DROP TRIGGER %I ON %%T;', tgname) \
-            FROM pg_trigger WHERE NOT tgisinternal AND tgrelid = ANY($1)",
+            FROM pg_trigger WHERE NOT tgisinternal AND tgname <> 'crossfade_fence' AND tgrelid = ANY($1)",
         of_table: true,
         only_old: WARNING,
         only_new: WARNING,

@@ -2,12 +2,13 @@
 //! must be, or that an operator should know, with the SQL that mends it.
 //!
 //! `facts` are what both sides have by name and must have alike; `columns` compares tables column by column; `role` is what the control role
-//! lacks; `clients` is what the application's roles lack; `expect` is what the file asks of new. Nothing here writes, but that loading the catalog gives tables their numbers where the schema is installed.
+//! lacks; `clients` is what the application's roles lack; `expect` is what the file asks of new; `fence` what keeps writes around the proxies out. Nothing here writes, but that loading the catalog gives tables their numbers where the schema is installed.
 
 mod clients;
 mod columns;
 mod expect;
 mod facts;
+mod fence;
 mod role;
 
 use tokio_postgres::{Client, Error};
@@ -131,6 +132,7 @@ pub async fn run(config: &Config, old: &Client, new: &Client) -> Result<Vec<Find
     clients::compare(&mut view).await?;
     expect::compare(&mut view, &config.expect).await?;
     set_aside(&mut view).await?;
+    fence::compare(&mut view, config.fence).await?;
     found.append(&mut view.found);
     found.sort();
     found.dedup();

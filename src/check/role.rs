@@ -5,7 +5,7 @@ use crate::phase::Side;
 
 /// The kind of a finding after which nothing more can be read.
 pub(super) const BARRED: &str = "control role";
-const PRIVILEGE: &str = "control privilege";
+pub(super) const PRIVILEGE: &str = "control privilege";
 
 /// What holds whatever tables there are. `verifiers`: clients' verifiers are to be read from old's pg_authid.
 pub(super) async fn attributes(view: &mut View<'_>, verifiers: bool) -> Result<(), CheckError> {

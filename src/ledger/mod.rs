@@ -5,5 +5,8 @@ pub mod clear;
 pub mod debts;
 pub mod owe;
 
+/// The trigger that keeps writes around the proxies out, on application's tables (`fence: true`).
+pub const FENCE: &str = "crossfade_fence";
+
 /// Makes schema `crossfade`, on either side; may be run again.
 pub const SCHEMA_SQL: &str = include_str!("schema.sql");

@@ -55,6 +55,36 @@ BEGIN
     END LOOP;
 END $$;
 
+-- Relation crossfade.fenced is there where the side is not the authority, in the transaction that writes the row: see src/migrate/fence.rs. `known`: the
+-- epoch in which that is so; where a later one holds, its mover has seen to it.
+CREATE OR REPLACE FUNCTION crossfade.fence_side(known bigint, up boolean) RETURNS void LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF up = (to_regclass('crossfade.fenced') IS NOT NULL) THEN
+        RETURN;
+    END IF;
+    LOCK TABLE crossfade.migration IN SHARE ROW EXCLUSIVE MODE;
+    IF EXISTS (SELECT FROM crossfade.migration WHERE epoch > known) THEN
+        RETURN;
+    ELSIF up THEN
+        CREATE TABLE IF NOT EXISTS crossfade.fenced ();
+    ELSE
+        DROP TABLE IF EXISTS crossfade.fenced;
+    END IF;
+END $$;
+
+-- What a write around the proxies is told there. The triggers are made by src/migrate/fence.rs, where the file says `fence: true`.
+CREATE OR REPLACE FUNCTION crossfade.fence() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    side text;
+    held text;
+BEGIN
+    SELECT authority, phase INTO side, held FROM crossfade.migration;
+    RAISE EXCEPTION USING ERRCODE = 'read_only_sql_transaction',
+        MESSAGE = format('crossfade: %s on table %I.%I went around the proxy, and this database is not the authority (that is %s, in phase %s)',
+            TG_OP, TG_TABLE_SCHEMA, TG_TABLE_NAME, coalesce(side, 'old'), coalesce(held, 'old')),
+        HINT = 'Nothing was written. Connect to the proxy instead. Who must write here all the same sets session_replication_role = replica, and lets `crossfade verify` compare afterwards.';
+END $$;
+
 -- Proxies, and the server sessions of each; on the side that is authority. `pid`, `start`: the connection that stands for the proxy. `heard`, `still`: the
 -- epoch whose end it has heard of, and of which it has no transaction under way and begins none. Nothing here outlives a crash, nor need it.
 CREATE UNLOGGED TABLE IF NOT EXISTS crossfade.proxies (
@@ -127,10 +157,13 @@ DECLARE
 BEGIN
     IF TG_EVENT = 'sql_drop' THEN
         SELECT array_agg(DISTINCT object_type) INTO found_kinds FROM pg_event_trigger_dropped_objects()
-        WHERE NOT is_temporary AND schema_name IS DISTINCT FROM 'crossfade' AND (original OR normal);
+        WHERE NOT is_temporary AND schema_name IS DISTINCT FROM 'crossfade' AND (original OR normal)
+        AND NOT (object_type = 'trigger' AND object_identity LIKE 'crossfade\_fence on %');
     ELSE
         SELECT array_agg(DISTINCT object_type) INTO found_kinds FROM pg_event_trigger_ddl_commands()
         WHERE schema_name IS DISTINCT FROM 'pg_temp' AND schema_name IS DISTINCT FROM 'crossfade'
+        -- The fence is no definition of the application's: no plan depends on it.
+        AND NOT EXISTS (SELECT FROM pg_trigger t WHERE object_type = 'trigger' AND t.oid = objid AND t.tgfoid = to_regprocedure('crossfade.fence()'))
         -- A GRANT does not say what it is about: `open_epoch` says that its own is ours. (Whoever else says so hides no more than what he gives away.)
         AND NOT (command_tag = 'GRANT' AND coalesce(current_setting('crossfade.installing', true), '') = 'on')
         AND command_tag NOT IN ('COMMENT', 'SECURITY LABEL', 'REFRESH MATERIALIZED VIEW', 'REINDEX', 'ALTER DEFAULT PRIVILEGES');
@@ -252,13 +285,14 @@ CREATE TABLE IF NOT EXISTS crossfade.compared (
 
 -- Columns that came later. ALTER TABLE would wait for whoever moves, and have all others wait behind it, also where there is nothing to add.
 --   migration.definition: what migrates, as the file of the proxy that moved says: proxies of other files refuse to serve while writes are mirrored.
+--   proxies.holding: sessions of the proxy that may have a cursor WITH HOLD.
 --   migration.taken: of a pointer: somebody is about to write the claim. From then on the move cannot be withdrawn.
 DO $$
 DECLARE
     wanted record;
 BEGIN
     FOR wanted IN SELECT * FROM (VALUES ('migration', 'definition', 'text'), ('migration', 'taken', 'boolean NOT NULL DEFAULT false'),
-        ('verified', 'equal_owings', 'bigint')) AS v(relation, name, kind)
+        ('verified', 'equal_owings', 'bigint'), ('proxies', 'holding', 'bigint NOT NULL DEFAULT 0')) AS v(relation, name, kind)
     LOOP
         IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = format('crossfade.%I', wanted.relation)::regclass AND attname = wanted.name) THEN
             EXECUTE format('ALTER TABLE crossfade.%I ADD COLUMN %I %s', wanted.relation, wanted.name, wanted.kind);

@@ -51,9 +51,12 @@ pub struct Link {
 
 /// A connection that is asked now and then: nothing is kept prepared.
 #[derive(Clone, Copy)]
-pub(crate) struct At<'c> {
+pub struct At<'c> {
+    /// Which side.
     pub side: Side,
+    /// The connection.
     pub client: &'c Client,
+    /// How long an answer may take.
     pub patience: Duration,
 }
 
@@ -89,7 +92,8 @@ impl Link {
         Link { side, client, patience, statements: HashMap::new() }
     }
 
-    pub(crate) fn at(&self) -> At<'_> {
+    /// The connection as it is, without its prepared statements.
+    pub fn at(&self) -> At<'_> {
         At { side: self.side, client: &self.client, patience: self.patience }
     }
 

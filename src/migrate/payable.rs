@@ -121,9 +121,9 @@ fn is_whole(debt: &Debt) -> bool {
 }
 
 /// Ends carriers that were given up and have not ended by themselves: their transactions can only abort, since COMMIT was never sent
-/// and their sessions are closed.
+/// and their sessions are closed. Sessions of a proxy on the mirror, and no others, whatever the ledger says: any role may write there.
 pub(crate) async fn end_late(mirror: At<'_>, entries: &[Entry]) -> Result<(), Error> {
-    let text = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1 \
+    let text = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = $1 AND application_name = 'crossfade mirror' \
                 AND abs((extract(epoch FROM backend_start) * 1000000)::bigint - $2) <= 10";
     let late: HashSet<Backend> = entries.iter().filter_map(|entry| entry.late).collect();
     for (pid, start) in late {

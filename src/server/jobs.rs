@@ -86,6 +86,8 @@ pub fn start(shared: &Arc<Shared>) {
     tokio::spawn(super::sweep::follow(shared.clone()));
     tokio::spawn(super::sweep::watch(shared.clone()));
     tokio::spawn(super::verify::follow(shared.clone()));
+    tokio::spawn(super::fence::keep(shared.clone()));
+    tokio::spawn(super::late::end(shared.clone()));
 }
 
 /// The two control connections of a job, opened anew where they were lost or the authority has changed.

@@ -1,8 +1,10 @@
 //! The proxy as a process: threads that run sessions, jobs beside them, an end in good order.
 
 mod console;
+pub mod fence;
 pub mod http;
 mod jobs;
+mod late;
 mod listen;
 mod logins;
 mod reads;
@@ -115,6 +117,7 @@ pub fn share(config: Config) -> Result<Shared, RunError> {
         stale: Notify::new(),
         renewed: Notify::new(),
         registry: crate::switch::fleet::Registry::new(),
+        holding: AtomicI64::new(0),
         overtaken: Notify::new(),
         learnt: Notify::new(),
         intent: std::sync::Mutex::new(intent),

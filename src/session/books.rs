@@ -78,6 +78,8 @@ pub struct Settings {
     pub sql_prepared: bool,
     /// The session may run as another role than it logged in as.
     pub role_changed: bool,
+    /// A cursor WITH HOLD was declared: it may be there still.
+    pub holds_cursor: bool,
 }
 
 impl Settings {
@@ -94,6 +96,10 @@ impl Settings {
             if text.windows(4).any(|word| word.eq_ignore_ascii_case(b"set ")) {
                 self.collect(text);
             }
+            self.holds_cursor |= has(text, b"declare") && has(text, b"hold");
+        }
+        if is(b"declare") {
+            self.holds_cursor |= has(&text[..text.len().min(64 * 1024)], b"hold");
         }
         if is(b"prepare") {
             self.sql_prepared = true;
@@ -126,9 +132,27 @@ impl Settings {
     }
 }
 
+fn has(text: &[u8], word: &[u8]) -> bool {
+    text.windows(word.len()).any(|found| found.eq_ignore_ascii_case(word))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cursor_with_hold_is_noticed_without_reading_statements() {
+        for (text, holds) in [
+            ("DECLARE c CURSOR WITH HOLD FOR SELECT 1", true),
+            ("begin; declare c cursor with\nhold for select 1; commit", true),
+            ("DECLARE c CURSOR FOR SELECT 1", false),
+            ("SELECT 'declare', 'hold'", false),
+        ] {
+            let mut settings = Settings::default();
+            settings.glance(text.as_bytes());
+            assert_eq!(settings.holds_cursor, holds, "{text}");
+        }
+    }
 
     #[test]
     fn custom_settings_are_remembered_by_name() {

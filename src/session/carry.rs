@@ -1,5 +1,8 @@
 //! A session moves to another authority: logged in there as the same client, with its settings and prepared statements.
 
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
 use bytes::Bytes;
 use tracing::{debug, warn};
 
@@ -27,6 +30,22 @@ const SETTINGS: &[u8] = b"SELECT name, setting FROM pg_catalog.pg_settings WHERE
 
 /// What SQL PREPARE has left behind.
 const PREPARED: &[u8] = b"SELECT statement FROM pg_catalog.pg_prepared_statements WHERE from_sql";
+
+/// Counts a session among those of its proxy that may have a cursor WITH HOLD: no other session of the server sees one.
+pub(super) struct Holding(Arc<Shared>);
+
+impl Holding {
+    fn new(shared: &Arc<Shared>) -> Holding {
+        shared.holding.fetch_add(1, Ordering::Relaxed);
+        Holding(shared.clone())
+    }
+}
+
+impl Drop for Holding {
+    fn drop(&mut self) {
+        self.0.holding.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// Logs a client in on a side, as itself.
 pub(super) async fn connect(
@@ -75,6 +94,15 @@ fn refusal(side: Side, error: &ConnectError) -> Report {
 }
 
 impl Session {
+    /// Whether it may have a cursor WITH HOLD, for the gate on sessions.
+    pub(super) fn count_holding(&mut self) {
+        // A session that has no part in the migration moves nowhere.
+        let holds = self.settings.holds_cursor && self.aside.is_none();
+        if holds != self.holding.is_some() {
+            self.holding = holds.then(|| Holding::new(&self.shared));
+        }
+    }
+
     /// Between two transactions: leave the old authority for the one that holds now.
     pub(super) async fn carry_over(&mut self) -> Result<(), End> {
         let side = self.world.phase.authority();
@@ -132,6 +160,7 @@ impl Session {
                 "Connect again: the new session is served by the new authority.",
             )));
         }
+        self.settings.holds_cursor = false;
         self.ask_ours(SETTINGS).await?;
         let mut settings: Vec<(String, String)> =
             self.kept.rows.iter().filter_map(|row| Some((text(row, 0)?, text(row, 1)?))).collect();

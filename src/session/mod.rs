@@ -193,6 +193,7 @@ pub struct Session {
     /// Our own statements that the server session has prepared.
     ours_prepared: Vec<&'static [u8]>,
     settings: books::Settings,
+    holding: Option<carry::Holding>,
     sampling: sampled::Sampling,
     serving: served::Serving,
     since: Option<Instant>,
@@ -272,6 +273,7 @@ impl Session {
             dismissed: false,
             ours_prepared: Vec::new(),
             settings: books::Settings::default(),
+            holding: None,
             sampling: sampled::Sampling::new(),
             serving: served::Serving::new(),
             since: None,
@@ -305,6 +307,7 @@ impl Session {
             self.spill_if_full().await;
             self.release_registered().await?;
             self.rest();
+            self.count_holding();
             self.called |= self.bell.take();
             let free = self.queue.is_empty() || self.aside == Some(Aside::Replication);
             if self.called && self.pass.is_none() && free {

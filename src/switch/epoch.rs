@@ -77,7 +77,7 @@ pub async fn close(
     }
 }
 
-/// The row of a later epoch, its table, and the end of all epochs before it: in one transaction.
+/// The row of a later epoch, its table, and the end of all epochs before it; the fence goes up where the side is not the authority: in one transaction.
 pub async fn turn(
     client: &Client,
     side: Side,
@@ -92,7 +92,8 @@ pub async fn turn(
     let epoch = holds.epoch;
     let open =
         if holds.phase.mirror().is_some() { format!("SELECT crossfade.open_epoch({epoch});") } else { String::new() };
-    let turned = format!("SELECT crossfade.close_epochs({epoch}); {open} COMMIT");
+    let fence = format!("SELECT crossfade.fence_side({epoch}, {});", holds.phase.authority() != side);
+    let turned = format!("SELECT crossfade.close_epochs({epoch}); {open} {fence} COMMIT");
     client.batch_execute(&turned).await.map_err(failed)
 }
 

@@ -107,7 +107,7 @@ pub async fn appear(shared: &Shared, eye: &Client) -> Result<(), MoveError> {
     let listen = shared.config.load().listen.to_string();
     let sql = "INSERT INTO crossfade.proxies AS p (id, listen, pid, start) \
         SELECT $1, $2, pid, backend_start FROM pg_catalog.pg_stat_activity WHERE pid = pg_catalog.pg_backend_pid() \
-        ON CONFLICT (id) DO UPDATE SET pid = excluded.pid, start = excluded.start, heard = NULL, still = NULL";
+        ON CONFLICT (id) DO UPDATE SET pid = excluded.pid, start = excluded.start, heard = NULL, still = NULL, holding = 0";
     let gone = "DELETE FROM crossfade.sessions s WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity a \
         WHERE a.pid = s.pid AND a.backend_start IS NOT DISTINCT FROM s.start)";
     match eye.execute(sql, &[&shared.registry.id, &listen]).await {
@@ -117,6 +117,22 @@ pub async fn appear(shared: &Shared, eye: &Client) -> Result<(), MoveError> {
     }
     eye.execute(gone, &[]).await?;
     Ok(())
+}
+
+/// Says how many sessions of this proxy may have a cursor WITH HOLD; a proxy that has just appeared has none.
+pub async fn holds(shared: &Shared, eye: &Client, sessions: i64) -> Result<(), MoveError> {
+    let sql = "UPDATE crossfade.proxies SET holding = $2 WHERE id = $1";
+    match eye.execute(sql, &[&shared.registry.id, &sessions]).await {
+        Err(error) if !missing(&error) => Err(error.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Sessions of all proxies that are there and may have a cursor WITH HOLD. Schema crossfade is there.
+pub async fn holding(authority: &Client) -> Result<i64, tokio_postgres::Error> {
+    let sql = "SELECT coalesce(sum(p.holding), 0)::bigint FROM crossfade.proxies p \
+        JOIN pg_catalog.pg_stat_activity e ON e.pid = p.pid AND e.backend_start IS NOT DISTINCT FROM p.start";
+    Ok(authority.query_one(sql, &[]).await?.get(0))
 }
 
 /// Looks at the phase row, and whether somebody has announced a move. None: nothing is installed.

@@ -130,6 +130,8 @@ struct Follower {
     eye: Option<(Side, Client)>,
     /// The gate is closed: another proxy has announced the end of this epoch.
     still: Option<u64>,
+    /// So many sessions may have a cursor WITH HOLD, as the others know.
+    holding: i64,
 }
 
 /// Follows other proxies for as long as this one runs.
@@ -175,9 +177,14 @@ impl Follower {
             let config = shared.config.load_full();
             let eye = Shared::database(&config, side).connect("crossfade follow").await?;
             fleet::appear(shared, &eye).await?;
-            self.eye = Some((side, eye));
+            (self.eye, self.holding) = (Some((side, eye)), 0);
         }
         let Some((_, eye)) = &self.eye else { return Ok(None) };
+        let holding = shared.holding.load(Ordering::Relaxed);
+        if holding != self.holding {
+            fleet::holds(shared, eye, holding).await?;
+            self.holding = holding;
+        }
         let seen = tokio::time::timeout(SILENT, fleet::look(shared, eye)).await;
         seen.map_err(|_| MoveError::Closed(format!("{side} does not answer")))?
     }

@@ -232,6 +232,8 @@ struct Done {
     epoch: u64,
     /// What the history says of the move.
     detail: Value,
+    /// Since clients were held: when no transaction of theirs was left on the authority.
+    waited: Duration,
 }
 
 impl Move<'_> {
@@ -246,9 +248,10 @@ impl Move<'_> {
         let pause = self.config.moves.pause;
         let deadline = Instant::now() + pause;
         self.drain().await?;
+        let mut waited = self.started.elapsed();
         self.lap("drained");
         if from.mirror().is_some() {
-            self.close_epoch(deadline).await?;
+            waited = self.close_epoch(deadline).await?;
             self.lap("the epoch is closed");
         }
         // What waits inside ends at the deadline by itself and says why; the rest is bounded here: a server may be frozen.
@@ -270,7 +273,7 @@ impl Move<'_> {
         }
         self.holds(epoch, self.to, self.ready.catalog.clone());
         shared.owed.notify_one();
-        Ok(Done { copies, epoch, detail })
+        Ok(Done { copies, epoch, detail, waited })
     }
 
     /// With clients released: what is still to be done, and what the history says.
@@ -288,7 +291,7 @@ impl Move<'_> {
             }
         };
         info!(%from, %to, who = %self.ask.who, pause_ms = held.as_millis() as u64, "the phase has moved");
-        self.ready.eyes.paused(done.epoch, held).await;
+        self.ready.eyes.paused(done.epoch, record::Pause { held, waited: done.waited }).await;
         if let Some(copies) = done.copies {
             copies.run().await;
         }
@@ -318,8 +321,10 @@ impl Move<'_> {
     }
 
     /// The transactions of other proxies: they end, and none begins. First on the authority: who holds its lock there may still need the mirror's.
-    /// Sessions of a proxy that is frozen are ended meanwhile (B7), and with `terminate` all that last.
-    async fn close_epoch(&self, deadline: Instant) -> Result<(), MoveError> {
+    /// Sessions of a proxy that is frozen are ended meanwhile (B7), and with `terminate` all that last. Returns how long clients were held by the time that the
+    /// authority's had ended.
+    async fn close_epoch(&self, deadline: Instant) -> Result<Duration, MoveError> {
+        let mut waited = Duration::ZERO;
         let (epoch, pause) = (self.world.epoch, self.config.moves.pause);
         // There no ledger would say what a carrier that was ended had brought.
         let best_effort = self.config.mirror.commit == Commit::BestEffort;
@@ -351,8 +356,11 @@ impl Move<'_> {
                     )));
                 }
             }
+            if !mirror {
+                waited = self.started.elapsed();
+            }
         }
-        Ok(())
+        Ok(waited)
     }
 
     /// Everything up to the rows; may be given up at any point.

@@ -72,9 +72,20 @@ pub async fn note(client: &Client, epoch: u64, event: &str, detail: &Value) -> R
 }
 
 /// Adds how long the move to that epoch has held clients.
-pub async fn paused(client: &Client, epoch: u64, pause: Duration) -> Result<(), tokio_postgres::Error> {
-    let text = "UPDATE crossfade.history SET detail = detail || jsonb_build_object('pause_ms', $2::float8) WHERE epoch = $1 AND event = 'move'";
-    client.execute(text, &[&(epoch as i64), &(pause.as_secs_f64() * 1000.0)]).await.map(drop)
+pub async fn paused(client: &Client, epoch: u64, pause: Pause) -> Result<(), tokio_postgres::Error> {
+    let text = "UPDATE crossfade.history SET detail = detail || jsonb_build_object('pause_ms', $2::float8, 'waited_ms', $3::float8) \
+        WHERE epoch = $1 AND event = 'move'";
+    let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+    client.execute(text, &[&(epoch as i64), &ms(pause.held), &ms(pause.waited)]).await.map(drop)
+}
+
+/// How long a move has held clients.
+#[derive(Clone, Copy, Debug)]
+pub struct Pause {
+    /// From the closing of the gate to its opening.
+    pub held: Duration,
+    /// Of that, until the last transaction was over that was under way on the authority.
+    pub waited: Duration,
 }
 
 /// How long the last move held clients, in milliseconds.

@@ -208,9 +208,19 @@ pub(crate) async fn assert_none_lost(databases: &Databases, acknowledged: &[i64]
     assert_eq!(there, acknowledged.len(), "an acknowledged write is missing");
 }
 
+/// A write around the proxies: into the authority it goes, and nowhere else, whatever the mover has left behind.
+async fn assert_fenced(databases: &Databases, phase: &str) {
+    let direct = "BEGIN; INSERT INTO notes (id) VALUES (-42); ROLLBACK";
+    let (old, new) = (&databases.old, &databases.new);
+    let (authority, other) = if phase == "new-primary" { (new, old) } else { (old, new) };
+    authority.psql(DATABASE, direct).await.expect("the authority is open");
+    let refused = other.psql(DATABASE, direct).await.expect_err("the other side is closed").to_string();
+    assert!(refused.contains("went around the proxy"), "{refused}");
+}
+
 #[tokio::test]
 async fn a_mover_that_dies_at_any_step_leaves_no_half_of_a_move() {
-    let (databases, proxies) = fleet(1, TIMEOUT).await;
+    let (databases, proxies) = fleet(1, &format!("{TIMEOUT}\nfence: true")).await;
     for side in [&databases.old, &databases.new] {
         side.psql(DATABASE, STONE).await.expect("lays stones");
     }
@@ -249,6 +259,7 @@ async fn a_mover_that_dies_at_any_step_leaves_no_half_of_a_move() {
             until(&format!("{phase} holds when the mover died {what}"), async || proxy.holds(phase).await).await;
         }
         writers.go_on().await;
+        assert_fenced(&databases, phase).await;
     }
     // The way back, through the same proxies.
     moves_to(&proxies[0], "dual-write").await;

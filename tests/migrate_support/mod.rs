@@ -203,7 +203,8 @@ impl World {
     /// A session of new as the proxy's mirror sessions are.
     pub async fn new_replica(&self) -> Client {
         let client = self.client(Side::New).await;
-        client.batch_execute("SET session_replication_role = replica").await.expect("sets");
+        let settings = "SET session_replication_role = replica; SET application_name = 'crossfade mirror'";
+        client.batch_execute(settings).await.expect("sets");
         client
     }
 

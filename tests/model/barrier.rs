@@ -453,16 +453,17 @@ impl Model for Barrier {
 
     fn next(&self, s: &State, out: &mut Vec<(Action, State)>) {
         for p in 0..2 {
+            // Whoever is waited for, frozen or not (`--terminate`): its server session is ended. What has committed on the authority stays owed: so, too, where
+            // repair ends a transaction of the mirror whose COMMIT does not come.
+            if s.proxies[p].running.is_some() {
+                let mut n = *s;
+                (n.proxies[p].running, n.proxies[p].entered) = (None, false);
+                out.push((Action::End(p), n));
+            }
             if s.proxies[p].frozen {
                 let mut n = *s;
                 n.proxies[p].frozen = false;
                 out.push((Action::Thaw(p), n));
-                // Whoever is waited for: its server session is ended.
-                if s.proxies[p].running.is_some() {
-                    let mut n = *s;
-                    (n.proxies[p].running, n.proxies[p].entered) = (None, false);
-                    out.push((Action::End(p), n));
-                }
                 continue;
             }
             self.transaction(s, p, out);

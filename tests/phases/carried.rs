@@ -155,7 +155,16 @@ async fn sessions_that_cannot_move_are_told_at_once() {
     let free = pair.client().await;
     free.batch_execute("SELECT pg_advisory_lock(8); SELECT pg_advisory_unlock(8)").await.expect("runs");
     pair.proxy.settle().await;
+    let counted = async |proxy: &Proxy, phase: &str, found: &str| {
+        until(&format!("the gate says: {found}"), async || {
+            let gates = proxy.crossfade(&["phase", phase, "--dry-run"]).await;
+            String::from_utf8_lossy(&gates.stdout).contains(found)
+        })
+        .await;
+    };
+    counted(&pair.proxy, "new-primary", "1 that have declared a cursor WITH HOLD").await;
     pair.proxy.set_phase("new-primary").await;
+    counted(&pair.proxy, "dual-write", "0 that have declared a cursor WITH HOLD").await;
     for ((client, end), (sql, what)) in ended.into_iter().zip(stuck) {
         // Nothing was sent: they hear of it by themselves.
         let error = end.await.expect("joins").expect_err(sql);

@@ -4,6 +4,7 @@
 mod common;
 
 mod carried;
+mod fence;
 mod starts;
 
 use std::fs;

@@ -20,7 +20,7 @@ use crate::reads::tally::Recent;
 use crate::shared::Shared;
 use crate::switch::mover::{self, MoveError};
 use crate::switch::record::{self, Backup};
-use crate::switch::{epoch, writers};
+use crate::switch::{epoch, fleet, writers};
 
 /// How long one look of ours may take.
 const LOOKS: Duration = Duration::from_secs(30);
@@ -80,6 +80,8 @@ pub struct Stuck {
     pub advisory: i64,
     /// Idle sessions whose last statement was LISTEN.
     pub listening: i64,
+    /// Sessions that have declared a cursor WITH HOLD, as their proxies know.
+    pub holding: i64,
 }
 
 /// Transactions of clients on the authority.
@@ -222,7 +224,8 @@ impl Question<'_> {
         }
         let Some(client) = eyes.on(from) else { return Ok(facts) };
         if step.gains().is_some() {
-            facts.sessions = Some(stuck(client).await?);
+            let installed = matches!(facts.sides.get(from), Ok(answer) if answer.installed);
+            facts.sessions = Some(stuck(client, installed).await?);
         }
         if matches!(facts.sides.get(from), Ok(answer) if answer.installed) {
             facts.held = record::held(client).await?;
@@ -385,11 +388,12 @@ async fn debt(
     Ok(DebtFacts { owed, in_flight, oldest, newest: row.get(1), ledger_bytes })
 }
 
-async fn stuck(losing: &Client) -> Result<Stuck, tokio_postgres::Error> {
+async fn stuck(losing: &Client, installed: bool) -> Result<Stuck, tokio_postgres::Error> {
     let text = "SELECT (SELECT count(DISTINCT c.relnamespace) FROM pg_catalog.pg_class c WHERE c.relpersistence = 't' AND c.relkind = 'r'), \
         (SELECT count(DISTINCT a.pid) FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid WHERE l.locktype = 'advisory' \
             AND a.datname = pg_catalog.current_database() AND a.state = 'idle' AND a.application_name !~ '^crossfade'), \
         (SELECT count(*) FROM pg_catalog.pg_stat_activity a WHERE a.datname = pg_catalog.current_database() AND a.state = 'idle' AND a.query ~* '^\\s*listen\\y')";
     let row = losing.query_one(text, &[]).await?;
-    Ok(Stuck { temporary: row.get(0), advisory: row.get(1), listening: row.get(2) })
+    let holding = if installed { fleet::holding(losing).await? } else { 0 };
+    Ok(Stuck { temporary: row.get(0), advisory: row.get(1), listening: row.get(2), holding })
 }

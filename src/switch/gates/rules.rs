@@ -260,9 +260,12 @@ fn debt(step: Step, facts: &Facts, gates: &mut Vec<Gate>) {
         (0, flying) if !late => {
             (Standing::Met, format!("nothing is owed on {side}; {flying} in flight, which the move clears{fresh}"))
         }
-        (0, flying) => {
-            (Standing::Closed, format!("of {flying} debts in flight on {side} one is older than {IN_FLIGHT:?}"))
-        }
+        (0, flying) => (
+            Standing::Closed,
+            format!(
+                "of {flying} debts in flight on {side} one is older than {IN_FLIGHT:?}, and is ended after mirror.timeout"
+            ),
+        ),
         (owed, _) => (Standing::Closed, format!("{owed} debts are still owed on {side}")),
     };
     let (standing, next) = match (standing, gains) {
@@ -319,10 +322,10 @@ fn authority(step: Step, facts: &Facts, gates: &mut Vec<Gate>) {
         gates.push(gate(Name::Privileges, standing, evidence, json!(lacking), next));
     }
     if let Some(stuck) = &facts.sessions {
-        let count = stuck.temporary + stuck.advisory + stuck.listening;
+        let count = stuck.temporary + stuck.advisory + stuck.listening + stuck.holding;
         let evidence = format!(
-            "{} schemas with temporary tables, {} idle sessions with advisory locks, {} that have last run LISTEN (cursors WITH HOLD are not visible from outside)",
-            stuck.temporary, stuck.advisory, stuck.listening
+            "{} schemas with temporary tables, {} idle sessions with advisory locks, {} that have last run LISTEN, {} that have declared a cursor WITH HOLD",
+            stuck.temporary, stuck.advisory, stuck.listening, stuck.holding
         );
         let next = "these sessions end with 57P01 at the move, and connect again";
         gates.push(gate(Name::Sessions, unless(count > 0, Standing::Warns), evidence, json!(stuck), next));
