@@ -9,12 +9,12 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
-use crate::assert_equal_at_rest;
 use crate::common::compare;
 use crate::common::pair::{APP, DATABASE, TRUST};
 use crate::common::raw::{self, Frame, RawClient};
 use crate::common::{Databases, Pair, Proxy, proof};
 use crate::statements::{Kinds, SCHEMA, any, drawn};
+use crate::{assert_equal_at_rest, pay};
 
 /// What sessions say besides. (Not READ ONLY behind a write: then COMMIT fails, since the transaction cannot take its debts.)
 const OTHERS: &[&str] = &[
@@ -47,7 +47,6 @@ const OTHERS: &[&str] = &[
     "SELECT lastval()",
     "SELECT currval('log_id_seq')",
     "SELECT pg_current_xact_id_if_assigned() IS NULL",
-    "SELECT name FROM pg_cursors",
     "SHOW transaction_isolation",
     "SHOW transaction_read_only",
     "SELECT current_setting('synchronous_commit'), current_setting('search_path'), current_user",
@@ -371,7 +370,7 @@ async fn converse(phase: &str, conversations: std::ops::Range<u64>, exchanges: u
         for number in 0..exchanges {
             // A session that only reads for a while is served.
             if reading && number % 20 == 5 && !talk.open {
-                pair.proxy.settle().await;
+                pay(&pair).await;
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }
             let exchange = if reading && number % 20 > 5 && !talk.open { talk.read() } else { talk.exchange() };
