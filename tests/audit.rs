@@ -87,8 +87,14 @@ async fn only_tables_that_were_written_out_of_sight_are_tainted() {
         ("UPDATE users SET id = 20 WHERE id = 2 AND false", &none),
         ("UPDATE users SET id = 21 WHERE id = 11", &none),
         ("BEGIN; SELECT quiet(); UPDATE users SET id = 22 WHERE id = 21; SELECT quiet(); COMMIT", &none),
-        ("WITH w AS (INSERT INTO log (what) SELECT 'a CTE') UPDATE users SET visits = 5 WHERE id = 22", &["log"]),
-        ("WITH w AS (INSERT INTO users VALUES (30, 'thirty') RETURNING id) SELECT * FROM w", &["users"]),
+        ("WITH w AS (INSERT INTO log (what) SELECT 'a CTE') UPDATE users SET visits = 5 WHERE id = 22", &none),
+        (
+            "WITH w AS (INSERT INTO log (what) SELECT 'x' RETURNING lower(what)) UPDATE users SET visits = 5 WHERE id = 22",
+            &["log"],
+        ),
+        ("WITH w AS (INSERT INTO users VALUES (29, 'shown') RETURNING id) SELECT * FROM w", &none),
+        ("WITH w AS (INSERT INTO audited VALUES (29, 'a trigger') RETURNING id) SELECT * FROM w", &["log"]),
+        ("WITH w AS (INSERT INTO users VALUES (30, 'thirty') RETURNING abs(id)) SELECT * FROM w", &["users"]),
         ("WITH w AS (DELETE FROM users WHERE id = 999 RETURNING id) SELECT * FROM w", &none),
         (
             "MERGE INTO users u USING (VALUES (30)) v(id) ON u.id = v.id WHEN MATCHED THEN UPDATE SET visits = 3",
@@ -364,8 +370,9 @@ async fn without_track_counts_what_an_opaque_statement_names_is_tainted() {
     let pair = start("").await;
     let script = "ALTER ROLE app SET track_counts = off";
     pair.databases.old.psql("postgres", script).await.expect("sets");
-    let script = "WITH w AS (DELETE FROM users WHERE false RETURNING id) SELECT id FROM w";
-    assert_eq!(tainted_by(&pair, script).await, ["users"]);
+    let of = |table: &str| format!("WITH w AS (DELETE FROM {table} WHERE false RETURNING id) SELECT id FROM w");
+    assert_eq!(tainted_by(&pair, &of("log")).await, ["log"]);
+    assert_eq!(tainted_by(&pair, &of("users")).await, TABLES, "by a cascade");
     assert_eq!(tainted_by(&pair, "SELECT quiet()").await, TABLES);
     assert_eq!(tainted_by(&pair, "UPDATE users SET visits = 9 WHERE id = 2").await, [""; 0]);
     pair.settle_and_assert_equal().await;

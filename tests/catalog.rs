@@ -6,7 +6,7 @@ use catalog_support::Server;
 use crossfade::catalog::{self, Catalog, Layout, Resolution, Table};
 use crossfade::config::TableRule;
 use crossfade::phase::Side;
-use crossfade::plan::{self, Plan};
+use crossfade::plan::{self, Audited, Plan};
 use crossfade::sql::facts::{Facts, Name, OnConflict, Target, Verb};
 use tokio_postgres::Client;
 
@@ -311,6 +311,7 @@ fn facts(verb: Verb, table: &str) -> Facts {
         conflict_columns: Vec::new(),
         set_to_excluded: Vec::new(),
         modifying_cte: false,
+        within: Vec::new(),
         locking: false,
         current_of: false,
         columns: None,
@@ -354,12 +355,9 @@ fn told(plan: &Plan) -> String {
     match plan {
         Plan::Pass => "pass".into(),
         Plan::Capture(found) => {
-            format!(
-                "capture {:?}{}{}",
-                found.effect,
-                labels(&found.tables),
-                if found.audited { " audited" } else { "" }
-            )
+            let effect = found.effect.map_or("beside".to_owned(), |effect| format!("{effect:?}"));
+            let audited = if found.audited == Audited::No { "" } else { " audited" };
+            format!("capture {effect}{}{audited}", labels(&found.tables))
         }
         Plan::Opaque(found) => {
             let flags = [(found.unwrapped, " unwrapped"), (found.ddl, " ddl")];
@@ -497,7 +495,7 @@ async fn the_hidden_column_is_spelled_so_that_the_server_takes_it() {
     let (old, new) = shop(&server, true).await;
     let catalog = catalog::load(&old, &new, None, &[]).await.unwrap();
     let splice = |facts: &Facts, matches: bool| match plan::plan(facts, &catalog, Side::Old, None, matches) {
-        Plan::Capture(found) => found.splice.clone(),
+        Plan::Capture(found) => found.splice.end.clone(),
         other => panic!("{other:?}"),
     };
     let photos = facts(Verb::Update, "public.photos");

@@ -310,6 +310,18 @@ CREATE TABLE IF NOT EXISTS crossfade.sweep (
     changed timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 
+-- Shows an image of a row that a WITH clause has written (src/plan/within.rs): as a notice of level INFO, which goes to the client, the proxy, whatever
+-- client_min_messages says. Not where the server would log it as well; nor one that is too large for a message: then the audit misses it. No settings of its
+-- own: they would cost more than all the rest.
+CREATE OR REPLACE FUNCTION crossfade.show_cte_image(image bytea, which integer) RETURNS boolean LANGUAGE plpgsql AS $$
+BEGIN
+    IF pg_catalog.octet_length(image) OPERATOR(pg_catalog.<) 67108864
+        AND pg_catalog.current_setting('log_min_messages') OPERATOR(pg_catalog.!~) '^(debug|info)' THEN
+        RAISE INFO '% %', which, image USING ERRCODE = 'CFIMG';
+    END IF;
+    RETURN NULL;
+END $$;
+
 -- The incarnation of this side, made anew where a crash or promotion has emptied it.
 CREATE OR REPLACE FUNCTION crossfade.incarnate() RETURNS uuid LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE

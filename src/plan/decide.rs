@@ -5,7 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::splice::{expression, texts};
-use super::{Capture, CopyIn, Effect, Opaque, Plan};
+use super::within::Inside;
+use super::{Audited, Capture, CopyIn, Effect, Opaque, Plan, Splice};
 use crate::catalog::{Catalog, Resolution, SideEffects, Table, WRITING_BUILT_IN};
 use crate::phase::Side;
 use crate::sql::facts::{Facts, Name, OnConflict, Target, Verb};
@@ -18,8 +19,9 @@ pub const ANY_ROLE: &str = "";
 pub fn plan(facts: &Facts, catalog: &Catalog, authority: Side, role: Option<&str>, encoding_matches: bool) -> Plan {
     let view = View { facts, catalog, side: authority, role, encoding_matches };
     match &facts.verb {
-        // Its own rows are captured; what its WITH clause writes is left to the audit.
         Verb::Insert | Verb::Update | Verb::Delete => view.write(),
+        // SELECT.
+        Verb::Other if facts.modifying_cte => view.beside(),
         _ if facts.modifying_cte => view.targets_opaque("cte"),
         Verb::Merge => view.targets_opaque("merge"),
         Verb::Truncate { cascade, .. } => view.truncate(*cascade),
@@ -86,12 +88,13 @@ enum Written {
 }
 
 /// A statement, seen from the authority.
-struct View<'a> {
-    facts: &'a Facts,
-    catalog: &'a Catalog,
-    side: Side,
-    role: Option<&'a str>,
-    encoding_matches: bool,
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    pub(super) facts: &'a Facts,
+    pub(super) catalog: &'a Catalog,
+    pub(super) side: Side,
+    pub(super) role: Option<&'a str>,
+    pub(super) encoding_matches: bool,
 }
 
 impl View<'_> {
@@ -129,6 +132,8 @@ impl View<'_> {
         let Some((_, inner)) = self.facts.inner.as_deref() else { return opaque("explain", Vec::new()) };
         match plan(inner, self.catalog, self.side, self.role, self.encoding_matches) {
             Plan::Pass => Plan::Pass,
+            // Naming some tables would say that no other was written.
+            Plan::Capture(capture) if capture.audited == Audited::All => opaque("explain", Vec::new()),
             Plan::Capture(capture) => opaque("explain", capture.tables.clone()),
             // What it would be without EXPLAIN: EXPLAIN ANALYZE CREATE TABLE AS does make the table.
             Plan::Opaque(opaque) => with(Plan::Opaque(opaque), |plan| plan.reason = "explain"),
@@ -187,13 +192,30 @@ impl View<'_> {
         tables.into_iter().chain(heirs).collect()
     }
 
+    /// A statement that writes no migrating table itself, but in its WITH clause.
+    fn beside(&self) -> Plan {
+        let inside = self.inside(None);
+        if !inside.whole || inside.shown.is_empty() {
+            return self.targets_opaque("cte");
+        }
+        let tables = distinct(inside.tables().cloned().collect());
+        Plan::Capture(Arc::new(Capture {
+            effect: None,
+            returning: true,
+            tables,
+            audited: if inside.more || self.calls() { Audited::All } else { Audited::Tables },
+            splice: Splice { end: String::new(), within: inside.weaves },
+            shown: inside.shown,
+        }))
+    }
+
     /// INSERT, UPDATE, DELETE.
-    fn write(&self) -> Plan {
+    pub(super) fn write(&self) -> Plan {
         let Some(target) = self.facts.targets.first() else { return opaque("unparsed", Vec::new()) };
         let tables = match self.written(&target.table) {
             Written::Migrating(tables) => tables,
             Written::Unseen(reason, _) => return opaque(reason, Vec::new()),
-            Written::Elsewhere if self.facts.modifying_cte => return self.targets_opaque("cte"),
+            Written::Elsewhere if self.facts.modifying_cte => return self.beside(),
             Written::Elsewhere => return self.read(),
         };
         let calls = self.calls();
@@ -204,17 +226,32 @@ impl View<'_> {
             Some(reason) => Err(reason),
         };
         match hidden {
-            Ok(hidden) => Plan::Capture(Arc::new(Capture {
-                splice: format!("{} {hidden}", if self.facts.returning { "," } else { " RETURNING" }),
-                effect: self.effect(target, &tables),
-                returning: self.facts.returning,
-                tables,
-                audited: side_effects,
-            })),
+            Ok(hidden) => self.captured(target, tables, &hidden),
             // What triggers, cascades and functions write beside it is not known, nor which of several tables is meant.
             Err(reason) if side_effects || reason == "ambiguous" => opaque(reason, Vec::new()),
             Err(reason) => opaque(reason, distinct(self.reached(tables))),
         }
+    }
+
+    fn captured(&self, target: &Target, tables: Vec<Arc<Table>>, hidden: &str) -> Plan {
+        let effect = self.effect(target, &tables);
+        let inside = if self.facts.modifying_cte { self.inside(Some((effect, &tables))) } else { Inside::default() };
+        let more = self.calls() || tables.iter().any(|table| self.side_effects(target, table));
+        let audited = match self.facts.modifying_cte {
+            _ if more || inside.more => Audited::All,
+            true if inside.whole => Audited::Tables,
+            true => Audited::All,
+            false => Audited::No,
+        };
+        let end = format!("{} {hidden}", if self.facts.returning { "," } else { " RETURNING" });
+        Plan::Capture(Arc::new(Capture {
+            effect: Some(effect),
+            returning: self.facts.returning,
+            tables: distinct(tables.iter().chain(inside.tables()).cloned().collect()),
+            audited,
+            splice: Splice { end, within: inside.weaves },
+            shown: inside.shown,
+        }))
     }
 
     fn effect(&self, target: &Target, tables: &[Arc<Table>]) -> Effect {
@@ -305,7 +342,7 @@ impl View<'_> {
     }
 
     /// The hidden column for a name that may mean any of these tables.
-    fn hidden(&self, target: &Target, tables: &[Arc<Table>]) -> Result<String, &'static str> {
+    pub(super) fn hidden(&self, target: &Target, tables: &[Arc<Table>]) -> Result<String, &'static str> {
         // UPDATE a.t ... FROM b.t: `t` would mean both.
         let name = &target.table.name;
         let twice = |read: &Name| read.name == *name && read.schema != target.table.schema;

@@ -4,7 +4,8 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use super::read::{Read, read, stays_because};
-use super::{Capture, Effect, Opaque, Plan, narrow, plan};
+use super::weave::edited;
+use super::{Audited, Capture, Effect, Opaque, Plan, narrow, plan};
 use crate::catalog::{Catalog, Table};
 use crate::phase::{Phase, Side};
 use crate::sql::facts::{Facts, Name, Verb};
@@ -37,8 +38,10 @@ pub fn explain(text: &str, facts: &Facts, catalog: &Catalog) -> String {
             Plan::Pass => writeln!(out, ", as it is: it writes no migrating table"),
             Plan::Capture(found) => {
                 let head = text.get(..facts.end).unwrap_or(text);
+                let edits = found.splice.edits(head.as_bytes(), head.len()).unwrap_or_default();
+                let sent = String::from_utf8_lossy(&edited(head.as_bytes(), &edits)).into_owned();
                 captured(&mut out, &found, mirror)
-                    .and_then(|()| writeln!(out, ". Sent to {authority} as\n               {head}{}", found.splice))
+                    .and_then(|()| writeln!(out, ". Sent to {authority} as\n               {sent}"))
             }
             Plan::Opaque(found) => unseen(&mut out, &found),
             Plan::Truncate(tables) => writeln!(out, "; {} truncated on {mirror} at COMMIT", labels(&tables)),
@@ -81,12 +84,13 @@ fn labels(tables: &[Arc<Table>]) -> String {
 
 fn captured(out: &mut String, found: &Capture, mirror: Side) -> std::fmt::Result {
     let rows = match found.effect {
-        Effect::Row => "each row as it then is",
-        Effect::Moved => "each row as it then is (its key before is read and locked first)",
-        Effect::Gone => "the key of each row that is gone",
+        None => "each row that its WITH clause writes",
+        Some(Effect::Row) => "each row as it then is",
+        Some(Effect::Moved) => "each row as it then is (its key before is read and locked first)",
+        Some(Effect::Gone) => "the key of each row that is gone",
     };
     write!(out, "; {rows}, of {}, is mirrored to {mirror}", labels(&found.tables))?;
-    if found.audited {
+    if found.audited != Audited::No {
         out.push_str(AUDITED);
     }
     Ok(())

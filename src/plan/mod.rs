@@ -1,6 +1,6 @@
 //! From facts, catalog and phase to a plan: what the session does with a statement. Pure.
 //!
-//! `decide` holds the rules, `splice` the hidden column, `image` what becomes of it, `read` says which SELECTs may leave the authority, `explain` tells
+//! `decide` holds the rules, `within` those for what a WITH clause writes, `splice` the hidden column, `weave` where it goes, `image` what becomes of it, `read` says which SELECTs may leave the authority, `explain` tells
 //! people.
 
 pub mod cache;
@@ -10,6 +10,8 @@ mod explain;
 pub mod image;
 pub mod read;
 mod splice;
+pub mod weave;
+mod within;
 
 use std::sync::Arc;
 
@@ -18,6 +20,7 @@ use crate::catalog::Table;
 pub use ddl::narrow;
 pub use decide::{ANY_ROLE, plan};
 pub use explain::explain;
+pub use weave::Splice;
 
 /// What to do with one statement in a mirrored phase.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,24 +40,45 @@ pub enum Plan {
 /// A write with hidden columns.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Capture {
-    /// The text to splice at `Facts::end`: ` RETURNING <hidden>` or `, <hidden>`. One hidden column, a bytea:
-    /// record_send(ROW(row.tableoid, row.*)).
-    pub splice: String,
-    /// What the statement does to the rows that come back.
-    pub effect: Effect,
+    /// What is put into its text. At its end, ` RETURNING <hidden>` or `, <hidden>`: one hidden column, a bytea: record_send(ROW(row.tableoid, row.*)).
+    pub splice: Splice,
+    /// What the statement does to the rows that come back. None: those are the client's, and no row of a migrating table; its WITH clause writes some.
+    pub effect: Option<Effect>,
     /// The statement had a RETURNING clause of its own.
     pub returning: bool,
-    /// The tables that the name may mean (one, unless several schemas have it).
+    /// The tables that the name may mean (one, unless several schemas have it), and those of `shown`.
     pub tables: Vec<Arc<Table>>,
-    /// Triggers or cascades may write more than the images show: the transaction is audited.
-    pub audited: bool,
+    /// What the images may not show.
+    pub audited: Audited,
+    /// The statements of its WITH clause whose images come by notices, in the order of the numbers that those name.
+    pub shown: Vec<Shown>,
+}
+
+/// A statement of a WITH clause whose images come by notices.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shown {
+    /// Which of `Facts::within`.
+    pub at: usize,
+    /// Its plan as a statement by itself.
+    pub capture: Arc<Capture>,
+}
+
+/// What a captured statement may write beside what its images show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Audited {
+    /// Nothing.
+    No,
+    /// Nothing but rows of its tables: the transaction is audited all the same, because an image may not come (WITH).
+    Tables,
+    /// Anything, by triggers, cascades, functions, or in its WITH clause: the transaction is audited.
+    All,
 }
 
 impl Capture {
     /// The expression of the hidden column.
     pub fn image(&self) -> &str {
-        let list = self.splice.strip_prefix(" RETURNING ").or_else(|| self.splice.strip_prefix(", "));
-        list.unwrap_or(&self.splice)
+        let end = &self.splice.end;
+        end.strip_prefix(" RETURNING ").or_else(|| end.strip_prefix(", ")).unwrap_or(end)
     }
 }
 

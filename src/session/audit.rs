@@ -16,7 +16,7 @@ use super::{End, Session};
 use crate::catalog::{Catalog, Table};
 use crate::phase::Side;
 use crate::plan::cache::Planned;
-use crate::plan::{Opaque, Plan};
+use crate::plan::{Audited, Opaque, Plan};
 use crate::sql::facts::Verb;
 use crate::wire::frame::{self, Report};
 
@@ -151,7 +151,8 @@ impl Session {
             // What it names is tainted, and it runs nothing else.
             Plan::Opaque(opaque) if self.replays(opaque) => return,
             Plan::Opaque(opaque) => (opaque.reason, &opaque.tables),
-            Plan::Capture(capture) if capture.audited => {
+            Plan::Capture(capture) if capture.audited == Audited::Tables => ("cte", &capture.tables),
+            Plan::Capture(capture) if capture.audited == Audited::All => {
                 (if planned.facts.modifying_cte { "cte" } else { "trigger" }, &[])
             }
             Plan::Copy(copy) if copy.audited => ("trigger", &[]),
@@ -302,7 +303,7 @@ impl Session {
 
     fn put_failing(&mut self, kind: Kind, to: To, hold: bool) {
         if kind == Kind::Query {
-            self.put_query(b"refused by crossfade", "", 0);
+            self.put_query(b"refused by crossfade", &[]);
         } else {
             frame::bind(&mut self.server.out, b"", b"refused by crossfade", &[], [].into_iter(), 0);
         }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::moved::Bound;
+use crate::plan::Splice;
 use crate::plan::cache::Planned;
 
 /// What a plan depends on beside its text.
@@ -31,6 +32,8 @@ pub struct Prepared {
     pub planned: Option<(Terms, Arc<Planned>, usize)>,
     /// What the server session has under this name.
     pub there: There,
+    /// It calls set_config: which setting that is about may come with Bind.
+    pub sets: bool,
 }
 
 /// What a server session has prepared under a name.
@@ -41,7 +44,7 @@ pub enum There {
     /// The client's own text.
     Plain,
     /// The text with this splice.
-    Spliced(String),
+    Spliced(Splice),
     /// Unknown: what was to replace it has failed.
     Unknown,
 }
@@ -88,7 +91,7 @@ impl Settings {
         let start = text.iter().position(|b| !b.is_ascii_whitespace()).unwrap_or(0);
         let word = &text[start..text.len().min(start + 7)];
         let is = |keyword: &[u8]| word.len() >= keyword.len() && word[..keyword.len()].eq_ignore_ascii_case(keyword);
-        if is(b"set") || text.len() < 64 * 1024 && memchr::memmem::find(text, b"set_config").is_some() {
+        if is(b"set") || Settings::sets(text) {
             self.collect(text);
         } else if memchr::memchr(b';', text).is_some_and(|at| text[at + 1..].iter().any(|b| !b.is_ascii_whitespace())) {
             // Several statements: one behind the first may set something.
@@ -106,6 +109,11 @@ impl Settings {
         }
     }
 
+    /// The text may call set_config.
+    pub fn sets(text: &[u8]) -> bool {
+        text.len() < 64 * 1024 && memchr::memmem::find(text, b"set_config").is_some()
+    }
+
     /// The text may drop prepared statements (DEALLOCATE, DISCARD).
     pub fn forgets(text: &[u8]) -> bool {
         let start = text.iter().position(|b| !b.is_ascii_whitespace()).unwrap_or(0);
@@ -113,8 +121,8 @@ impl Settings {
         word.eq_ignore_ascii_case(b"dealloc") || word.eq_ignore_ascii_case(b"discard")
     }
 
-    /// Every word with a dot in a statement that sets something may be a custom setting: asking for one too many costs nothing.
-    fn collect(&mut self, text: &[u8]) {
+    /// Every word with a dot in a statement that sets something, or in its parameters, may be a custom setting: asking for one too many costs nothing.
+    pub fn collect(&mut self, text: &[u8]) {
         let text = String::from_utf8_lossy(&text[..text.len().min(64 * 1024)]).replace('"', "");
         let words = text.split(|c: char| !(c.is_alphanumeric() || c == '_' || c == '.' || c == '$'));
         let dotted =

@@ -103,7 +103,7 @@ impl Session {
     pub(super) async fn commit_held(&mut self, text: &Bytes, ending: Ending) -> Result<(), End> {
         self.settle().await?;
         let Before::Ready(settled) = self.before_commit(ending).await? else { return self.undo_refused().await };
-        self.put_query(text, "", 0);
+        self.put_query(text, &[]);
         self.queue.push(Expected { kind: Kind::Query, to: To::Client, hold: true, done: ending.done() });
         self.answered(settled).await?;
         if self.queue.skipping() {

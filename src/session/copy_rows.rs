@@ -16,7 +16,7 @@ use tracing::info;
 use super::copy::{APART_NAME, Copying, Keys};
 use super::expect::{Cut, Expected, Kind, To, Written};
 use super::{End, Session};
-use crate::plan::{Capture, Effect, image};
+use crate::plan::{Audited, Capture, Effect, Splice, image};
 use crate::wire::frame;
 
 /// Rows that are fetched at once, at most.
@@ -136,13 +136,20 @@ impl Session {
         };
         let (Some(Ok(xid)), Some(blocks)) = (number(0).map(u32::try_from), number(1)) else { return Ok(None) };
         let capture = Capture {
-            splice: String::new(),
-            effect: Effect::Row,
+            splice: Splice::default(),
+            effect: Some(Effect::Row),
             returning: false,
             tables: vec![copying.table.clone()],
-            audited: true,
+            audited: Audited::All,
+            shown: Vec::new(),
         };
-        let cut = Rc::new(Cut { capture: Arc::new(capture), binary: true, written: Written::Insert });
+        let cut = Rc::new(Cut {
+            capture: Arc::new(capture),
+            binary: true,
+            written: Written::Insert,
+            shown: Vec::new(),
+            positions: None,
+        });
         Ok(Some(Added { copying, rows, xid, blocks, cut }))
     }
 

@@ -7,6 +7,7 @@ use bytes::Bytes;
 
 use super::books::{Portal, Prepared};
 use crate::plan::Capture;
+use crate::plan::weave::Positions;
 use crate::wire::frame::Report;
 
 /// What was asked.
@@ -43,6 +44,8 @@ pub enum To {
     Us,
     /// The client's, with the hidden column cut out.
     Cut(Rc<Cut>),
+    /// The client's, to a Parse of an edited text: a position in an error is made one in the client's.
+    Woven(Rc<Positions>),
     /// Ours, around a COPY: rows are images of those that it has added, or without a cut are kept. An error is kept and not the client's.
     Around(Option<Rc<Cut>>),
     /// Ours: a look of the audit.
@@ -108,6 +111,10 @@ pub struct Cut {
     pub binary: bool,
     /// The kind of statement.
     pub written: Written,
+    /// Images of what the WITH clause writes, by the numbers that notices give them.
+    pub shown: Vec<Rc<Cut>>,
+    /// Where characters of what was sent stand in the client's text, of a Query.
+    pub positions: Option<Rc<Positions>>,
 }
 
 /// What a statement changes in our own books once the server says that it is complete.

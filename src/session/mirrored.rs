@@ -14,8 +14,9 @@ use super::reading::{changes_reading, unread_plan};
 use super::{End, Session, implicit};
 use super::{audit, copy_rows};
 use crate::plan::cache::Planned;
-use crate::plan::{Capture, Effect, Plan};
-use crate::sql::facts::{OnConflict, Verb};
+use crate::plan::weave::{Edit, Positions};
+use crate::plan::{Capture, Effect, Plan, Shown, Splice};
+use crate::sql::facts::{Facts, OnConflict, Verb};
 use crate::wire::frame::{self, Fields, HEAD, Head, Report};
 
 /// What is decided for one statement.
@@ -101,13 +102,16 @@ impl Session {
         let types = payload.slice_ref(fields.rest());
         self.hear_settings(&text).await?;
         let (planned, end) = self.plan_for(&text);
-        let splice = splice(&planned).unwrap_or_default().to_owned();
+        let edits = self.edits(&planned, &text, end);
         let terms = self.terms();
+        // A position behind the last token is the client's own.
+        let woven = splice(&planned).is_some_and(|splice| !splice.within.is_empty());
+        let to = if woven { To::Woven(Rc::new(Positions::of(&text, &edits))) } else { To::Client };
         if let Some(prepared) = self.prepared.get_mut(&name) {
+            prepared.there = there(&planned);
             prepared.planned = Some((terms, planned, end));
-            prepared.there = if splice.is_empty() { There::Plain } else { There::Spliced(splice.clone()) };
         }
-        self.put_parse(&name, (&text, &splice, end), &types, false, To::Client, done);
+        self.put_parse(&name, (&text, &edits), &types, false, to, done);
         Ok(())
     }
 
@@ -124,30 +128,29 @@ impl Session {
             Some((of, planned, end)) if of == terms => (planned, end),
             _ => self.plan_for(&text),
         };
-        let wanted = match splice(&planned) {
-            Some(splice) => There::Spliced(splice.to_owned()),
-            None => There::Plain,
-        };
+        let wanted = there(&planned);
         let before = (prepared.there != wanted).then(|| prepared.there.clone());
         if let Some(prepared) = self.prepared.get_mut(name) {
             prepared.planned = Some((terms, planned.clone(), end));
             prepared.there = wanted;
         }
         if let Some(there) = before {
-            let splice = splice(&planned).unwrap_or_default().to_owned();
+            let edits = self.edits(&planned, &text, end);
             let failed = Prepared {
                 text: Some(text.clone()),
                 types: prepared.types.clone(),
                 planned: None,
                 there: There::Unknown,
+                sets: prepared.sets,
             };
             let done = Done::Parse(name.clone(), Some(Box::new(failed)));
-            self.put_parse(name, (&text, &splice, end), &prepared.types, there != There::Nothing, To::Nobody, done);
+            self.put_parse(name, (&text, &edits), &prepared.types, there != There::Nothing, To::Nobody, done);
         }
         planned
     }
 
     pub(super) async fn bind(&mut self, head: Head) -> Result<(), End> {
+        self.glance_at_bind(head);
         let Some(name) = self.name_in(head, b'B') else {
             self.extended(Kind::Bind);
             self.forward(head);
@@ -170,7 +173,7 @@ impl Session {
         let mut binary = false;
         let mut bound = None;
         match &planned.plan {
-            Plan::Capture(capture) => {
+            Plan::Capture(capture) if capture.effect.is_some() => {
                 let payload = self.take(head);
                 bound = self.bound(capture, &name, &payload);
                 binary = put_bind(&mut self.server.out, &payload, capture.returning)?;
@@ -193,7 +196,7 @@ impl Session {
     /// What running this portal needs beside the portal, where it may change keys.
     fn bound(&self, capture: &Capture, statement: &Bytes, payload: &Bytes) -> Option<Rc<Bound>> {
         let text = self.prepared.get(statement)?.text.clone()?;
-        (capture.effect == Effect::Moved).then(|| Rc::new(Bound { text, payload: payload.clone() }))
+        (capture.effect == Some(Effect::Moved)).then(|| Rc::new(Bound { text, payload: payload.clone() }))
     }
 
     /// Before a write outside any block: a block of ours, so that its images, its debts and its commit have one transaction.
@@ -222,6 +225,11 @@ impl Session {
             _ => self.begin_ours(),
         }
         Ok(())
+    }
+
+    /// How a text of this plan is changed before it is sent. Texts of one shape have the same tokens, so what was planned fits.
+    pub(super) fn edits(&self, planned: &Planned, text: &[u8], end: usize) -> Vec<Edit> {
+        splice(planned).and_then(|splice| splice.edits(&self.legible(text), end)).unwrap_or_default()
     }
 
     /// A transaction block is open, the client's or ours.
@@ -493,23 +501,50 @@ impl Way {
 pub(super) fn way(planned: &Planned, binary: bool) -> Way {
     match &planned.plan {
         Plan::Capture(capture) => {
-            let written = match planned.facts.verb {
-                Verb::Update => Written::Update,
-                Verb::Delete => Written::Delete,
-                _ if planned.facts.on_conflict == Some(OnConflict::Update) => Written::Upsert,
-                _ => Written::Insert,
+            let cut = |capture: &Arc<Capture>, facts: &Facts, binary: bool, shown: Vec<Rc<Cut>>| {
+                Rc::new(Cut { capture: capture.clone(), binary, written: written(facts), shown, positions: None })
             };
-            Way::Cut(Rc::new(Cut { capture: capture.clone(), binary, written }))
+            // Notices are text.
+            let within = |shown: &Shown| {
+                let facts = planned.facts.within.get(shown.at)?;
+                Some(cut(&shown.capture, &facts.facts, false, Vec::new()))
+            };
+            let shown = capture.shown.iter().filter_map(within).collect();
+            Way::Cut(cut(capture, &planned.facts, binary, shown))
         }
         _ => Way::Plain,
     }
 }
 
+fn written(facts: &Facts) -> Written {
+    match facts.verb {
+        Verb::Update => Written::Update,
+        Verb::Delete => Written::Delete,
+        _ if facts.on_conflict == Some(OnConflict::Update) => Written::Upsert,
+        _ => Written::Insert,
+    }
+}
+
 /// What is spliced into the statement.
-pub(super) fn splice(planned: &Planned) -> Option<&str> {
+fn splice(planned: &Planned) -> Option<&Splice> {
     match &planned.plan {
-        Plan::Capture(capture) => Some(&capture.splice),
+        Plan::Capture(capture) if !capture.splice.is_empty() => Some(&capture.splice),
         _ => None,
+    }
+}
+
+/// What the server is to have under the name of a statement with this plan.
+fn there(planned: &Planned) -> There {
+    splice(planned).map_or(There::Plain, |splice| There::Spliced(splice.clone()))
+}
+
+impl Cut {
+    /// For a Query whose text was sent with these changes.
+    pub(super) fn sent(self: Rc<Cut>, text: &[u8], edits: &[Edit]) -> Rc<Cut> {
+        if self.shown.is_empty() {
+            return self;
+        }
+        Rc::new(Cut { positions: Some(Rc::new(Positions::of(text, edits))), ..Cut::clone(&self) })
     }
 }
 

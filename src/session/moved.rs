@@ -116,7 +116,7 @@ enum Before {
 /// This statement's plan, where it may change keys.
 pub(super) fn moves(planned: &Planned) -> Option<&Arc<Capture>> {
     match &planned.plan {
-        Plan::Capture(capture) if capture.effect == Effect::Moved => Some(capture),
+        Plan::Capture(capture) if capture.effect == Some(Effect::Moved) => Some(capture),
         _ => None,
     }
 }
@@ -231,7 +231,8 @@ impl Session {
         let Some(capture) = moves(planned) else { return Ok(()) };
         match sent {
             Sent::Query { text, end, hold } => {
-                self.put_query(text, &capture.splice, *end);
+                let edits = self.edits(planned, text, *end);
+                self.put_query(text, &edits);
                 self.queue.push(Expected { hold: *hold, ..Expected::of(Kind::Query, cut(false)) });
             }
             Sent::Portal { frame, bound, number } => {

@@ -5,13 +5,14 @@
 
 use std::sync::Arc;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 
 use super::books::{Terms, There};
 use super::expect::{Done, Expected, Kind, To};
 use super::{End, Kept, Session};
 use crate::plan::cache::Planned;
-use crate::plan::{Capture, Effect, Plan};
+use crate::plan::weave::{Edit, edited};
+use crate::plan::{Capture, Effect, Plan, Splice};
 use crate::sql;
 use crate::sql::facts::Verb;
 use crate::wire::frame::{self, HEAD};
@@ -79,21 +80,17 @@ pub(super) fn prepares(planned: &Planned, text: Option<&Bytes>) -> Option<Done> 
     }
 }
 
-/// The text with another name in place of its second token, and `splice` at its end.
-fn renamed(text: &[u8], name: &[u8], splice: &str) -> Option<BytesMut> {
+/// The text with another name in place of its second token, and these changes behind it.
+fn renamed(text: &[u8], name: &str, more: Vec<Edit>) -> Option<Bytes> {
     let token = sql::lex(text).filter(|token| !token.kind.is_gap()).nth(1)?;
-    let end = sql::end(text);
-    let mut out = BytesMut::with_capacity(text.len() + splice.len() + name.len());
-    out.put_slice(&text[..token.start()]);
-    out.put_slice(name);
-    out.put_slice(&text[token.end()..end]);
-    out.put_slice(splice.as_bytes());
-    Some(out)
+    let mut edits = vec![Edit { range: token.range(), text: name.to_owned() }];
+    edits.extend(more);
+    Some(edited(&text[..sql::end(text)], &edits))
 }
 
 /// The same plan for a text that has the hidden column already.
 fn spliced(planned: &Planned, capture: &Capture) -> Arc<Planned> {
-    let capture = Capture { splice: String::new(), ..capture.clone() };
+    let capture = Capture { splice: Splice::default(), ..capture.clone() };
     Arc::new(Planned { plan: Plan::Capture(Arc::new(capture)), ..planned.clone() })
 }
 
@@ -117,7 +114,9 @@ impl Session {
             return Ok(None);
         }
         let Some((planned, twin)) = self.twin_of(name).await? else { return Ok(None) };
-        let text = twin.as_ref().map_or_else(|| Some(text.clone()), |twin| Some(renamed(text, twin, "")?.freeze()));
+        let text = twin
+            .as_ref()
+            .map_or_else(|| Some(text.clone()), |twin| renamed(text, &String::from_utf8_lossy(twin), Vec::new()));
         Ok(text.map(|text| (planned, text)))
     }
 
@@ -146,8 +145,8 @@ impl Session {
         let (planned, _) = self.plan_for(&text[inner.0.clone()]);
         let made = match &planned.plan {
             // Which rows it reaches cannot be asked without its parameters.
-            Plan::Capture(capture) if capture.effect == Effect::Moved => return Ok(None),
-            Plan::Capture(capture) => match self.make_twin(&text, &capture.splice).await? {
+            Plan::Capture(capture) if capture.effect == Some(Effect::Moved) => return Ok(None),
+            Plan::Capture(capture) => match self.make_twin(&text, &inner.0, &capture.splice).await? {
                 Some(twin) => (terms, spliced(&planned, capture), Some(twin)),
                 None => return Ok(None),
             },
@@ -160,11 +159,21 @@ impl Session {
     }
 
     /// Prepares a twin, behind a savepoint where a block is open. None: the server does not take it.
-    async fn make_twin(&mut self, text: &Bytes, splice: &str) -> Result<Option<Bytes>, End> {
+    /// `inner`: the statement inside PREPARE, where `splice` goes.
+    async fn make_twin(
+        &mut self,
+        text: &Bytes,
+        inner: &std::ops::Range<usize>,
+        splice: &Splice,
+    ) -> Result<Option<Bytes>, End> {
         self.settle().await?;
         self.named.made += 1;
-        let twin = Bytes::from(format!("{TWIN}{}", self.named.made));
-        let Some(prepare) = renamed(text, &twin, splice) else { return Ok(None) };
+        let twin = format!("{TWIN}{}", self.named.made);
+        let Some(mut edits) = splice.edits(&text[inner.clone()], inner.len()) else { return Ok(None) };
+        for edit in &mut edits {
+            edit.range = edit.range.start + inner.start..edit.range.end + inner.start;
+        }
+        let Some(prepare) = renamed(text, &twin, edits) else { return Ok(None) };
         for gone in std::mem::take(&mut self.named.gone) {
             frame::close_statement(&mut self.server.out, &gone);
             self.queue.push(Expected::of(Kind::Close, To::Us));
@@ -187,6 +196,6 @@ impl Session {
         if in_block {
             self.release_key().await?;
         }
-        Ok(error.is_none().then_some(twin))
+        Ok(error.is_none().then(|| Bytes::from(twin)))
     }
 }

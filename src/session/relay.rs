@@ -7,10 +7,10 @@ use bytes::{Buf, BufMut, Bytes};
 
 use super::books::{Prepared, Settings, There};
 use super::expect::{Done, Expected, Kind, To};
-use super::simple::put_spliced;
 use super::{Aside, Carry, End, Session, ending};
 use crate::mirror::flight::Debts;
 use crate::plan::Plan;
+use crate::plan::weave::{Edit, put_edited};
 use crate::sql;
 use crate::sql::facts::Verb;
 use crate::wire::conn::pass;
@@ -172,6 +172,7 @@ impl Session {
                 self.unsynced = true;
             }
             b'B' => {
+                self.glance_at_bind(head);
                 self.prepare_again_if_needed(head, b'B');
                 self.extended(Kind::Bind);
             }
@@ -245,8 +246,18 @@ impl Session {
             self.settings.glance(text);
         }
         // A Parse of a name that is taken fails: then what was before holds.
-        let before = self.prepared.insert(name.clone(), Prepared { text, types, planned: None, there });
+        let sets = text.as_ref().is_some_and(|text| Settings::sets(text));
+        let before = self.prepared.insert(name.clone(), Prepared { text, types, planned: None, there, sets });
         Done::Parse(name, before.map(Box::new))
+    }
+
+    /// The name of a setting may be a parameter.
+    pub(super) fn glance_at_bind(&mut self, head: Head) {
+        let payload = &self.client.inb[HEAD..head.total.min(self.client.inb.len())];
+        let sets = name_of(payload, b'B').and_then(|name| self.prepared.get(name)).is_some_and(|known| known.sets);
+        if sets {
+            self.settings.collect(payload);
+        }
     }
 
     /// A statement that was prepared on another server session is prepared here before its first Bind or Describe.
@@ -264,7 +275,7 @@ impl Session {
         let failed = Prepared { there: There::Unknown, ..prepared.clone() };
         prepared.there = There::Plain;
         let done = Done::Parse(name.clone(), Some(Box::new(failed)));
-        self.put_parse(&name, (&text, "", 0), &types, spliced, To::Nobody, done);
+        self.put_parse(&name, (&text, &[]), &types, spliced, To::Nobody, done);
     }
 
     /// The statement's name in a Bind, or in a Describe or Close of a statement; None for portals.
@@ -272,11 +283,11 @@ impl Session {
         name_of(&self.client.inb[HEAD..head.total.min(self.client.inb.len())], tag).map(Bytes::copy_from_slice)
     }
 
-    /// Sends Parse with a splice; `replace`: a statement of this name is there.
+    /// Sends Parse of a text with these changes; `replace`: a statement of this name is there.
     pub(super) fn put_parse(
         &mut self,
         name: &Bytes,
-        (text, splice, end): (&Bytes, &str, usize),
+        (text, edits): (&Bytes, &[Edit]),
         types: &Bytes,
         replace: bool,
         to: To,
@@ -289,7 +300,7 @@ impl Session {
         frame::put(&mut self.server.out, b'P', |out| {
             out.put_slice(name);
             out.put_u8(0);
-            put_spliced(out, text, splice, end);
+            put_edited(out, text, edits);
             out.put_u8(0);
             out.put_slice(types);
         });

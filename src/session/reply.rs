@@ -9,6 +9,7 @@ use super::expect::{Cut, Done, Entered, Fit, Kind, Look, To, Told, fit};
 use super::{End, Session, whole};
 use crate::catalog::Table;
 use crate::mirror::writes::{Op, RolledBack};
+use crate::plan::weave::Positions;
 use crate::plan::{Effect, image};
 use crate::wire::conn::pass;
 use crate::wire::frame::{self, HEAD};
@@ -94,6 +95,7 @@ impl Session {
                 return Ok(Verdict::Forward);
             }
             b'A' => return Ok(Verdict::Forward),
+            b'N' if self.shows(at, total) => return Ok(Verdict::Drop),
             b'N' => {
                 let ours = self.queue.front().is_some_and(|owed| {
                     // For the server a block is open already.
@@ -119,6 +121,7 @@ impl Session {
         let (kind, to, hold) = (owed.kind, owed.to.clone(), owed.hold);
         if tag == b's'
             && let (Done::Fetched(portal), To::Cut(cut)) = (&owed.done, &to)
+            && cut.capture.effect.is_some()
         {
             // The rest of the rows, and their images, may never be fetched.
             self.suspended.insert(*portal, cut.clone());
@@ -148,7 +151,7 @@ impl Session {
                 self.held.complete = Some(Bytes::copy_from_slice(&self.server.inb[at..at + total]));
                 Verdict::Drop
             }
-            To::Client => Verdict::Forward,
+            To::Client | To::Woven(_) => Verdict::Forward,
             To::Nobody | To::Nowhere => Verdict::Drop,
             To::Enter(entered) if tag == b'C' => self.entered(entered, at, total, hold),
             To::Enter(_) => Verdict::Drop,
@@ -261,10 +264,28 @@ impl Session {
                 report.put(&mut instead);
                 Verdict::Replace(instead)
             }
-            _ => match self.named.in_clients_words(&self.server.inb[at + HEAD..at + total]) {
-                Some(said) => Verdict::Replace(whole(b'E', &said)),
-                None => Verdict::Forward,
-            },
+            to => {
+                let positions = match to {
+                    To::Woven(positions) => Some(positions.clone()),
+                    To::Cut(cut) => cut.positions.clone(),
+                    _ => None,
+                };
+                self.as_asked(at, total, positions.as_deref())
+            }
+        }
+    }
+
+    /// An error about what the client has asked: with the client's name of a twin, and, of an edited text, with the position in the client's.
+    fn as_asked(&self, at: usize, total: usize, positions: Option<&Positions>) -> Verdict {
+        let payload = &self.server.inb[at + HEAD..at + total];
+        let named = self.named.in_clients_words(payload);
+        let placed = positions.and_then(|positions| {
+            let payload = named.as_deref().unwrap_or(payload);
+            frame::with_position(payload, |position| positions.in_clients_text(position))
+        });
+        match placed.map(|said| said.to_vec()).or(named) {
+            Some(said) => Verdict::Replace(whole(b'E', &said)),
+            None => Verdict::Forward,
         }
     }
 
@@ -304,7 +325,32 @@ impl Session {
         }
     }
 
+    /// A notice that shows what the WITH clause of the statement under way has written.
+    fn shows(&mut self, at: usize, total: usize) -> bool {
+        let Some(To::Cut(cut)) = self.queue.front().map(|owed| &owed.to) else { return false };
+        if cut.shown.is_empty() {
+            return false;
+        }
+        let cut = cut.clone();
+        // As with rows: they may be large.
+        let inb = std::mem::take(&mut self.server.inb);
+        let payload = &inb[at + HEAD..at + total];
+        let ours = frame::field(payload, b'C') == Some(b"CFIMG");
+        if ours {
+            match frame::field(payload, b'M').and_then(|message| shown_by(message, &cut)) {
+                Some((cut, image)) => self.capture(cut, image),
+                None => self.lost(&cut.capture.tables, "image"),
+            }
+        }
+        self.server.inb = inb;
+        ours
+    }
+
     fn cut(&mut self, tag: u8, at: usize, total: usize, kind: Kind, hold: bool, cut: &Rc<Cut>) -> Result<Verdict, End> {
+        if cut.capture.effect.is_none() && tag != b'C' {
+            // The rows are the client's own.
+            return Ok(Verdict::Forward);
+        }
         let payload = at + HEAD..at + total;
         let wrong = |error: frame::Malformed| End::Mismatch(format!("a reply with hidden columns: {error}"));
         Ok(match tag {
@@ -372,7 +418,8 @@ impl Session {
                 if let Some(audit) = &mut self.audit {
                     audit.count(table.number, cut.written);
                 }
-                self.writes.push(op(cut.capture.effect, table, row));
+                let effect = cut.capture.effect.unwrap_or(Effect::Row);
+                self.writes.push(op(effect, table, row));
             }
             Err(_) => {
                 self.shared.stale.notify_one();
@@ -380,6 +427,13 @@ impl Session {
             }
         }
     }
+}
+
+/// `number image`, as `crossfade.show_cte_image` says it.
+fn shown_by<'m>(message: &'m [u8], cut: &'m Cut) -> Option<(&'m Cut, &'m [u8])> {
+    let space = memchr::memchr(b' ', message)?;
+    let number: usize = std::str::from_utf8(&message[..space]).ok()?.parse().ok()?;
+    Some((cut.shown.get(number)?, &message[space + 1..]))
 }
 
 fn op(effect: Effect, table: std::sync::Arc<Table>, row: image::Row) -> Op {

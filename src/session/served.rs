@@ -13,7 +13,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use tracing::debug;
 
 use super::answer::{Begun, Ended};
-use super::books::{Prepared, There};
+use super::books::{Prepared, Settings, There};
 use super::carry::literal;
 use super::{End, Session};
 use crate::backend::connect::{self, Address, read_only, to_database};
@@ -461,7 +461,8 @@ impl Session {
         let plan = Some((self.terms(), planned.clone(), asked.end));
         if piped.parses {
             let (text, types) = (Some(asked.text.clone()), piped.types.clone());
-            let prepared = Prepared { text, types, planned: plan, there: There::Nothing };
+            let sets = text.as_ref().is_some_and(|text| Settings::sets(text));
+            let prepared = Prepared { text, types, planned: plan, there: There::Nothing, sets };
             self.prepared.insert(piped.statement.clone(), prepared);
         } else if let Some(prepared) = self.prepared.get_mut(&piped.statement) {
             prepared.planned = plan;

@@ -2,18 +2,19 @@
 
 use std::sync::Arc;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes};
 
 use super::commit::Ending;
 use super::expect::{Done, Expected, Kind, To, Told};
 use super::implicit;
-use super::mirrored::{Way, done, splice, way};
+use super::mirrored::{Way, done, way};
 use super::moved::{Sent, moves};
 use super::named::prepares;
 use super::reading::changes_lexing;
 use super::{End, Held, Session};
 use crate::plan::Plan;
 use crate::plan::cache::Planned;
+use crate::plan::weave::{Edit, put_edited};
 use crate::sql;
 use crate::sql::facts::Verb;
 use crate::wire::frame;
@@ -52,7 +53,7 @@ impl Session {
             plans.iter().all(|(planned, _)| planned.plan == Plan::Pass && matches!(done(planned), Done::Nothing));
         if quiet {
             plans.iter().for_each(|(planned, _)| self.note_for_serving(planned));
-            self.put_query(&text, "", 0);
+            self.put_query(&text, &[]);
             self.queue.push(Expected::client(Kind::Query));
             return Ok(());
         }
@@ -77,7 +78,7 @@ impl Session {
             return self.several(parts, plans).await;
         }
         self.unread(Kind::Query).await?;
-        self.put_query(text, "", 0);
+        self.put_query(text, &[]);
         self.queue.push(Expected::client(Kind::Query));
         Ok(())
     }
@@ -97,9 +98,9 @@ impl Session {
         statements.iter().map(|statement| text.slice(statement.range.clone())).collect()
     }
 
-    pub(super) fn put_query(&mut self, text: &[u8], splice: &str, end: usize) {
+    pub(super) fn put_query(&mut self, text: &[u8], edits: &[Edit]) {
         frame::put(&mut self.server.out, b'Q', |out| {
-            put_spliced(out, text, splice, end);
+            put_edited(out, text, edits);
             out.put_u8(0);
         });
     }
@@ -126,10 +127,11 @@ impl Session {
         if self.begins(planned) {
             return self.begin_simple(text, hold);
         }
-        self.put_query(text, splice(planned).unwrap_or_default(), end);
+        let edits = self.edits(planned, text, end);
+        self.put_query(text, &edits);
         let to = match way(planned, false) {
             Way::Plain => To::Client,
-            Way::Cut(cut) => To::Cut(cut),
+            Way::Cut(cut) => To::Cut(cut.sent(text, &edits)),
         };
         self.note_sql_prepared(planned);
         let done = prepares(planned, Some(text)).unwrap_or_else(|| done(planned));
@@ -286,14 +288,4 @@ impl Session {
 
 fn ends(verb: &Verb) -> bool {
     matches!(verb, Verb::Commit { .. } | Verb::PrepareTransaction | Verb::Rollback { .. })
-}
-
-pub(super) fn put_spliced(out: &mut BytesMut, text: &[u8], splice: &str, end: usize) {
-    if splice.is_empty() {
-        out.put_slice(text);
-    } else {
-        out.put_slice(&text[..end]);
-        out.put_slice(splice.as_bytes());
-        out.put_slice(&text[end..]);
-    }
 }

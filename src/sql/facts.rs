@@ -141,6 +141,41 @@ pub struct Target {
     pub assigned: Vec<String>,
 }
 
+/// Where a statement of a WITH clause stands in the text, in bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The name that the clause gives it.
+    pub name: std::ops::Range<usize>,
+    /// The statement itself, from its first token to its last.
+    pub body: std::ops::Range<usize>,
+    /// Just behind the parenthesis that closes it.
+    pub close: usize,
+}
+
+/// As what the rows of a statement in a WITH clause leave it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Returned {
+    /// Not at all: it has no RETURNING, and nothing reads from it.
+    Nothing,
+    /// As they are, with exactly the columns of their table.
+    Row,
+    /// Under these names, folded, no two alike.
+    Columns(Vec<String>),
+    /// In another way.
+    Other,
+}
+
+/// An INSERT, UPDATE or DELETE in a WITH clause.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Within {
+    /// Where it stands, in the text that was read.
+    pub place: Place,
+    /// As what its rows leave it.
+    pub returned: Returned,
+    /// Its own facts, read as a statement by itself: names of the WITH clause count as tables.
+    pub facts: Facts,
+}
+
 /// The facts of one statement.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Facts {
@@ -163,6 +198,9 @@ pub struct Facts {
     pub set_to_excluded: Vec<String>,
     /// A CTE of it writes.
     pub modifying_cte: bool,
+    /// Each statement of its WITH clause that writes, in the order of the text. Empty where one of them is not plain to read, or writes as part of something else
+    /// than SELECT, INSERT, UPDATE and DELETE.
+    pub within: Vec<Within>,
     /// FOR UPDATE, FOR NO KEY UPDATE, FOR SHARE, FOR KEY SHARE somewhere.
     pub locking: bool,
     /// WHERE CURRENT OF.

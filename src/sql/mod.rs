@@ -18,6 +18,7 @@ mod shape;
 mod split;
 mod tree;
 mod utility;
+mod within;
 mod words;
 
 pub use escapes::{mask_characters, mask_escapes};
@@ -27,3 +28,4 @@ pub use read::{Limits, place, read};
 pub use rows::rows_of_update;
 pub use shape::{Shape, shape};
 pub use split::{Statement, end, split};
+pub use within::places;

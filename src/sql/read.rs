@@ -13,6 +13,7 @@ use super::lex::{Kind, Token, lex};
 use super::name;
 use super::tree::{self, Source};
 use super::utility::{self, Read};
+use super::within;
 use super::words::Words;
 
 /// What a statement may cost.
@@ -67,7 +68,13 @@ fn read_inner(text: &[u8], limits: Limits, level: usize) -> Facts {
     match utility::read(words, bare.clone()) {
         None => other(words, bare),
         Some(Read::Whole(facts)) => facts,
-        Some(Read::Tree) => query(text, &tokens, bare.clone(), limits).unwrap_or_else(|| other(words, bare)),
+        Some(Read::Tree) => {
+            let mut facts = query(text, &tokens, bare.clone(), limits).unwrap_or_else(|| other(words, bare));
+            if facts.modifying_cte {
+                facts.within = within::read(words, &facts, |body| read_inner(&text[body], limits, level + 1));
+            }
+            facts
+        }
         Some(Read::DdlWithQuery(facts)) => match query(text, &tokens, bare, limits) {
             Some(query) => Facts { verb: facts.verb, ..query },
             None => Facts { functions: words.calls(), ..facts },
@@ -85,6 +92,11 @@ pub fn place(facts: &Facts, text: &[u8]) -> Facts {
         && let Some(Read::Around(_, range)) = utility::read(Words::new(text, &tokens), bare(text, &tokens))
     {
         **inner = (range.clone(), place(&inner.1, &text[range]));
+    }
+    let places = if facts.within.is_empty() { None } else { within::places(text) };
+    for (within, moved) in placed.within.iter_mut().zip(places.into_iter().flatten()) {
+        within.facts = place(&within.facts, &text[moved.body.clone()]);
+        within.place = moved;
     }
     placed
 }
@@ -115,6 +127,7 @@ fn bare(text: &[u8], tokens: &[Token]) -> Facts {
         conflict_columns: Vec::new(),
         set_to_excluded: Vec::new(),
         modifying_cte: false,
+        within: Vec::new(),
         locking: false,
         current_of: false,
         columns: None,

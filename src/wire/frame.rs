@@ -373,6 +373,29 @@ pub fn server_error(payload: &[u8]) -> ServerError {
     error
 }
 
+/// A field of an ErrorResponse or NoticeResponse.
+pub fn field(payload: &[u8], wanted: u8) -> Option<&[u8]> {
+    let mut fields = Fields::new(payload);
+    loop {
+        let kind = fields.byte().ok().filter(|&kind| kind != 0)?;
+        let value = fields.string().ok()?;
+        if kind == wanted {
+            return Some(value);
+        }
+    }
+}
+
+/// An ErrorResponse's payload with another position, where it has one.
+pub fn with_position(payload: &[u8], change: impl Fn(usize) -> usize) -> Option<BytesMut> {
+    let value = field(payload, b'P')?;
+    let position = change(std::str::from_utf8(value).ok()?.parse().ok()?).to_string();
+    let start = value.as_ptr().addr() - payload.as_ptr().addr();
+    let mut out = BytesMut::from(&payload[..start]);
+    out.extend_from_slice(position.as_bytes());
+    out.extend_from_slice(&payload[start + value.len()..]);
+    Some(out)
+}
+
 /// The payload of a RowDescription without its last column; None if it was the only one.
 pub fn cut_description(payload: &[u8]) -> Result<Option<Bytes>, Malformed> {
     let mut fields = Fields::new(payload);

@@ -13,3 +13,4 @@ mod stage;
 mod statements;
 mod transactions;
 mod values;
+mod within;

@@ -15,7 +15,7 @@ async fn what_is_out_of_sight_is_healed() {
     let stories = [
         (
             "cte",
-            "WITH w AS (INSERT INTO t VALUES (1, 'a'), (2, 'b') RETURNING id) SELECT count(*) FROM w",
+            "WITH w AS (INSERT INTO t VALUES (1, 'a'), (2, 'b') RETURNING upper(v)) SELECT count(*) FROM w",
             "T(count) D(2) C(SELECT 1) Z(I)",
             vec!["(1,a)", "(2,b)"],
         ),
