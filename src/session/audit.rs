@@ -320,7 +320,14 @@ fn refused(opaque: &Opaque) -> Report {
             "crossfade cannot mirror what this statement may write{of} ({}), and mirror.strict is on",
             opaque.reason
         ),
-        "Write the rows by plain INSERT, UPDATE or DELETE; `crossfade explain` shows what can be mirrored. Or set mirror.strict: false.",
+        match opaque.reason {
+            "explain" => {
+                "EXPLAIN without ANALYZE runs nothing, and EXPLAIN ANALYZE can be run on the database itself, in a transaction that is rolled back. Or set mirror.strict: false."
+            }
+            _ => {
+                "Write the rows by plain INSERT, UPDATE or DELETE; `crossfade explain` shows what can be mirrored. Or set mirror.strict: false."
+            }
+        },
     )
 }
 

@@ -176,6 +176,8 @@ async fn strict_says_what_to_do_instead() {
         let error = error.as_db_error().unwrap_or_else(|| panic!("{sql}: {error}"));
         assert_eq!(error.code().code(), "0A000", "{sql}");
         assert!(error.hint().is_some_and(|hint| hint.contains("mirror.strict: false")), "{sql}: {:?}", error.hint());
+        let said = error.hint().is_some_and(|hint| hint.contains("EXPLAIN without ANALYZE"));
+        assert_eq!(said, sql.starts_with("EXPLAIN"), "{sql}: {:?}", error.hint());
         client.batch_execute("ROLLBACK").await.expect("goes on");
     }
     let story = stage.story("nothing of it was done").await;
