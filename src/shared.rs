@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use bytes::Bytes;
 use tokio::sync::Notify;
 
@@ -25,6 +25,7 @@ use crate::reads::Reads;
 use crate::switch::bell::Bells;
 use crate::switch::fleet::Registry;
 use crate::switch::gate::Gate;
+use crate::wire::tls::ServerTls;
 
 /// What holds at a moment: a transaction sees one world from its first statement to its end.
 #[derive(Clone, Debug)]
@@ -134,8 +135,12 @@ pub struct Shared {
     pub reads: Reads,
     /// CancelRequests.
     pub cancels: Cancels,
-    /// Secrets of clients.
-    pub verifiers: Verifiers,
+    /// The file as it was at the start: some of it needs a restart.
+    pub started: Arc<Config>,
+    /// Secrets of clients, as the file last said.
+    pub verifiers: ArcSwap<Verifiers>,
+    /// The certificate for clients, as it last lay beside the file.
+    pub tls: ArcSwapOption<ServerTls>,
     /// The next debt's number. Numbers are drawn by the proxy, in blocks from a sequence: nextval in a client's session would change its lastval().
     pub next_debt: AtomicI64,
     /// A table's definition is no longer what the catalog says.

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use common::pair::{APP, CONTROL, DATABASE};
@@ -117,4 +119,71 @@ async fn a_pause_waits_for_transactions_and_holds_new_ones() {
     operator.batch_execute("RESUME").await.expect("resumes");
     held.await.expect("joins").expect("no error");
     assert_eq!(pair.databases.old.psql(DATABASE, "SELECT count(*) FROM notes").await.unwrap().trim(), "2");
+}
+
+/// A certificate for localhost that nobody has signed.
+fn certificate(folder: &Path, name: &str) {
+    let key = rcgen::KeyPair::generate().expect("makes a key");
+    let params = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).expect("names");
+    let signed = params.self_signed(&key).expect("signs");
+    std::fs::write(folder.join(format!("{name}.crt")), signed.pem()).expect("writes");
+    std::fs::write(folder.join(format!("{name}.key")), key.serialize_pem()).expect("writes");
+}
+
+/// Whether a client that believes in this certificate, and in none else, can ask something.
+fn served_with(pair: &Pair, folder: &Path, name: &str) -> bool {
+    let login = format!(
+        "host=localhost hostaddr=127.0.0.1 port={} dbname={DATABASE} user={} password={} sslmode=verify-full sslrootcert={}",
+        pair.proxy.port(),
+        APP.0,
+        APP.1,
+        folder.join(format!("{name}.crt")).display()
+    );
+    let psql =
+        Command::new(pair.databases.old.program("psql")).args(["-XAtc", "SELECT 7", &login]).output().expect("runs");
+    psql.status.success()
+}
+
+#[tokio::test]
+async fn users_and_certificates_are_taken_over_and_the_rest_is_said() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = folder.path();
+    for name in ["one", "two"] {
+        certificate(folder, name);
+    }
+    let install = |name: &str| {
+        for kind in ["crt", "key"] {
+            std::fs::copy(folder.join(format!("{name}.{kind}")), folder.join(format!("used.{kind}"))).expect("copies");
+        }
+    };
+    install("one");
+    let more = |password: &str, threads: usize| {
+        let used = folder.join("used").display().to_string();
+        format!(
+            "users: {{ app: {{ password: {password} }} }}\ntls: {{ certificate: {used}.crt, key: {used}.key }}\nlimits: {{ threads: {threads} }}"
+        )
+    };
+    let mut pair = Pair::start("old", "", &more("another", 2)).await;
+    assert!(!served_with(&pair, folder, "one"), "another password is wanted");
+    pair.proxy.set_more(&more(APP.1, 2));
+    until("the password of the file is taken over", async || served_with(&pair, folder, "one")).await;
+    assert!(!pair.proxy.log().contains("needs a restart"));
+    install("two");
+    assert!(served_with(&pair, folder, "one"), "nobody has said that it is another one now");
+    pair.proxy.hang_up();
+    until("the certificate is taken over", async || served_with(&pair, folder, "two")).await;
+    assert!(!served_with(&pair, folder, "one"));
+    std::fs::write(folder.join("used.crt"), "no certificate").expect("writes");
+    pair.proxy.hang_up();
+    until("the file is refused", async || pair.proxy.metrics("crossfade_config_reload_failures_total").await > 0.0)
+        .await;
+    assert!(served_with(&pair, folder, "two"), "what was there before stays");
+    install("two");
+    pair.proxy.set_more(&more(APP.1, 3));
+    until("what needs a restart is said", async || {
+        pair.proxy.log().lines().any(|line| line.contains("needs a restart") && line.contains("limits.threads"))
+    })
+    .await;
+    pair.proxy.set_more(&more("another", 2));
+    until("the first password is wanted again", async || !served_with(&pair, folder, "two")).await;
 }

@@ -92,6 +92,19 @@ impl Config {
 }
 
 impl Config {
+    /// Settings that a running proxy does not take over, by their keys.
+    pub fn at_start(&self) -> [(&'static str, String); 6] {
+        let admin = self.admin.map_or_else(|| "none".to_owned(), |admin| admin.to_string());
+        [
+            ("listen", self.listen.to_string()),
+            ("admin", admin),
+            ("limits.threads", self.limits.threads.to_string()),
+            ("limits.plan_cache", self.limits.plan_cache.to_string()),
+            ("mirror.connections", self.mirror.connections.to_string()),
+            ("log", format!("{}, {}", if self.log.json { "json" } else { "text" }, self.log.level)),
+        ]
+    }
+
     /// The share of reads of a table (`schema.name` on old) that is compared, 0 to 1.
     pub fn compare_share(&self, table: &str) -> f64 {
         self.rule(table).and_then(|rule| rule.compare).or(self.reads.compare).unwrap_or(Share(0.01)).0

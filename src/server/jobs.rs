@@ -12,6 +12,7 @@ use tracing::{debug, error, info, warn};
 
 use super::Stop;
 use crate::catalog::{definitions, fingerprint};
+use crate::config::Config;
 use crate::ledger::clear::{self, ClearError, Clearing, flush_and_clear};
 use crate::migrate::repair::Repair;
 use crate::migrate::{self, Pair};
@@ -452,7 +453,13 @@ fn reload(shared: &Shared, path: &std::path::Path) {
             );
         }
         Ok(config) => {
+            let tls = match super::listen::tls(&config) {
+                Ok(tls) => tls,
+                Err(error) => return refuse(error.to_string()),
+            };
             info!(phase = %config.phase, "the file was read again");
+            shared.tls.store(tls);
+            adopt(shared, &config);
             if config.phase != shared.config.load().phase {
                 *lock(&shared.intent) = Some(config.phase);
             }
@@ -461,6 +468,22 @@ fn reload(shared: &Shared, path: &std::path::Path) {
             shared.wanted.notify_one();
         }
         Err(error) => refuse(error.to_string()),
+    }
+}
+
+/// What hangs on settings that have changed.
+fn adopt(shared: &Shared, config: &Config) {
+    let before = shared.config.load();
+    if (&before.users, &before.old, &before.new) != (&config.users, &config.old, &config.new) {
+        shared.verifiers.store(Arc::new(super::verifiers(config)));
+    }
+    if before.at_start() == config.at_start() {
+        return;
+    }
+    for ((key, started), (_, file)) in shared.started.at_start().into_iter().zip(config.at_start()) {
+        if started != file {
+            warn!(key, %started, %file, "this setting has changed in the file, and needs a restart");
+        }
     }
 }
 

@@ -73,7 +73,6 @@ impl Drop for Counted<'_> {
 /// Serves clients until it is told to stop, then lets transactions end.
 pub async fn serve(
     listener: TcpListener,
-    tls: Option<Arc<ServerTls>>,
     shared: Arc<Shared>,
     mut stopping: watch::Receiver<Stop>,
 ) -> Result<(), RunError> {
@@ -91,7 +90,6 @@ pub async fn serve(
             number,
             receiver,
             shared.clone(),
-            tls.clone(),
             counts.clone(),
             tokio::runtime::Handle::current(),
             config.mirror.connections.div_ceil(threads),
@@ -162,7 +160,6 @@ fn thread(
     number: usize,
     mut streams: mpsc::UnboundedReceiver<std::net::TcpStream>,
     shared: Arc<Shared>,
-    tls: Option<Arc<ServerTls>>,
     counts: Arc<Counts>,
     jobs: tokio::runtime::Handle,
     mirrors: usize,
@@ -174,10 +171,10 @@ fn thread(
         runtime.block_on(local.run_until(async move {
             tokio::task::spawn_local(call(worker.clone()));
             while let Some(stream) = streams.recv().await {
-                let (worker, tls, counts, jobs) = (worker.clone(), tls.clone(), counts.clone(), jobs.clone());
+                let (worker, counts, jobs) = (worker.clone(), counts.clone(), jobs.clone());
                 tokio::task::spawn_local(async move {
                     match TcpStream::from_std(stream) {
-                        Ok(stream) => client(worker, stream, tls, counts, jobs).await,
+                        Ok(stream) => client(worker, stream, counts, jobs).await,
                         Err(error) => warn!(%error, "a connection could not be served"),
                     }
                 });
@@ -188,15 +185,10 @@ fn thread(
 }
 
 /// One connection from its first byte to its last.
-async fn client(
-    worker: Rc<Worker>,
-    tcp: TcpStream,
-    tls: Option<Arc<ServerTls>>,
-    counts: Arc<Counts>,
-    jobs: tokio::runtime::Handle,
-) {
+async fn client(worker: Rc<Worker>, tcp: TcpStream, counts: Arc<Counts>, jobs: tokio::runtime::Handle) {
     let shared = worker.shared.clone();
     let config = shared.config.load_full();
+    let tls = shared.tls.load_full();
     let login = counts.logins.enter(config.limits.logins);
     let served = async {
         let startup = greet(&shared, &config, tcp, tls.as_deref()).await?;
@@ -259,7 +251,8 @@ async fn admit<'a>(
         refuse(startup, &report).await;
         return None;
     }
-    let authenticated = authenticate(&mut startup, config.auth, &shared.verifiers);
+    let verifiers = shared.verifiers.load_full();
+    let authenticated = authenticate(&mut startup, config.auth, &verifiers);
     match tokio::time::timeout(config.limits.login, authenticated).await {
         Ok(Ok(login)) => return Some((startup, login, place)),
         Ok(Err(error)) => debug!(%error, "a login failed"),
@@ -270,7 +263,8 @@ async fn admit<'a>(
 
 /// Logs an operator in. None: it was refused, and told why.
 async fn admit_operator(shared: &Shared, config: &Config, mut startup: Startup) -> Option<(Startup, String)> {
-    let authenticated = authenticate(&mut startup, config.auth, &shared.verifiers);
+    let verifiers = shared.verifiers.load_full();
+    let authenticated = authenticate(&mut startup, config.auth, &verifiers);
     let login = match tokio::time::timeout(config.limits.login, authenticated).await {
         Ok(Ok(login)) => login,
         _ => return None,

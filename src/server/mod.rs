@@ -78,6 +78,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
         None => None,
     };
     let shared = Arc::new(share(config)?);
+    shared.tls.store(tls);
     let (stop, stopping) = watch::channel(Stop::No);
     if let Some(admin) = admin {
         tokio::spawn(http::serve(admin, shared.clone(), stopping.clone()));
@@ -89,18 +90,25 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
         return Ok(());
     }
     jobs::start(&shared);
-    listen::serve(listener, tls, shared, stopping).await
+    listen::serve(listener, shared, stopping).await
+}
+
+/// Where clients' secrets come from.
+fn verifiers(config: &Config) -> Verifiers {
+    Verifiers::new(&config.users, vec![config.old.clone(), config.new.clone()])
 }
 
 /// What all of one process share, before anything is known of the databases.
 pub fn share(config: Config) -> Result<Shared, RunError> {
-    let verifiers = Verifiers::new(&config.users, vec![config.old.clone(), config.new.clone()]);
+    let verifiers = verifiers(&config);
+    let config = Arc::new(config);
     let plans = Plans::new(config.limits.plan_cache);
     // In a fleet the row says the phase, and a proxy that starts never moves it.
     let intent = (!config.fleet).then_some(config.phase);
     let world = World { epoch: 0, phase: Phase::Old, generation: 0, catalog: Arc::new(Catalog::default()) };
     Ok(Shared {
-        config: ArcSwap::from_pointee(config),
+        started: config.clone(),
+        config: ArcSwap::new(config),
         world: ArcSwap::from_pointee(world),
         gate: Arc::new(Gate::default()),
         aside: Arc::new(Gate::default()),
@@ -111,7 +119,8 @@ pub fn share(config: Config) -> Result<Shared, RunError> {
         plans,
         reads: crate::reads::Reads::default(),
         cancels: Cancels::default(),
-        verifiers,
+        verifiers: ArcSwap::from_pointee(verifiers),
+        tls: arc_swap::ArcSwapOption::empty(),
         // Never 0: whoever reads the ledger begins behind it.
         next_debt: AtomicI64::new(1),
         stale: Notify::new(),

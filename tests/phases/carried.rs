@@ -9,7 +9,7 @@ use crate::common::{Databases, Pair, Proxy, until};
 use crate::{SCHEMA, value};
 
 /// What a session set, as it sees it.
-const SEEN: &str = "SELECT concat_ws(' | ', current_setting('app.user'), current_setting('my.tenant'), current_setting('search_path'), \
+const SEEN: &str = "SELECT concat_ws(' | ', current_setting('app.user'), current_setting('my.tenant'), current_setting('my.bound', true), current_setting('search_path'), \
     current_setting('timezone'), current_setting('application_name'), current_setting('datestyle'), current_setting('work_mem'), \
     current_user, current_setting('default_transaction_isolation'), current_setting('extra_float_digits'))";
 
@@ -41,6 +41,9 @@ async fn settings_and_prepared_statements_hold_on_the_new_authority() {
         SET app.other = ''; SET TIME ZONE 'Asia/Tokyo'; SET application_name = 'darkroom'; SET work_mem = '7MB'; SET DateStyle = 'SQL, DMY'; \
         SET ROLE painter; SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ; SET extra_float_digits = -3"#;
     client.batch_execute(&script.replace("\\\n", "\n")).await.expect("sets");
+    // Its name stands in no text.
+    let bound = "SELECT set_config($1, $2, false)";
+    client.execute(bound, &[&"my.bound", &"by Bind"]).await.expect("sets");
     client.batch_execute("PREPARE by_sql (int, text) AS INSERT INTO pictures VALUES ($1, $2)").await.expect("prepares");
     let insert = client.prepare("INSERT INTO pictures VALUES ($1, $2) RETURNING id").await.expect("prepares");
     let select = client.prepare("SELECT count(*) FROM pictures WHERE id > $1").await.expect("prepares");
@@ -48,6 +51,7 @@ async fn settings_and_prepared_statements_hold_on_the_new_authority() {
     for part in [
         "o'Brien \\ 7",
         "blue",
+        "by Bind",
         "media, public",
         "Asia/Tokyo",
         "darkroom",
@@ -63,6 +67,10 @@ async fn settings_and_prepared_statements_hold_on_the_new_authority() {
     for phase in ["dual-write", "new-primary", "new", "new-primary", "dual-write", "old"] {
         pair.proxy.set_phase(phase).await;
         assert_eq!(value(&client, SEEN).await, seen, "in {phase}");
+        if id == 0 {
+            client.execute(bound, &[&"my.later", &"while mirrored"]).await.expect("sets");
+        }
+        assert_eq!(value(&client, "SELECT current_setting('my.later', true)").await, "while mirrored", "in {phase}");
         id += 2;
         assert_eq!(client.query_one(&insert, &[&id, &phase]).await.expect(phase).get::<_, i32>(0), id);
         client.batch_execute(&format!("EXECUTE by_sql ({}, '{phase}')", id + 1)).await.expect(phase);
