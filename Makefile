@@ -8,13 +8,14 @@ FUZZ_CASES ?= 200000
 
 export CARGO_TERM_COLOR ?= auto
 
-.PHONY: help setup demo test check test-only proof bench fuzz regress-fixture
+.PHONY: help setup demo test check test-only proof mutants bench fuzz regress-fixture
 
 help:
 	@echo "make demo             the whole migration on two throw-away clusters, with a load running"
 	@echo "make test             set-up, check and all tests"
 	@echo "make check            fmt, clippy, rustdoc, cargo-deny"
 	@echo "make proof            the tests at full length: more kills, larger values, the model's states (an hour or so)"
+	@echo "make mutants          takes safeguards out one at a time: the tests named in tests/mutants.json must fail (WORDS='...' chooses some)"
 	@echo "make bench            throughput and memory beside PgBouncer and Pgpool-II"
 	@echo "make fuzz             the property tests with FUZZ_CASES=$(FUZZ_CASES) cases each"
 	@echo "make regress-fixture  makes the parsers' yardstick again with PostgreSQL's own parser (needs libclang)"
@@ -50,6 +51,9 @@ proof: setup
 	else \
 		set -x; $(CARGO) test --locked --no-fail-fast; \
 	fi
+
+mutants: setup
+	scripts/mutants $(WORDS)
 
 bench:
 	scripts/setup.sh postgres

@@ -309,3 +309,45 @@ fn the_page_names_every_module() {
         names.iter().filter(|name| !all.contains(&format!("fn {name}("))).map(|name| (*name).to_owned()).collect();
     assert_none("functions that the page names and that are gone", &gone);
 }
+
+/// A safeguard that tests/mutants.json says can be taken out.
+#[derive(serde::Deserialize)]
+struct Mutant {
+    name: String,
+    file: String,
+    find: String,
+    replace: String,
+    test: String,
+    filter: String,
+}
+
+/// The texts of a test binary: one file, or a folder.
+fn texts_of(test: &str) -> Option<String> {
+    let folder = match test {
+        "lib" => "src".to_owned(),
+        _ if root().join(format!("tests/{test}.rs")).exists() => format!("tests/{test}.rs"),
+        _ => format!("tests/{test}"),
+    };
+    root().join(&folder).exists().then(|| files(&[&folder], &["rs"]).into_iter().map(|file| file.text).collect())
+}
+
+#[test]
+fn safeguards_that_are_taken_out_are_there() {
+    let list = File::read(&root().join("tests/mutants.json"));
+    let mutants: Vec<Mutant> = serde_json::from_str(&list.text).expect("a list");
+    assert!(mutants.len() > 20, "the list is read");
+    let mut wrong = Vec::new();
+    for mutant in &mutants {
+        let times = File::read(&root().join(&mutant.file)).text.matches(&mutant.find).count();
+        if times != 1 || mutant.find == mutant.replace {
+            wrong.push(format!("{}: {} has what is to be taken out {times} times", mutant.name, mutant.file));
+        }
+        let called = |text: &String| text.contains(&format!("fn {}", mutant.filter));
+        if !texts_of(&mutant.test).as_ref().is_some_and(called) {
+            wrong.push(format!("{}: {} has no test {}", mutant.name, mutant.test, mutant.filter));
+        }
+    }
+    let names: BTreeSet<&str> = mutants.iter().map(|mutant| mutant.name.as_str()).collect();
+    assert_eq!(names.len(), mutants.len(), "each name once");
+    assert_none("tests/mutants.json", &wrong);
+}
