@@ -124,6 +124,7 @@ async fn with_that_writes_is_captured_and_the_client_sees_nothing_of_it() {
     }
     story.exact_after_failures(&[("a", &["(1,one)", "(2,two)", "(3,)"]), ("b", &["(1,first)", "(4,fourth)"])]).await;
     blocks(&stage).await;
+    bulk(&stage).await;
     if crate::common::proof() {
         stage.enter("new-primary").await;
         all_exact(&stage).await;
@@ -137,6 +138,9 @@ async fn blocks(stage: &Stage) {
     let mut raw = stage.raw().await;
     let story = stage.story("WITH in blocks, portals and named statements").await;
     for (sql, reply) in [
+        // What shows images goes to the client whatever it wants to hear, in whatever form.
+        ("SET client_min_messages = error", "C(SET) Z(I)"),
+        ("SET bytea_output = escape", "C(SET) Z(I)"),
         ("BEGIN", "C(BEGIN) Z(T)"),
         ("WITH d AS (DELETE FROM a WHERE id = 1 RETURNING *) INSERT INTO bag SELECT * FROM d", "C(INSERT 0 1) Z(T)"),
         ("SAVEPOINT s", "C(SAVEPOINT) Z(T)"),
@@ -172,6 +176,21 @@ async fn blocks(stage: &Stage) {
         ("q", &[]),
     ];
     story.exact_after_failures(&rows).await;
+}
+
+/// More rows than are held at once: they stream.
+async fn bulk(stage: &Stage) {
+    let client = stage.client().await;
+    let rows = if crate::common::proof() { 1_000_000 } else { 3_000 };
+    let fill = format!("TRUNCATE a, b; INSERT INTO a SELECT i, repeat('x', 100) FROM generate_series(1, {rows}) i");
+    client.batch_execute(&fill).await.expect("fills");
+    let story = stage.story("many rows").await;
+    let begun = std::time::Instant::now();
+    let sql = "WITH moved AS (DELETE FROM a RETURNING *) INSERT INTO b SELECT * FROM moved";
+    assert_eq!(client.execute(sql, &[]).await.expect("moves"), rows);
+    eprintln!("{rows} rows moved by WITH in {:?}", begun.elapsed());
+    story.exact_rows("b", rows as usize).await;
+    assert!(stage.pair.proxy.peak_memory_bytes() < 200_000_000);
 }
 
 /// What is left to the audit, by name: the answers stay those of the server.
