@@ -77,6 +77,21 @@ async fn names_that_are_swapped_under_a_transaction() {
     assert_eq!(on_new(&pair, "SELECT a, b FROM words WHERE id = 100").await, "is a|is b");
 }
 
+/// The same on old alone: new's definitions are those of the plan, so that nothing but the authority's version speaks against its images.
+#[tokio::test]
+async fn names_that_are_swapped_on_the_authority_alone() {
+    let pair = mirrored(PATIENT).await;
+    let client = pair.client().await;
+    client.batch_execute("BEGIN").await.expect("begins");
+    around(&pair.databases.old, SWAP).await;
+    said(&pair, "definition has changed", 1).await;
+    until("the table's debt is paid", async || ledger(&pair).await == "0").await;
+    client.execute("INSERT INTO words (id, a, b) VALUES (100, 'is a', 'is b')", &[]).await.expect("inserts");
+    client.batch_execute("COMMIT").await.expect("commits");
+    pair.settle_and_assert_equal().await;
+    assert_eq!(on_new(&pair, "SELECT a, b FROM words WHERE id = 100").await, "is a|is b");
+}
+
 /// The same on new alone: what is executed there by name would go to the wrong column.
 #[tokio::test]
 async fn names_that_are_swapped_on_the_mirror_alone() {
