@@ -221,7 +221,7 @@ impl Session {
             self.held = Held::default();
             match verb {
                 Verb::Begin { bare: false, .. } if self.ours => {
-                    self.put_query(part, "", 0);
+                    self.put_query(part, &[]);
                     self.queue.push(Expected { hold: true, done: Done::TakeOver, ..Expected::client(Kind::Query) });
                     self.settle_query(planned).await?;
                     self.ours = self.held.failed;
