@@ -260,6 +260,11 @@ impl Queue {
         self.owed.iter().any(|owed| matches!(owed.done, Done::End { .. } | Done::Deallocate(_)))
     }
 
+    /// A Bind of this portal is under way: behind what the server answers now.
+    pub fn binds(&self, name: &[u8]) -> bool {
+        self.owed.iter().any(|owed| matches!(&owed.done, Done::Portal(bound, _) if &bound[..] == name))
+    }
+
     /// A Parse of this name is under way: behind what the server answers now.
     pub fn parses(&self, name: &[u8]) -> bool {
         self.owed.iter().any(|owed| match &owed.done {

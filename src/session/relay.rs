@@ -315,7 +315,9 @@ impl Session {
     /// The transaction is over; whatever was not settled is undone on the mirror.
     pub(super) fn over(&mut self) {
         self.entry.leave();
-        self.portals.clear();
+        // What is bound behind the end belongs to what begins there.
+        let queue = &self.queue;
+        self.portals.retain(|name, _| queue.binds(name));
         self.suspended.clear();
         self.audit = None;
         if self.writes.redefined {
