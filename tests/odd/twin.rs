@@ -36,7 +36,6 @@ const OTHERS: &[&str] = &[
     "SAVEPOINT s",
     "ROLLBACK TO s",
     "RELEASE s",
-    "PREPARE TRANSACTION 'gid'",
     "SELECT * FROM ci ORDER BY name, v",
     "SELECT count(*), sum(v) FROM plain",
     "SELECT * FROM gen ORDER BY id",
