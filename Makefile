@@ -16,7 +16,7 @@ help:
 	@echo "make check            fmt, clippy, rustdoc, cargo-deny"
 	@echo "make proof            the tests at full length: more kills, larger values, the model's states (an hour or so)"
 	@echo "make mutants          takes safeguards out one at a time: the tests named in tests/mutants.json must fail (WORDS='...' chooses some)"
-	@echo "make bench            throughput and memory beside PgBouncer and Pgpool-II"
+	@echo "make bench            throughput and memory beside PgBouncer and Pgpool-II; backfill, verify, moves, reads (two hours)"
 	@echo "make fuzz             the property tests with FUZZ_CASES=$(FUZZ_CASES) cases each"
 	@echo "make regress-fixture  makes the parsers' yardstick again with PostgreSQL's own parser (needs libclang)"
 
@@ -61,6 +61,8 @@ bench:
 	bench/run
 	bench/backfill
 	bench/verify
+	bench/moves
+	bench/reads
 
 # Inputs at random, shrunk where one fails (proptest); coverage-guided fuzzers need a nightly compiler.
 fuzz:

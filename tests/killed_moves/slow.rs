@@ -12,11 +12,11 @@ use super::{
     told,
 };
 
-/// Freezes a proxy for so long, while another moves.
-async fn moves_without(frozen: &Proxy, long: Duration, mover: &Proxy, phase: &str) {
+/// Freezes a proxy for a moment, while another moves.
+async fn moves_without(frozen: &Proxy, moment: Duration, mover: &Proxy, phase: &str) {
     signal(Signal::Freeze, &[frozen.pid()]);
     let thawed = async {
-        tokio::time::sleep(long).await;
+        tokio::time::sleep(moment).await;
         signal(Signal::Continue, &[frozen.pid()]);
     };
     tokio::join!(thawed, moves_to(mover, phase));
@@ -55,7 +55,11 @@ async fn a_proxy_that_was_frozen_for_long_has_written_nothing_and_its_clients_ar
     let url = proxies[1].url_as(APP.0, APP.1, DATABASE);
     let (inside, ended) = connect_and_hear(&url).await.expect("connects");
     inside.batch_execute("BEGIN; INSERT INTO notes (id) VALUES (-1)").await.expect("begins");
-    moves_without(&proxies[1], long, &proxies[0], "new-primary").await;
+    // Until the move is made, however long that takes: once it is awake, the transaction that stays open would stand in its way.
+    signal(Signal::Freeze, &[proxies[1].pid()]);
+    tokio::join!(tokio::time::sleep(long), moves_to(&proxies[0], "new-primary"));
+    signal(Signal::Continue, &[proxies[1].pid()]);
+    until("it follows", async || proxies[1].holds("new-primary").await).await;
     let error = inside.batch_execute("COMMIT").await.expect_err("its epoch is over");
     assert_told(&[told(error, ended).await]);
     writers.go_on().await;
