@@ -74,7 +74,12 @@ impl Session {
         let settles = |(planned, _): &(Arc<Planned>, usize)| Ending::of(&planned.facts.verb).is_some();
         let as_one = plans.iter().any(errs) && plans.iter().any(settles);
         let as_one = as_one && !self.ours && self.status != b'E' && !self.strict();
-        if !as_one && !before.iter().any(moves) {
+        // In a block that has failed the first fails, and with it the text.
+        let goes_on = |(planned, _): &(Arc<Planned>, usize)| {
+            ends(&planned.facts.verb) || matches!(planned.facts.verb, Verb::RollbackTo(_))
+        };
+        let fails = self.status == b'E' && !before.first().is_some_and(goes_on);
+        if fails || !as_one && !before.iter().any(moves) {
             return self.several(parts, plans).await;
         }
         self.unread(Kind::Query).await?;
