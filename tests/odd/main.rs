@@ -4,6 +4,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod found;
 mod killed;
 mod statements;
 mod twin;

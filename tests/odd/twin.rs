@@ -331,13 +331,67 @@ fn says_no_block(frame: &Frame) -> bool {
     frame.tag == b'N' && frame.body.windows(7).any(|field| field == b"C25P01\0")
 }
 
-async fn twin() -> Cluster {
+/// The same client of both: of a server that stands alone, and of crossfade.
+pub struct Both {
+    alone: RawClient,
+    ours: RawClient,
+    /// What ParameterStatus has said last.
+    settings: [HashMap<Vec<u8>, Vec<u8>>; 2],
+}
+
+impl Both {
+    pub async fn connect(alone: &Cluster, ours: &Pair) -> Both {
+        let (alone, ours) = (client(alone.port()).await, client(ours.proxy.port()).await);
+        Both { alone, ours, settings: [HashMap::new(), HashMap::new()] }
+    }
+
+    /// Sends the same to both. `said` is shown where something fails; `orderless`: rows that come together have no order. Gives the one answer.
+    pub async fn say(&mut self, bytes: &[u8], ready: usize, said: &str, orderless: bool) -> Vec<Frame> {
+        let mut replies = Vec::new();
+        for (client, settings) in [&mut self.alone, &mut self.ours].into_iter().zip(&mut self.settings) {
+            said.clone_into(&mut client.doing);
+            client.send(bytes).await;
+            let frames = client.until_ready(ready).await;
+            let frames = frames.into_iter().filter(|frame| !says_no_block(frame)).map(comparable);
+            // ParameterStatus may come at any time, and of one setting more than once: what it says in the end is compared.
+            let (told, rest): (Vec<_>, Vec<_>) = frames.partition(|frame| frame.tag == b'S');
+            for setting in told {
+                let name = setting.body.split(|&byte| byte == 0).next().expect("a name").to_vec();
+                settings.insert(name, setting.body);
+            }
+            // A notification, too, may come at any time: here, in front.
+            let (mut heard, rest): (Vec<_>, Vec<_>) = rest.into_iter().partition(|frame| frame.tag == b'A');
+            heard.extend(rest);
+            if orderless {
+                in_one_order(&mut heard);
+            }
+            replies.push(heard);
+        }
+        for (name, value) in &self.settings[0] {
+            assert!(self.settings[1].get(name).is_none_or(|ours| ours == value), "{said}: {:?}", name.escape_ascii());
+        }
+        let (alone, ours) = (&replies[0], &replies[1]);
+        let same = alone.iter().zip(ours).take_while(|(a, b)| a == b).count();
+        let rest = |frames: &[Frame]| format!("{:#?}", &frames[same..]);
+        assert!(
+            alone == ours,
+            "{said}\n after {:?} alone: {}\n ours: {}",
+            raw::tags(&alone[..same]),
+            rest(alone),
+            rest(ours)
+        );
+        replies.swap_remove(0)
+    }
+}
+
+/// A server that stands alone with the same tables.
+pub async fn twin(schema: &str) -> Cluster {
     let trust = "local all all trust\nhost all all 127.0.0.1/32 trust\n";
     let twin = Cluster::builder().lineage("old").hba(trust).start().await.expect("starts");
     let (role, password) = APP;
     let roles = format!("CREATE ROLE {role} LOGIN PASSWORD '{password}'; CREATE DATABASE {DATABASE} OWNER {role}");
     twin.psql("postgres", &roles).await.expect("makes the role");
-    twin.psql(DATABASE, &format!("SET ROLE {role};\n{SCHEMA}")).await.expect("makes the tables");
+    twin.psql(DATABASE, &format!("SET ROLE {role};\n{schema}")).await.expect("makes the tables");
     twin
 }
 
@@ -362,7 +416,7 @@ async fn a_random_conversation_is_answered_the_same_where_new_serves() {
 
 /// Conversations of these numbers in this phase. Gives how many reads new has served.
 async fn converse(phase: &str, conversations: std::ops::Range<u64>, exchanges: usize) -> f64 {
-    let (twin, databases) = tokio::join!(twin(), Databases::start_trusting());
+    let (twin, databases) = tokio::join!(twin(SCHEMA), Databases::start_trusting());
     databases.run_on_both(SCHEMA).await;
     let mut proxy = Proxy::start(databases.proxy_config("old", &format!("{TRUST}\nreads: {{ serve: 100% }}"))).await;
     proxy.set_phase("dual-write").await;
@@ -372,8 +426,7 @@ async fn converse(phase: &str, conversations: std::ops::Range<u64>, exchanges: u
     pair.proxy.settle().await;
     for seed in conversations {
         let mut talk = Talk { random: StdRng::seed_from_u64(seed), parameters: [0; 3], failed: false, open: false };
-        let (mut there, mut here) = (client(twin.port()).await, client(pair.proxy.port()).await);
-        let mut settings = [HashMap::new(), HashMap::new()];
+        let mut both = Both::connect(&twin, &pair).await;
         for number in 0..exchanges {
             // A session that only reads for a while is served.
             if reading && number % 20 == 5 && !talk.open {
@@ -384,50 +437,14 @@ async fn converse(phase: &str, conversations: std::ops::Range<u64>, exchanges: u
             let said = format!("conversation {seed}, exchange {number}:\n  {}", exchange.said.join("\n  "));
             // Shown where something fails.
             println!("{said}");
-            let mut replies = Vec::new();
-            for client in [&mut there, &mut here] {
-                client.doing.clone_from(&said);
-                client.send(&exchange.bytes).await;
-                let frames = client.until_ready(exchange.ready).await;
-                let frames = frames.into_iter().filter(|frame| !says_no_block(frame)).map(comparable);
-                // ParameterStatus may come at any time, and of one setting more than once: what it says in the end is compared.
-                let (told, rest): (Vec<_>, Vec<_>) = frames.partition(|frame| frame.tag == b'S');
-                for setting in told {
-                    let name = setting.body.split(|&byte| byte == 0).next().expect("a name").to_vec();
-                    settings[replies.len()].insert(name, setting.body);
-                }
-                // A notification, too, may come at any time: here, in front.
-                let (mut heard, rest): (Vec<_>, Vec<_>) = rest.into_iter().partition(|frame| frame.tag == b'A');
-                heard.extend(rest);
-                replies.push(heard);
-            }
-            for (name, value) in &settings[0] {
-                assert!(settings[1].get(name).is_none_or(|ours| ours == value), "{said}: {:?}", name.escape_ascii());
-            }
-            if exchange
-                .said
-                .iter()
-                .any(|said| said.contains("RETURNING") || said.contains("EXECUTE") || said.contains("Bind"))
-            {
-                replies.iter_mut().for_each(|frames| in_one_order(frames));
-            }
-            let (alone, ours) = (&replies[0], &replies[1]);
-            println!("  -> {}", raw::tags(alone));
+            let orderless = ["RETURNING", "EXECUTE", "Bind"];
+            let orderless = exchange.said.iter().any(|said| orderless.iter().any(|word| said.contains(word)));
+            let alone = both.say(&exchange.bytes, exchange.ready, &said, orderless).await;
+            println!("  -> {}", raw::tags(&alone));
             talk.open = alone.last().is_some_and(|frame| frame.tag == b'Z' && frame.body != b"I");
             talk.failed = alone.last().is_some_and(|frame| frame.tag == b'Z' && frame.body == b"E");
-            let log = || pair.databases.old.log_tail();
-            let same = alone.iter().zip(ours).take_while(|(a, b)| a == b).count();
-            let rest = |frames: &[Frame]| format!("{:#?}", &frames[same..]);
-            assert!(
-                alone == ours,
-                "{said}\n after {:?} alone: {}\n ours: {}\nold's log: {}",
-                raw::tags(&alone[..same]),
-                rest(alone),
-                rest(ours),
-                log()
-            );
         }
-        drop((there, here));
+        drop(both);
         assert_equal_at_rest(&pair).await;
         compare::assert_equal(&twin, &pair.databases.old, DATABASE, &[]).await;
     }
