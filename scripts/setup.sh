@@ -71,6 +71,15 @@ setup_postgres() {
     say "PostgreSQL: $("$bindir/postgres" --version), in $bindir"
 }
 
+# For one test: a pooler between the proxy and a database.
+setup_pgbouncer() {
+    if ! command -v pgbouncer >/dev/null && [ ! -x /usr/sbin/pgbouncer ]; then
+        apt_install pgbouncer
+        say "PgBouncer's own service is not used here: systemctl disable --now pgbouncer"
+    fi
+    say "$(PATH=$PATH:/usr/sbin pgbouncer --version | head -1)"
+}
+
 setup_python() {
     local venv=target/venv python=${PYTHON:-python3}
     if ! "$venv/bin/python" -c 'import psycopg, psycopg_binary, asyncpg' 2>/dev/null; then
@@ -105,6 +114,7 @@ setup_rust() {
 case ${1:-all} in
     all)
         setup_postgres
+        setup_pgbouncer
         setup_python
         setup_rust
         ;;

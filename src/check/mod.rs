@@ -2,13 +2,14 @@
 //! must be, or that an operator should know, with the SQL that mends it.
 //!
 //! `facts` are what both sides have by name and must have alike; `columns` compares tables column by column; `role` is what the control role
-//! lacks; `clients` is what the application's roles lack; `expect` is what the file asks of new; `fence` what keeps writes around the proxies out. Nothing here writes, but that loading the catalog gives tables their numbers where the schema is installed.
+//! lacks; `clients` is what the application's roles lack; `expect` is what the file asks of new; `fence` what keeps writes around the proxies out; `pooler` what stands between. Nothing here writes, but that loading the catalog gives tables their numbers where the schema is installed.
 
 mod clients;
 mod columns;
 mod expect;
 mod facts;
 mod fence;
+mod pooler;
 mod role;
 
 use tokio_postgres::{Client, Error};
@@ -122,6 +123,7 @@ pub async fn run(config: &Config, old: &Client, new: &Client) -> Result<Vec<Find
     tables.sort_by_key(|table| table.label());
     let mut view = View { clients: clients(), catalog: &catalog, tables, found: Vec::new() };
     servers(&mut view);
+    pooler::compare(&mut view, config).await?;
     if config.sweep.follow {
         logical(&mut view).await?;
     }

@@ -99,9 +99,10 @@ impl Database {
         if let Some(password) = &self.password {
             config.password(password);
         }
-        // Wide joins over the catalogs cost enough on paper to be compiled, which takes longer than running them.
-        let options = self.options.as_deref().unwrap_or_default();
-        config.options(format!("-c jit=off {options}").trim_end());
+        // Nothing of our own: a pooler between here and the server takes no options, or leaves them out.
+        if let Some(options) = &self.options {
+            config.options(options);
+        }
         // As libpq: sslmode means nothing on a Unix socket.
         let sockets_only = self.hosts.iter().all(|(host, _)| host.starts_with('/'));
         config.ssl_mode(match self.sslmode {
@@ -125,11 +126,17 @@ impl Database {
             Ok(Err(error)) => return Err(ConnectError::Postgres { place, user, error }),
             Err(_) => return Err(ConnectError::Timeout { place, user, after }),
         };
+        let told = place.clone();
         tokio::spawn(async move {
             if let Err(error) = connection.await {
-                tracing::debug!(place, error = innermost(&error), "control connection ended");
+                tracing::debug!(place = told, error = innermost(&error), "control connection ended");
             }
         });
-        Ok(client)
+        // Wide joins over the catalogs cost enough on paper to be compiled, which takes longer than running them.
+        match tokio::time::timeout(after, client.batch_execute("SET jit = off")).await {
+            Ok(Ok(())) => Ok(client),
+            Ok(Err(error)) => Err(ConnectError::Postgres { place, user, error }),
+            Err(_) => Err(ConnectError::Timeout { place, user, after }),
+        }
     }
 }

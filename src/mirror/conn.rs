@@ -25,6 +25,12 @@ use crate::wire::stream::Stream;
 /// The statement that asks for the open transaction's number.
 const XID: &[u8] = b"xid";
 
+/// How its sessions must be set. Not in the startup packet: a pooler between here and the server takes no options, or leaves them out.
+const SETTINGS: &str = "SET session_replication_role = replica; SET row_security = off; SET synchronous_commit = off; SET statement_timeout = 0; \
+    SET lock_timeout = 0; SET search_path = pg_catalog; SET plan_cache_mode = force_generic_plan; SET enable_seqscan = off; \
+    SET default_transaction_isolation = 'read committed'; SET default_transaction_read_only = off; \
+    SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3";
+
 /// How long the next answer may take, and the clock that tells.
 #[derive(Clone, Copy)]
 pub struct Patience<'a> {
@@ -164,7 +170,6 @@ impl MirrorConn {
             ("database", db.database.as_str()),
             ("application_name", "crossfade mirror"),
             ("client_encoding", "UTF8"),
-            ("options", "-c session_replication_role=replica -c row_security=off -c synchronous_commit=off -c statement_timeout=0 -c lock_timeout=0 -c search_path=pg_catalog -c plan_cache_mode=force_generic_plan -c enable_seqscan=off -c default_transaction_isolation=read\\ committed -c default_transaction_read_only=off -c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"),
         ]
         .map(|(name, value)| (Bytes::copy_from_slice(name.as_bytes()), Bytes::copy_from_slice(value.as_bytes())));
         let connected = connect::connect(db, &credentials, &parameters, 0).await?;
@@ -177,6 +182,8 @@ impl MirrorConn {
             redefined: false,
             generation,
         };
+        conn.until_ready().await?;
+        frame::query(&mut conn.conn.out, SETTINGS.as_bytes());
         conn.until_ready().await?;
         conn.backend = conn.identify(epoch).await?;
         let xid = conn.statements.xid();
@@ -194,8 +201,8 @@ impl MirrorConn {
     async fn identify(&mut self, epoch: Option<u64>) -> Result<Backend, Failure> {
         let open = epoch.map(|epoch| format!(", crossfade.open_epoch({epoch})")).unwrap_or_default();
         let sql = format!(
-            "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint, replace(crossfade.incarnate()::text, '-', ''){open} \
-             FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+            "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint, replace(crossfade.incarnate()::text, '-', ''), \
+             current_setting('session_replication_role'){open} FROM pg_stat_activity WHERE pid = pg_backend_pid()"
         );
         frame::query(&mut self.conn.out, sql.as_bytes());
         let row = self.until_ready().await?.ok_or_else(|| io::Error::other("no row in pg_stat_activity"))?;
@@ -206,6 +213,11 @@ impl MirrorConn {
         let incarnation = u128::from_str_radix(&text(row.get(2)), 16).map_err(|_| wrong())?.to_be_bytes();
         let pid = text(row.first()).parse().map_err(|_| wrong())?;
         let start = text(row.get(1)).parse().map_err(|_| wrong())?;
+        if text(row.get(3)) != "replica" {
+            // Triggers would run a second time.
+            let error = "the mirror's session has lost its settings: a pooler between the proxy and this database must give each session a backend of its own (session pooling)";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, error).into());
+        }
         Ok(Backend { pid, start, incarnation })
     }
 

@@ -95,6 +95,18 @@ fn conversations() -> Vec<(&'static str, Vec<Vec<u8>>)> {
                 piped(&[raw::parse("", "INSERT INTO plain VALUES (515, 1)", &[]), bound("", "")]),
                 piped(&[raw::describe(b'P', "")]),
                 piped(&[raw::execute("", 0)]),
+                piped(&[
+                    raw::parse("", "INSERT INTO plain VALUES (521, 1)", &[]),
+                    bound("p4", ""),
+                    raw::execute("p4", 0),
+                    raw::describe(b'P', ""),
+                ]),
+                piped(&[
+                    raw::parse("", "INSERT INTO plain VALUES (522, 1)", &[]),
+                    bound("p4", ""),
+                    raw::execute("p4", 0),
+                    raw::execute("", 0),
+                ]),
                 piped(&[run("INSERT INTO plain VALUES (516, 1)"), raw::execute("", 0)]),
                 piped(&[
                     raw::parse("", "INSERT INTO plain VALUES (517, 1)", &[]),
@@ -116,6 +128,9 @@ fn conversations() -> Vec<(&'static str, Vec<Vec<u8>>)> {
                     raw::describe(b'P', "p3"),
                     raw::execute("p3", 0),
                 ]),
+                raw::query("BEGIN"),
+                piped(&[run("ABORT"), run("BEGIN"), raw::execute("", 0)]),
+                raw::query("ROLLBACK"),
             ],
         ),
         (
