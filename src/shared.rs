@@ -155,7 +155,7 @@ pub struct Shared {
     pub intent: Mutex<Option<Phase>>,
     /// This proxy among others.
     pub registry: Registry,
-    /// Sessions that may have a cursor WITH HOLD.
+    /// Sessions that may have a cursor WITH HOLD, or listen.
     pub holding: AtomicI64,
     /// There is something to repair.
     pub owed: Notify,

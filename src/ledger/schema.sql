@@ -285,7 +285,7 @@ CREATE TABLE IF NOT EXISTS crossfade.compared (
 
 -- Columns that came later. ALTER TABLE would wait for whoever moves, and have all others wait behind it, also where there is nothing to add.
 --   migration.definition: what migrates, as the file of the proxy that moved says: proxies of other files refuse to serve while writes are mirrored.
---   proxies.holding: sessions of the proxy that may have a cursor WITH HOLD.
+--   proxies.holding: sessions of the proxy that may have a cursor WITH HOLD, or listen.
 --   migration.taken: of a pointer: somebody is about to write the claim. From then on the move cannot be withdrawn.
 DO $$
 DECLARE

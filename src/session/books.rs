@@ -81,8 +81,8 @@ pub struct Settings {
     pub sql_prepared: bool,
     /// The session may run as another role than it logged in as.
     pub role_changed: bool,
-    /// A cursor WITH HOLD was declared: it may be there still.
-    pub holds_cursor: bool,
+    /// A cursor WITH HOLD was declared, or LISTEN said: the session may have what cannot move.
+    pub stays: bool,
 }
 
 impl Settings {
@@ -99,11 +99,13 @@ impl Settings {
             if text.windows(4).any(|word| word.eq_ignore_ascii_case(b"set ")) {
                 self.collect(text);
             }
-            self.holds_cursor |= has(text, b"declare") && has(text, b"hold");
+            self.stays |=
+                has(text, b"declare") && has(text, b"hold") || has(text, b"listen") && !has(text, b"unlisten");
         }
         if is(b"declare") {
-            self.holds_cursor |= has(&text[..text.len().min(64 * 1024)], b"hold");
+            self.stays |= has(&text[..text.len().min(64 * 1024)], b"hold");
         }
+        self.stays |= is(b"listen");
         if is(b"prepare") {
             self.sql_prepared = true;
         }
@@ -149,16 +151,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_cursor_with_hold_is_noticed_without_reading_statements() {
-        for (text, holds) in [
+    fn a_cursor_with_hold_and_listen_are_noticed_without_reading_statements() {
+        for (text, stays) in [
             ("DECLARE c CURSOR WITH HOLD FOR SELECT 1", true),
             ("begin; declare c cursor with\nhold for select 1; commit", true),
             ("DECLARE c CURSOR FOR SELECT 1", false),
             ("SELECT 'declare', 'hold'", false),
+            ("listen jobs", true),
+            ("SELECT 1; LISTEN jobs", true),
+            ("SELECT 'listen'", false),
         ] {
             let mut settings = Settings::default();
             settings.glance(text.as_bytes());
-            assert_eq!(settings.holds_cursor, holds, "{text}");
+            assert_eq!(settings.stays, stays, "{text}");
         }
     }
 

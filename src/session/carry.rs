@@ -31,7 +31,7 @@ const SETTINGS: &[u8] = b"SELECT name, setting FROM pg_catalog.pg_settings WHERE
 /// What SQL PREPARE has left behind.
 const PREPARED: &[u8] = b"SELECT statement FROM pg_catalog.pg_prepared_statements WHERE from_sql";
 
-/// Counts a session among those of its proxy that may have a cursor WITH HOLD: no other session of the server sees one.
+/// Counts a session among those of its proxy that may have a cursor WITH HOLD, or listen: no other session of the server sees that.
 pub(super) struct Holding(Arc<Shared>);
 
 impl Holding {
@@ -94,10 +94,10 @@ fn refusal(side: Side, error: &ConnectError) -> Report {
 }
 
 impl Session {
-    /// Whether it may have a cursor WITH HOLD, for the gate on sessions.
+    /// Whether it may have a cursor WITH HOLD, or listen, for the gate on sessions.
     pub(super) fn count_holding(&mut self) {
         // A session that has no part in the migration moves nowhere.
-        let holds = self.settings.holds_cursor && self.aside.is_none();
+        let holds = self.settings.stays && self.aside.is_none();
         if holds != self.holding.is_some() {
             self.holding = holds.then(|| Holding::new(&self.shared));
         }
@@ -160,7 +160,7 @@ impl Session {
                 "Connect again: the new session is served by the new authority.",
             )));
         }
-        self.settings.holds_cursor = false;
+        self.settings.stays = false;
         self.ask_ours(SETTINGS).await?;
         let mut settings: Vec<(String, String)> =
             self.kept.rows.iter().filter_map(|row| Some((text(row, 0)?, text(row, 1)?))).collect();

@@ -119,7 +119,7 @@ pub async fn appear(shared: &Shared, eye: &Client) -> Result<(), MoveError> {
     Ok(())
 }
 
-/// Says how many sessions of this proxy may have a cursor WITH HOLD; a proxy that has just appeared has none.
+/// Says how many sessions of this proxy may have a cursor WITH HOLD or listen; a proxy that has just appeared has none.
 pub async fn holds(shared: &Shared, eye: &Client, sessions: i64) -> Result<(), MoveError> {
     let sql = "UPDATE crossfade.proxies SET holding = $2 WHERE id = $1";
     match eye.execute(sql, &[&shared.registry.id, &sessions]).await {
@@ -128,7 +128,7 @@ pub async fn holds(shared: &Shared, eye: &Client, sessions: i64) -> Result<(), M
     }
 }
 
-/// Sessions of all proxies that are there and may have a cursor WITH HOLD. Schema crossfade is there.
+/// Sessions of all proxies that are there and may have a cursor WITH HOLD or listen. Schema crossfade is there.
 pub async fn holding(authority: &Client) -> Result<i64, tokio_postgres::Error> {
     let sql = "SELECT coalesce(sum(p.holding), 0)::bigint FROM crossfade.proxies p \
         JOIN pg_catalog.pg_stat_activity e ON e.pid = p.pid AND e.backend_start IS NOT DISTINCT FROM p.start";

@@ -130,7 +130,7 @@ struct Follower {
     eye: Option<(Side, Client)>,
     /// The gate is closed: another proxy has announced the end of this epoch.
     still: Option<u64>,
-    /// So many sessions may have a cursor WITH HOLD, as the others know.
+    /// So many sessions may have a cursor WITH HOLD or listen, as the others know.
     holding: i64,
 }
 

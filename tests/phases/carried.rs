@@ -161,7 +161,10 @@ async fn sessions_that_cannot_move_are_told_at_once() {
         ended.push((client, end));
     }
     let free = pair.client().await;
-    free.batch_execute("SELECT pg_advisory_lock(8); SELECT pg_advisory_unlock(8)").await.expect("runs");
+    // What drivers say when they give a session back.
+    free.batch_execute("SELECT pg_advisory_lock(8); SELECT pg_advisory_unlock_all(); CLOSE ALL; UNLISTEN *; RESET ALL")
+        .await
+        .expect("runs");
     pair.proxy.settle().await;
     let counted = async |proxy: &Proxy, phase: &str, found: &str| {
         until(&format!("the gate says: {found}"), async || {
@@ -170,9 +173,9 @@ async fn sessions_that_cannot_move_are_told_at_once() {
         })
         .await;
     };
-    counted(&pair.proxy, "new-primary", "1 that have declared a cursor WITH HOLD").await;
+    counted(&pair.proxy, "new-primary", "2 sessions that have declared a cursor WITH HOLD or said LISTEN").await;
     pair.proxy.set_phase("new-primary").await;
-    counted(&pair.proxy, "dual-write", "0 that have declared a cursor WITH HOLD").await;
+    counted(&pair.proxy, "dual-write", "0 sessions that have declared a cursor WITH HOLD or said LISTEN").await;
     for ((client, end), (sql, what)) in ended.into_iter().zip(stuck) {
         // Nothing was sent: they hear of it by themselves.
         let error = end.await.expect("joins").expect_err(sql);

@@ -78,9 +78,7 @@ pub struct Stuck {
     pub temporary: i64,
     /// Idle sessions with advisory locks.
     pub advisory: i64,
-    /// Idle sessions whose last statement was LISTEN.
-    pub listening: i64,
-    /// Sessions that have declared a cursor WITH HOLD, as their proxies know.
+    /// Sessions that have declared a cursor WITH HOLD or said LISTEN, as their proxies know.
     pub holding: i64,
 }
 
@@ -391,9 +389,8 @@ async fn debt(
 async fn stuck(losing: &Client, installed: bool) -> Result<Stuck, tokio_postgres::Error> {
     let text = "SELECT (SELECT count(DISTINCT c.relnamespace) FROM pg_catalog.pg_class c WHERE c.relpersistence = 't' AND c.relkind = 'r'), \
         (SELECT count(DISTINCT a.pid) FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid WHERE l.locktype = 'advisory' \
-            AND a.datname = pg_catalog.current_database() AND a.state = 'idle' AND a.application_name !~ '^crossfade'), \
-        (SELECT count(*) FROM pg_catalog.pg_stat_activity a WHERE a.datname = pg_catalog.current_database() AND a.state = 'idle' AND a.query ~* '^\\s*listen\\y')";
+            AND a.datname = pg_catalog.current_database() AND a.state = 'idle' AND a.application_name !~ '^crossfade')";
     let row = losing.query_one(text, &[]).await?;
     let holding = if installed { fleet::holding(losing).await? } else { 0 };
-    Ok(Stuck { temporary: row.get(0), advisory: row.get(1), listening: row.get(2), holding })
+    Ok(Stuck { temporary: row.get(0), advisory: row.get(1), holding })
 }

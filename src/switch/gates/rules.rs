@@ -322,10 +322,10 @@ fn authority(step: Step, facts: &Facts, gates: &mut Vec<Gate>) {
         gates.push(gate(Name::Privileges, standing, evidence, json!(lacking), next));
     }
     if let Some(stuck) = &facts.sessions {
-        let count = stuck.temporary + stuck.advisory + stuck.listening + stuck.holding;
+        let count = stuck.temporary + stuck.advisory + stuck.holding;
         let evidence = format!(
-            "{} schemas with temporary tables, {} idle sessions with advisory locks, {} that have last run LISTEN, {} that have declared a cursor WITH HOLD",
-            stuck.temporary, stuck.advisory, stuck.listening, stuck.holding
+            "{} schemas with temporary tables, {} idle sessions with advisory locks, {} sessions that have declared a cursor WITH HOLD or said LISTEN",
+            stuck.temporary, stuck.advisory, stuck.holding
         );
         let next = "these sessions end with 57P01 at the move, and connect again";
         gates.push(gate(Name::Sessions, unless(count > 0, Standing::Warns), evidence, json!(stuck), next));
