@@ -93,6 +93,16 @@ async fn databases_that_are_fit_are_said_to_be() {
     assert_eq!(lines(&stage.findings().await), Vec::<String>::new());
     let output = stage.run(&["check"]).await;
     assert_eq!(String::from_utf8_lossy(&output.stdout), "0 errors, 0 warnings\n");
+    // Room on new's disk, as the file declares it: for all partitions, too.
+    stage.write_config(CONTROL, "expect: { disk: 1TiB }");
+    assert_eq!(lines(&stage.findings().await), Vec::<String>::new());
+    let log = "CREATE TABLE log (at int PRIMARY KEY) PARTITION BY RANGE (at); CREATE TABLE log_1 PARTITION OF log FOR VALUES FROM (0) TO (9999999)";
+    stage.on_old(log).await;
+    stage.on_new(log).await;
+    stage.on_old("INSERT INTO log SELECT generate_series(0, 99999)").await;
+    stage.write_config(CONTROL, "expect: { disk: 4MB }");
+    let said = lines(&stage.findings().await);
+    assert!(said.len() == 1 && said[0].starts_with("error expect disk: the migrating tables"), "{said:#?}");
 }
 
 /// Each difference, planted alone: what is said of it, and that running what `mend` says ends it.

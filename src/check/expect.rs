@@ -19,6 +19,23 @@ pub(super) async fn compare(view: &mut View<'_>, expect: &Expect) -> Result<(), 
     Ok(())
 }
 
+/// Whether the migrating tables, as large as they are on old, have room on new's disk. None of them is read.
+pub(super) async fn disk(view: &mut View<'_>, room: Option<usize>) -> Result<(), CheckError> {
+    let Some(room) = room else { return Ok(()) };
+    let oids = view.oids(Side::Old);
+    let text = "SELECT coalesce(sum(pg_total_relation_size(part.relid)), 0)::bigint, pg_size_pretty(sum(pg_total_relation_size(part.relid))) \
+        FROM unnest($1::oid[]) t (oid), LATERAL (SELECT t.oid UNION SELECT relid FROM pg_partition_tree(t.oid)) part (relid)";
+    let row = &view.rows(Side::Old, "sizes of tables", text, &[&oids]).await?[0];
+    let (size, pretty): (i64, Option<String>) = (row.get(0), row.get(1));
+    if size as u64 > room as u64 {
+        let pretty = pretty.unwrap_or_default();
+        let what = format!("the migrating tables and their indexes take {pretty} on old, more than `expect.disk`");
+        let mend = format!("give it more room than {pretty}: its write-ahead log needs some, too");
+        view.error(KIND, Side::New, "disk", what, mend);
+    }
+    Ok(())
+}
+
 async fn standbys(view: &mut View<'_>, wanted: Option<usize>, lag: Option<Duration>) -> Result<(), CheckError> {
     // A standby that has replayed everything reports no lag, or an old one: what it has still to replay counts.
     let text = "SELECT coalesce(application_name, ''), CASE WHEN replay_lsn >= pg_current_wal_lsn() THEN 0 ELSE coalesce(extract(epoch FROM replay_lag), 0) END::float8 \

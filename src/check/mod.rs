@@ -133,6 +133,7 @@ pub async fn run(config: &Config, old: &Client, new: &Client) -> Result<Vec<Find
     role::privileges(&mut view).await?;
     clients::compare(&mut view).await?;
     expect::compare(&mut view, &config.expect).await?;
+    expect::disk(&mut view, config.expect.disk).await?;
     set_aside(&mut view).await?;
     fence::compare(&mut view, config.fence).await?;
     found.append(&mut view.found);

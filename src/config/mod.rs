@@ -375,6 +375,9 @@ pub struct Expect {
     /// WAL archiving works.
     #[serde(deserialize_with = "units::some_flag")]
     pub archiving: Option<bool>,
+    /// Room that its disk has for the migrating tables, with their indexes, in bytes: PostgreSQL cannot be asked.
+    #[serde(deserialize_with = "units::some_size")]
+    pub disk: Option<usize>,
 }
 
 /// What to do with other databases of old.

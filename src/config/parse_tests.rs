@@ -68,7 +68,7 @@ federate: true
 verify: { continuous: 1% }
 sweep: { follow: true, retain: 1GiB }
 admins: [root]
-expect: { standbys: 1, lag: 10s, archiving: true }
+expect: { standbys: 1, lag: 10s, archiving: true, disk: 2TiB }
 limits: { clients: 5, plan_cache: 1MiB, client_buffer: 2MiB, mirror_buffer: 3MiB, statement: 4MiB, login: 5s, logins: 6, threads: 2 }
 log: { format: json, level: "info,crossfade=debug" }
 "##
@@ -90,6 +90,7 @@ log: { format: json, level: "info,crossfade=debug" }
     assert_eq!((config.mirror.connections, config.mirror.commit), (77, Commit::BestEffort));
     assert_eq!((config.moves.pause, config.moves.terminate), (Duration::from_secs(1), true));
     assert_eq!((config.expect.standbys, config.expect.lag), (Some(1), Some(Duration::from_secs(10))));
+    assert_eq!(config.expect.disk, Some(2 << 40));
     assert_eq!((config.limits.threads, config.limits.login), (2, Duration::from_secs(5)));
     assert_eq!(config.sweep, Sweep { follow: true, retain: 1 << 30 });
     assert!(config.log.json);

@@ -125,6 +125,10 @@ pub(super) fn size<'de, D: Deserializer<'de>>(d: D) -> Result<usize, D::Error> {
     scalar(d, "a size such as 64MiB, 1GiB or 8kB", |text| parse_size(text).filter(|size| *size > 0))
 }
 
+pub(super) fn some_size<'de, D: Deserializer<'de>>(d: D) -> Result<Option<usize>, D::Error> {
+    size(d).map(Some)
+}
+
 pub(super) fn count<'de, D: Deserializer<'de>>(d: D) -> Result<usize, D::Error> {
     scalar(d, COUNT, |text| text.parse().ok())
 }
