@@ -30,14 +30,19 @@ pub fn proof() -> bool {
     std::env::var_os("CROSSFADE_PROOF").is_some()
 }
 
+/// [`PATIENCE`], or what millions of rows need of a debug build.
+fn patience() -> Duration {
+    if proof() { PATIENCE * 20 } else { PATIENCE }
+}
+
 /// Waits until a condition holds, looking every 10 ms.
 ///
 /// # Panics
-/// It does not hold within [`PATIENCE`]; names `what`.
+/// It does not hold within [`patience`]; names `what`.
 pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + patience();
     while !holds().await {
-        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        assert!(Instant::now() < deadline, "not within {:?}: {what}", patience());
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
