@@ -112,6 +112,10 @@ pub async fn run(config: &Config, old: &Client, new: &Client) -> Result<Vec<Find
     // A role that may not read its own schema gives findings, not an error.
     let nothing = Catalog::default();
     let mut view = View { clients: clients(), catalog: &nothing, tables: Vec::new(), found: Vec::new() };
+    pooler::compare(&mut view, config).await?;
+    if view.found.iter().any(|finding| finding.kind == pooler::POOLER) {
+        return Ok(view.found);
+    }
     let verifiers = matches!(config.auth, AuthMethod::Scram | AuthMethod::Md5) && config.users.is_empty();
     role::attributes(&mut view, verifiers).await?;
     let mut found = view.found;
@@ -123,7 +127,6 @@ pub async fn run(config: &Config, old: &Client, new: &Client) -> Result<Vec<Find
     tables.sort_by_key(|table| table.label());
     let mut view = View { clients: clients(), catalog: &catalog, tables, found: Vec::new() };
     servers(&mut view);
-    pooler::compare(&mut view, config).await?;
     if config.sweep.follow {
         logical(&mut view).await?;
     }
