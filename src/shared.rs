@@ -47,6 +47,13 @@ impl Default for World {
     }
 }
 
+impl World {
+    /// New is the authority of the tables that migrate, and others stay on old.
+    pub fn splits(&self) -> bool {
+        self.phase.authority() == Side::New && !self.catalog.stays.is_empty()
+    }
+}
+
 /// A debt whose mirror transaction has answered COMMIT: cleared after the next flush there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Paid {

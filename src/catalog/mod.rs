@@ -11,6 +11,7 @@ mod load;
 mod number;
 mod pair;
 mod read;
+mod stays;
 mod triggers;
 mod types;
 
@@ -24,6 +25,7 @@ pub use definitions::{Definitions, Unsettled, read as definitions, version};
 pub use fingerprint::fingerprint;
 pub use load::{CatalogError, load};
 pub use number::number;
+pub use stays::Stays;
 
 /// A value of `T` for each side.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -274,6 +276,8 @@ pub struct Catalog {
     pub truncate_reaches: Sides<HashSet<String>>,
     /// Bare names of tables that do not migrate: a bare name in a statement may mean one of them.
     pub staying: Sides<HashSet<String>>,
+    /// What stays on old for ever, while other tables migrate.
+    pub stays: Stays,
     /// `schema.name` of tables that do not migrate because the other side has none of that name; sorted. With rules: those named there.
     pub one_sided: Sides<Vec<String>>,
     /// (role, table number) that may write the table or a partition and lacks SELECT there, on each side.

@@ -99,6 +99,8 @@ pub(super) struct Server {
     pub writing_views: HashSet<u32>,
     /// (view, relation that it reads).
     pub view_reads: Vec<(u32, u32)>,
+    /// Sequences: schema, name, and the table that owns it, or 0.
+    pub sequences: Vec<(String, String, u32)>,
     /// (role, table) that may write and not read.
     pub no_select: Vec<(String, u32)>,
 }
@@ -145,8 +147,18 @@ pub(super) async fn server(client: &Client) -> Result<Server, Error> {
         writing_functions,
         writing_views: writing_views(client).await?,
         view_reads: pairs(client, VIEW_READS).await?,
+        sequences: sequences(client).await?,
         no_select: no_select(client).await?,
     })
+}
+
+async fn sequences(client: &Client) -> Result<Vec<(String, String, u32)>, Error> {
+    let query = format!(
+        "SELECT n.nspname::text, c.relname::text, coalesce((SELECT d.refobjid FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid
+                AND d.refclassid = 'pg_class'::regclass AND d.deptype IN ('a', 'i') LIMIT 1), 0::oid)
+         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.relkind = 'S' AND {USER_SCHEMA}"
+    );
+    Ok(client.query(&query, &[]).await?.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect())
 }
 
 fn character(row: &tokio_postgres::Row, column: usize) -> char {

@@ -2,7 +2,8 @@
 //! must be, or that an operator should know, with the SQL that mends it.
 //!
 //! `facts` are what both sides have by name and must have alike; `columns` compares tables column by column; `role` is what the control role
-//! lacks; `clients` is what the application's roles lack; `expect` is what the file asks of new; `fence` what keeps writes around the proxies out; `pooler` what stands between. Nothing here writes, but that loading the catalog gives tables their numbers where the schema is installed.
+//! lacks; `clients` is what the application's roles lack; `expect` is what the file asks of new; `fence` what keeps writes around the proxies out; `pooler`
+//! what stands between; `stays` what tables that stay on old ask for. Nothing here writes, but that loading the catalog gives tables their numbers where the schema is installed.
 
 mod clients;
 mod columns;
@@ -11,6 +12,7 @@ mod facts;
 mod fence;
 mod pooler;
 mod role;
+mod stays;
 
 use tokio_postgres::{Client, Error};
 
@@ -139,6 +141,7 @@ pub async fn run(config: &Config, old: &Client, new: &Client) -> Result<Vec<Find
     expect::disk(&mut view, config.expect.disk).await?;
     set_aside(&mut view).await?;
     fence::compare(&mut view, config.fence).await?;
+    stays::compare(&mut view).await?;
     found.append(&mut view.found);
     found.sort();
     found.dedup();

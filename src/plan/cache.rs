@@ -9,6 +9,7 @@ use quick_cache::{DefaultHashBuilder, Lifecycle, Weighter};
 
 use super::Plan;
 use super::read::Read;
+use super::route::Route;
 use crate::sql::facts::{Facts, Verb};
 
 /// A statement's facts and plan. `facts.end` is that of the text it was first read from, and of no other.
@@ -20,6 +21,8 @@ pub struct Planned {
     pub plan: Plan,
     /// Whether another side than the authority may answer it.
     pub read: Read,
+    /// Where it runs, in phases in which new is the authority and some tables stay on old.
+    pub route: Route,
     /// It may change what the session's later statements see beside rows: settings, role, temporary tables.
     pub alters: bool,
     /// How often it was about to run.
@@ -40,7 +43,15 @@ impl Planned {
             Verb::Set { .. } | Verb::SetTransaction | Verb::Reset(_) | Verb::Discard(_) | Verb::Ddl { .. }
         );
         let alters = sets || verb || matches!(plan, Plan::Opaque(_));
-        Planned { facts, plan, read: Read::Stays("unplanned"), alters, seen: Arc::default(), refused: Arc::default() }
+        Planned {
+            facts,
+            plan,
+            read: Read::Stays("unplanned"),
+            route: Route::default(),
+            alters,
+            seen: Arc::default(),
+            refused: Arc::default(),
+        }
     }
 
     /// Another side than the authority has refused it, whatever its values: it stays from now on.

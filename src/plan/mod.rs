@@ -1,7 +1,7 @@
 //! From facts, catalog and phase to a plan: what the session does with a statement. Pure.
 //!
-//! `decide` holds the rules, `within` those for what a WITH clause writes, `splice` the hidden column, `weave` where it goes, `image` what becomes of it, `read` says which SELECTs may leave the authority, `explain` tells
-//! people.
+//! `decide` holds the rules, `within` those for what a WITH clause writes, `splice` the hidden column, `weave` where it goes, `image` what becomes of it, `read` says which SELECTs may leave the authority, `route` on
+//! which side a statement runs where some tables stay on old, `explain` tells people.
 
 pub mod cache;
 mod ddl;
@@ -9,6 +9,7 @@ mod decide;
 mod explain;
 pub mod image;
 pub mod read;
+pub mod route;
 mod splice;
 pub mod weave;
 mod within;

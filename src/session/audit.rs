@@ -301,7 +301,8 @@ impl Session {
         self.put_failing(kind, To::Refused(std::rc::Rc::new(report)), hold);
     }
 
-    fn put_failing(&mut self, kind: Kind, to: To, hold: bool) {
+    /// Sends what can only fail.
+    pub(super) fn put_failing(&mut self, kind: Kind, to: To, hold: bool) {
         if kind == Kind::Query {
             self.put_query(b"refused by crossfade", &[]);
         } else {

@@ -15,6 +15,7 @@ use crate::phase::Side;
 use crate::shared::Shared;
 use crate::wire::conn::Conn;
 use crate::wire::frame::{self, Report};
+use crate::wire::stream::Stream;
 
 /// State that cannot move: whoever has it is ended, and connects again.
 const STUCK: &[u8] = b"SELECT CASE \
@@ -107,7 +108,8 @@ impl Session {
     pub(super) async fn carry_over(&mut self) -> Result<(), End> {
         let side = self.world.phase.authority();
         debug!(user = %self.user(), %side, "a session moves to another authority");
-        let (settings, prepared) = self.what_moves().await?;
+        let (settings, mut prepared) = self.what_moves().await?;
+        prepared.extend(std::mem::take(&mut self.legs.named).into_iter().map(|(_, text)| text));
         let connected =
             connect(&self.shared, side, &self.login, &self.parameters, self.minor).await.map_err(End::Refused)?;
         frame::terminate(&mut self.server.out);
@@ -138,7 +140,11 @@ impl Session {
             }
         }
         for statement in prepared {
-            self.ask_ours(statement.as_bytes()).await?;
+            if self.prepares_staying(&statement) {
+                // It is prepared where its tables are, when that is needed.
+                continue;
+            }
+            self.ask_ours(&statement).await?;
             if self.kept.error.take().is_some() {
                 warn!(%side, "a statement of SQL PREPARE could not be carried over");
             }
@@ -147,7 +153,20 @@ impl Session {
     }
 
     /// Settings by name, and texts of SQL PREPARE.
-    async fn what_moves(&mut self) -> Result<(Vec<(String, String)>, Vec<String>), End> {
+    async fn what_moves(&mut self) -> Result<(Vec<(String, String)>, Vec<Bytes>), End> {
+        self.check_stuck().await?;
+        self.settings.stays = false;
+        let settings = self.what_is_set(SETTINGS).await?;
+        let mut prepared = Vec::new();
+        if self.settings.sql_prepared {
+            self.ask_ours(PREPARED).await?;
+            prepared = self.kept.rows.iter().filter_map(|row| row.first()?.clone()).collect();
+        }
+        Ok((settings, prepared))
+    }
+
+    /// State that cannot move ends the session.
+    pub(super) async fn check_stuck(&mut self) -> Result<(), End> {
         self.ask_ours(STUCK).await?;
         let stuck = self.first();
         if let Some(what) = stuck {
@@ -160,8 +179,12 @@ impl Session {
                 "Connect again: the new session is served by the new authority.",
             )));
         }
-        self.settings.stays = false;
-        self.ask_ours(SETTINGS).await?;
+        Ok(())
+    }
+
+    /// Settings by name: what this query says, those that no server lists, and the role.
+    pub(super) async fn what_is_set(&mut self, query: &[u8]) -> Result<Vec<(String, String)>, End> {
+        self.ask_ours(query).await?;
         let mut settings: Vec<(String, String)> =
             self.kept.rows.iter().filter_map(|row| Some((text(row, 0)?, text(row, 1)?))).collect();
         for name in self.settings.custom.clone() {
@@ -178,15 +201,10 @@ impl Session {
                 }
             }
         }
-        let mut prepared = Vec::new();
-        if self.settings.sql_prepared {
-            self.ask_ours(PREPARED).await?;
-            prepared = self.kept.rows.iter().filter_map(|row| text(row, 0)).collect();
-        }
-        Ok((settings, prepared))
+        Ok(settings)
     }
 
-    fn first(&self) -> Option<String> {
+    pub(super) fn first(&self) -> Option<String> {
         self.kept.rows.first().and_then(|row| text(row, 0))
     }
 
@@ -196,6 +214,20 @@ impl Session {
         frame::query(&mut self.server.out, query);
         self.queue.push(Expected::of(Kind::Query, To::Us));
         self.settle().await
+    }
+}
+
+/// Reads a server's greeting to its end; BackendKeyData, or why it does not let us in.
+pub(super) async fn greeted(conn: &mut Conn<Stream>) -> Result<Bytes, String> {
+    let mut key = Bytes::new();
+    loop {
+        let (tag, payload) = conn.frame().await.map_err(|error| error.to_string())?;
+        match tag {
+            b'K' => key = payload,
+            b'E' => return Err(frame::server_error(&payload).message),
+            b'Z' => return Ok(key),
+            _ => {}
+        }
     }
 }
 

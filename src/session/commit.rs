@@ -185,7 +185,8 @@ impl Session {
         Ok(())
     }
 
-    async fn finish_ours(&mut self) -> Result<(), End> {
+    /// The end of a block on the authority, of ours or unseen: COMMIT, or ROLLBACK where it has failed. An error is in `kept`.
+    pub(super) async fn finish_ours(&mut self) -> Result<(), End> {
         self.kept = Kept::default();
         if self.status == b'E' {
             return self.roll_back_ours().await;

@@ -148,6 +148,14 @@ impl Session {
         }
     }
 
+    /// The client's block, which is open on another side, is opened here as well. Where the epoch is over by then, the session ends.
+    pub(super) fn enter_block(&mut self) {
+        self.enter(Entered::Ours, None);
+        if let Entry::Asked(asked) = &mut self.entry {
+            asked.repeatable = false;
+        }
+    }
+
     /// The client's BEGIN, which opens a block that may write.
     pub(super) fn begins(&self, planned: &Planned) -> bool {
         matches!(planned.facts.verb, Verb::Begin { read_only, .. } if read_only != Some(true)) && !self.in_block()

@@ -9,6 +9,7 @@ mod acknowledge;
 mod answer;
 mod audit;
 mod books;
+mod both;
 mod carry;
 mod commit;
 mod copy;
@@ -19,6 +20,7 @@ mod enter;
 pub mod expect;
 mod follow;
 mod implicit;
+mod legs;
 mod mirrored;
 mod moved;
 mod named;
@@ -29,6 +31,7 @@ mod reply;
 mod sampled;
 mod served;
 mod simple;
+mod turn;
 
 use std::collections::HashMap;
 use std::io;
@@ -196,6 +199,7 @@ pub struct Session {
     holding: Option<carry::Holding>,
     sampling: sampled::Sampling,
     serving: served::Serving,
+    legs: legs::Legs,
     since: Option<Instant>,
     limit: usize,
 }
@@ -276,6 +280,7 @@ impl Session {
             holding: None,
             sampling: sampled::Sampling::new(),
             serving: served::Serving::new(),
+            legs: legs::Legs::default(),
             since: None,
             limit,
             shared,
@@ -347,6 +352,7 @@ impl Session {
     /// Between transactions: the phase may move.
     fn rest(&mut self) {
         if self.pass.is_some() && self.at_rest() {
+            self.come_home();
             self.pass = None;
             if self.has_sample() {
                 self.hand_over();
@@ -521,6 +527,7 @@ impl Session {
         }
         let _ = tokio::time::timeout(std::time::Duration::from_secs(5), self.client.flush()).await;
         self.shared.metrics.servers(side).dec();
+        self.leave_other().await;
         if let Some(key) = &self.cancel_key {
             self.shared.cancels.remove(key);
         }

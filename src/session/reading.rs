@@ -8,6 +8,7 @@ use super::expect::{Kind, Told};
 use super::{End, Session};
 use crate::plan::cache::{Key, Planned};
 use crate::plan::read::{Read, read};
+use crate::plan::route::route;
 use crate::plan::{ANY_ROLE, Opaque, Plan, narrow, plan};
 use crate::sql;
 use crate::sql::facts::Verb;
@@ -55,22 +56,24 @@ impl Session {
         }
         let shape = sql::shape(text);
         let encoding_matches = self.settings.client_encoding == "UTF8";
-        let role =
-            (!self.world.catalog.no_select.get(self.side).is_empty()).then(|| match self.settings.role_changed {
-                true => Arc::from(ANY_ROLE),
-                false => Arc::from(self.user()),
-            });
+        // Not the side of the server session in use: that may be the other one (`legs`).
+        let side = self.world.phase.authority();
+        let role = (!self.world.catalog.no_select.get(side).is_empty()).then(|| match self.settings.role_changed {
+            true => Arc::from(ANY_ROLE),
+            false => Arc::from(self.user()),
+        });
         let key =
             Key { shape: shape.text.into(), generation: self.world.generation, encoding_matches, role: role.clone() };
         let planned = self.shared.plans.get(key, || {
             let facts = sql::read(text, sql::Limits { bytes_max: limit, ..Default::default() });
-            let plan = plan(&facts, &self.world.catalog, self.side, role.as_deref(), encoding_matches);
-            let plan = narrow(plan, text, &self.world.catalog, self.side);
+            let plan = plan(&facts, &self.world.catalog, side, role.as_deref(), encoding_matches);
+            let plan = narrow(plan, text, &self.world.catalog, side);
             let read = match plan {
-                Plan::Pass => read(text, &facts, &self.world.catalog, self.side),
+                Plan::Pass => read(text, &facts, &self.world.catalog, side),
                 _ => Read::Stays("writes"),
             };
-            Planned { read, ..Planned::new(facts, plan) }
+            let route = route(text, &facts, &self.world.catalog, side);
+            Planned { read, route, ..Planned::new(facts, plan) }
         });
         // The body of DO is a literal, which the shape leaves out.
         let planned = if planned.facts.verb == Verb::Do { planned.for_body(text) } else { planned };

@@ -7,6 +7,7 @@ use bytes::{Buf, BufMut, Bytes};
 
 use super::books::{Prepared, Settings, There};
 use super::expect::{Done, Expected, Kind, To};
+use super::turn::Turned;
 use super::{Aside, Carry, End, Session, ending};
 use crate::mirror::flight::Debts;
 use crate::plan::Plan;
@@ -66,7 +67,18 @@ impl Session {
             if self.world.phase.serves() && self.serve_read(head).await? {
                 continue;
             }
-            if self.world.phase.mirror().is_some() {
+            if self.world.splits() {
+                match self.turn(head).await {
+                    Ok(Turned::Go) => {}
+                    Ok(Turned::Done) => continue,
+                    Err(End::Overtaken) => {
+                        self.once_more().await?;
+                        continue;
+                    }
+                    Err(end) => return Err(end),
+                }
+            }
+            if self.world.phase.mirror().is_some() && !self.is_away() {
                 self.remember(head);
                 match self.mirrored(head).await {
                     Err(End::Overtaken) => self.once_more().await?,
@@ -114,6 +126,9 @@ impl Session {
             self.serving.renew(current.epoch != self.world.epoch);
             self.world = current.clone();
             drop(current);
+            if !self.world.splits() {
+                self.join_legs().await?;
+            }
             if self.world.phase.authority() == self.side {
                 return Ok(());
             }
@@ -134,7 +149,7 @@ impl Session {
         match head.tag {
             b'd' | b'F' | b'p' => true,
             b'B' => !mirrored || self.bind_streams(head),
-            b'Q' | b'P' => !mirrored || head.total > limit,
+            b'Q' | b'P' => !mirrored && !self.world.splits() || head.total > limit,
             _ => !mirrored,
         }
     }
@@ -314,6 +329,10 @@ impl Session {
 
     /// The transaction is over; whatever was not settled is undone on the mirror.
     pub(super) fn over(&mut self) {
+        if self.is_away() {
+            // The one on new has a transaction of its own.
+            return;
+        }
         self.entry.leave();
         // What is bound behind the end belongs to what begins there.
         let queue = &self.queue;

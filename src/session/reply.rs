@@ -92,7 +92,9 @@ impl Session {
         match tag {
             b'S' => {
                 self.parameter_status(at, total);
-                return Ok(Verdict::Forward);
+                // What we set on a second session is what the client has been told by the first.
+                let ours = self.is_away() && self.queue.front().is_some_and(|owed| matches!(owed.to, To::Us));
+                return Ok(if ours { Verdict::Drop } else { Verdict::Forward });
             }
             b'A' => return Ok(Verdict::Forward),
             b'N' if self.shows(at, total) => return Ok(Verdict::Drop),

@@ -14,7 +14,7 @@ use tracing::debug;
 
 use super::answer::{Begun, Ended};
 use super::books::{Prepared, Settings, There};
-use super::carry::literal;
+use super::carry::{greeted, literal};
 use super::{End, Session};
 use crate::backend::connect::{self, Address, read_only, to_database};
 use crate::config::{Commit, ServeBy};
@@ -546,16 +546,7 @@ async fn open(
     let parameters = read_only(to_database(parameters, &db.database));
     let connected = connect::connect(db, credentials, &parameters, minor).await.map_err(|error| error.to_string())?;
     let mut conn = Conn::new(connected.stream, connected.buf);
-    let mut key = Bytes::new();
-    loop {
-        let (tag, payload) = conn.frame().await.map_err(|error| error.to_string())?;
-        match tag {
-            b'K' => key = payload,
-            b'E' => return Err(frame::server_error(&payload).message),
-            b'Z' => break,
-            _ => {}
-        }
-    }
+    let key = greeted(&mut conn).await?;
     Ok((conn, connected.address, key))
 }
 

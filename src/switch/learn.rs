@@ -43,6 +43,8 @@ pub async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
         epoch::same(&client, authority, &config.definition()).await?;
         client.execute("SELECT crossfade.open_epoch($1)", &[&(holds.epoch as i64)]).await?;
         definitions(shared, &config, &world, holds).await?
+    } else if authority == Side::New {
+        staying(&config).await?
     } else {
         Arc::new(Catalog::default())
     };
@@ -109,6 +111,18 @@ async fn definitions(
         shared.stale.notify_one();
     }
     Ok(Arc::new(catalog))
+}
+
+/// Definitions of a phase in which new alone is written: sessions need them where some tables stay on old. Old may be gone for good, where none do.
+async fn staying(config: &Config) -> Result<Arc<Catalog>, MoveError> {
+    match mover::load_catalog(config, Side::New).await {
+        Ok((catalog, _)) => Ok(Arc::new(catalog)),
+        Err(error) if config.tables.is_none() => {
+            warn!(%error, "the definitions cannot be read: if tables stay on old, statements over them fail");
+            Ok(Arc::new(Catalog::default()))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// Numbers of debts are drawn at each start of a proxy, and again by each move. Where the schema cannot be had (a control role without rights, in
