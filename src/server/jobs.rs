@@ -20,7 +20,7 @@ use crate::phase::Side;
 use crate::shared::{Paid, Shared, World, lock};
 use crate::switch::mover::{self, Stays};
 use crate::switch::record::Ask;
-use crate::switch::renew::{renew, renew_if_other};
+use crate::switch::renew::{renew, renew_if_other, renew_staying};
 
 /// How often debts that were paid are cleared.
 const CLEAR: Duration = Duration::from_millis(200);
@@ -109,12 +109,25 @@ impl Hands {
             self.open = None;
             return Ok(None);
         };
+        self.both(shared, mirror, name).await.map(Some)
+    }
+
+    /// To the side that is not this one, and to this one.
+    pub(super) async fn both(
+        &mut self,
+        shared: &Shared,
+        mirror: Side,
+        name: &str,
+    ) -> Result<(&Client, &Client), crate::config::ConnectError> {
         if self.open.as_ref().is_none_or(|(side, a, b)| *side != mirror || a.is_closed() || b.is_closed()) {
             let config = shared.config.load_full();
             let authority = Shared::database(&config, mirror.other()).connect(name).await?;
             self.open = Some((mirror, authority, Shared::database(&config, mirror).connect(name).await?));
         }
-        Ok(self.open.as_ref().map(|(_, authority, mirror)| (authority, mirror)))
+        match &self.open {
+            Some((_, authority, mirror)) => Ok((authority, mirror)),
+            None => unreachable!("it was opened just now"),
+        }
     }
 }
 
@@ -297,7 +310,10 @@ async fn refresh(shared: Arc<Shared>) {
             () = shared.stale.notified() => true,
             () = tokio::time::sleep(pause) => false,
         };
-        let Some(mirror) = shared.world.load().phase.mirror() else { continue };
+        let Some(mirror) = shared.world.load().phase.mirror() else {
+            refresh_staying(&shared, &mut hands).await;
+            continue;
+        };
         if !shared.health.get(mirror).up() {
             continue;
         }
@@ -325,6 +341,22 @@ async fn refresh(shared: Arc<Shared>) {
             prints = None;
             warn!(%error, "definitions cannot be read again");
         }
+    }
+}
+
+/// The same where new alone is written and some tables stay on old.
+async fn refresh_staying(shared: &Arc<Shared>, hands: &mut Hands) {
+    let world = shared.world.load_full();
+    if !world.splits() {
+        return;
+    }
+    let Ok((new, old)) = hands.both(shared, Side::Old, "crossfade catalog").await else { return };
+    let (Ok(new), Ok(old)) = (definitions(new).await, definitions(old).await) else { return };
+    let known = &world.catalog.definitions;
+    if (new != known.new || old != known.old)
+        && let Err(error) = renew_staying(shared).await
+    {
+        warn!(%error, "definitions cannot be read again");
     }
 }
 

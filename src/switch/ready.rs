@@ -168,7 +168,8 @@ async fn definitions(
     to: Phase,
     world: &World,
 ) -> Result<Arc<Catalog>, MoveError> {
-    if from.mirror() == to.mirror() {
+    // Where new alone is written sessions need to know which tables stay on old.
+    if from.mirror() == to.mirror() || to.mirror().is_none() && to.authority() == Side::New {
         return Ok(world.catalog.clone());
     }
     if to.mirror().is_none() {

@@ -108,6 +108,22 @@ async fn read(shared: &Arc<Shared>, only_other: bool) -> Result<(), MoveError> {
     Ok(())
 }
 
+/// Reads the definitions again in a phase in which new alone is written: which tables stay on old may be others now. Nothing is owed for it.
+pub async fn renew_staying(shared: &Arc<Shared>) -> Result<(), MoveError> {
+    let _switching = shared.switching.lock().await;
+    let world = shared.world.load_full();
+    if world.phase.mirror().is_some() || !world.splits() {
+        return Ok(());
+    }
+    let (catalog, whole) = mover::load_catalog(&shared.config.load_full(), Side::New).await?;
+    if whole && *world.catalog != catalog {
+        let generation = world.generation + 1;
+        shared.world.store(Arc::new(World { generation, catalog: Arc::new(catalog), ..(*world).clone() }));
+        shared.renewed.notify_waiters();
+    }
+    Ok(())
+}
+
 fn missing(table: &Table, after: &Catalog) -> String {
     let name = |side: Side| format!("{}.{}", table.schema.get(side), table.name.get(side));
     let lacking = Side::BOTH.into_iter().find(|side| after.one_sided.get(side.other()).contains(&name(side.other())));

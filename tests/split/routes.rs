@@ -73,7 +73,7 @@ async fn statements_go_to_the_side_of_their_tables() {
 async fn settings_hold_on_both_sides() {
     let pair = split("new-primary", "").await;
     let client = pair.client().await;
-    let zone = "SELECT current_setting('timezone') || ' ' || coalesce(current_setting('app.user', true), '-') || ' ' || count(*) FROM ";
+    let zone = "SELECT current_setting('timezone') || ' ' || coalesce(current_setting('app.tenant', true), '-') || ' ' || count(*) FROM ";
     let both = async |expected: &str| {
         for table in ["orders", "attachments"] {
             assert_eq!(value(&client, &format!("{zone}{table}")).await, format!("{expected} 10"), "{table}");
@@ -81,7 +81,7 @@ async fn settings_hold_on_both_sides() {
     };
     client.batch_execute("SET TIME ZONE 'Asia/Tokyo'").await.expect("sets");
     both("Asia/Tokyo -").await;
-    client.batch_execute("SET app.user = '7'").await.expect("sets");
+    client.batch_execute("SET app.tenant = '7'").await.expect("sets");
     both("Asia/Tokyo 7").await;
     client.batch_execute("BEGIN").await.expect("begins");
     client.batch_execute("SET LOCAL TIME ZONE 'Europe/Rome'").await.expect("sets");
@@ -202,6 +202,8 @@ async fn a_session_on_old_that_was_ended_comes_back() {
     assert_eq!(client.query_one(&orders, &[]).await.expect("reads").get::<_, i64>(0), 10);
     let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'app'";
     assert_eq!(on(&pair.databases.old, end).await, "1");
+    let left = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app'";
+    crate::common::until("it has ended", async || on(&pair.databases.old, left).await == "0").await;
     assert_eq!(client.query_one(&orders, &[]).await.expect("reads again").get::<_, i64>(0), 10);
     // A CancelRequest reaches the server that is at work.
     let cancel = client.cancel_token();
