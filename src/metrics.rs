@@ -29,6 +29,8 @@ pub struct Metrics {
     pub mirror_commit_seconds: Histogram,
     /// Transactions that the mirror did not take, by reason.
     pub mirror_failures: IntCounterVec,
+    /// Transactions that have written on both sides, are prepared on new and not decided on old.
+    pub in_doubt: IntGauge,
     /// 0 while the circuit breaker is open.
     pub mirror_up: IntGauge,
     debt_keys: IntGaugeVec,
@@ -120,6 +122,11 @@ impl Metrics {
                 "mirror_failures_total",
                 "Transactions that the mirror did not take",
                 &["reason"],
+            )?,
+            in_doubt: gauge(
+                r,
+                "in_doubt_transactions",
+                "Transactions over both sides that are prepared and not decided",
             )?,
             mirror_up: gauge(r, "mirror_up", "0 while the mirror is known to be down")?,
             debt_keys: gauges(r, "debt_keys", "Debts owed (a whole-table debt counts as one)", &["table"])?,

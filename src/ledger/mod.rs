@@ -10,3 +10,14 @@ pub const FENCE: &str = "crossfade_fence";
 
 /// Makes schema `crossfade`, on either side; may be run again.
 pub const SCHEMA_SQL: &str = include_str!("schema.sql");
+
+/// What the names begin with under which transactions of this migration are prepared that have written on both sides.
+pub fn split_prefix(migration: &str) -> String {
+    let end = (0..=migration.len().min(100)).rev().find(|end| migration.is_char_boundary(*end)).unwrap_or(0);
+    format!("crossfade:{}:", &migration[..end])
+}
+
+/// Such a name: `crossfade:<migration>:<incarnation>:<xid8>`, both of the transaction that decides. 199 bytes at most.
+pub fn split_name(migration: &str, incarnation: &str, xid: &str) -> String {
+    format!("{}{incarnation}:{xid}", split_prefix(migration))
+}

@@ -359,6 +359,24 @@ RETURNS void LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp
     UPDATE crossfade.ledger SET holder_pid = NULL, holder_start = NULL WHERE id = debt AND holder_pid = pg_backend_pid();
 $$;
 
+-- Transactions that have written on both sides and were committed here, which decides for the other side, by the name under which they were prepared there.
+-- Written in the very transaction that decides (src/migrate/undecided.rs).
+CREATE TABLE IF NOT EXISTS crossfade.decided (gid text PRIMARY KEY, at timestamptz NOT NULL DEFAULT clock_timestamp());
+CREATE OR REPLACE FUNCTION crossfade.decide(gid text) RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    ours text;
+BEGIN
+    IF current_setting('synchronous_commit') = 'off' THEN
+        PERFORM set_config('synchronous_commit', 'local', true);
+    END IF;
+    -- Nobody decides for a transaction that is not his own.
+    SELECT ':' || id || ':' || pg_current_xact_id() INTO STRICT ours FROM crossfade.incarnation;
+    IF right(gid, length(ours)) <> ours THEN
+        RAISE EXCEPTION 'crossfade: % is not the name of this transaction', gid;
+    END IF;
+    INSERT INTO crossfade.decided (gid) VALUES (decide.gid);
+END $$;
+
 -- What everyone may. Granted where it is missing only: GRANT is DDL and names no schema, so `note_ddl` gives another version for it, and
 -- each start of a proxy would leave those plans unproven that others made before.
 DO $$

@@ -31,6 +31,7 @@ pub mod sequences;
 mod sql;
 pub mod sweep;
 pub mod tokens;
+pub mod undecided;
 pub mod verify;
 mod walk;
 

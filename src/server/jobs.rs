@@ -89,6 +89,7 @@ pub fn start(shared: &Arc<Shared>) {
     tokio::spawn(super::verify::follow(shared.clone()));
     tokio::spawn(super::fence::keep(shared.clone()));
     tokio::spawn(super::late::end(shared.clone()));
+    tokio::spawn(super::undecided::settle(shared.clone()));
 }
 
 /// The two control connections of a job, opened anew where they were lost or the authority has changed.
@@ -119,15 +120,17 @@ impl Hands {
         mirror: Side,
         name: &str,
     ) -> Result<(&Client, &Client), crate::config::ConnectError> {
-        if self.open.as_ref().is_none_or(|(side, a, b)| *side != mirror || a.is_closed() || b.is_closed()) {
-            let config = shared.config.load_full();
-            let authority = Shared::database(&config, mirror.other()).connect(name).await?;
-            self.open = Some((mirror, authority, Shared::database(&config, mirror).connect(name).await?));
-        }
-        match &self.open {
-            Some((_, authority, mirror)) => Ok((authority, mirror)),
-            None => unreachable!("it was opened just now"),
-        }
+        let open = self.open.take().filter(|(side, a, b)| *side == mirror && !a.is_closed() && !b.is_closed());
+        let open = match open {
+            Some(open) => open,
+            None => {
+                let config = shared.config.load_full();
+                let authority = Shared::database(&config, mirror.other()).connect(name).await?;
+                (mirror, authority, Shared::database(&config, mirror).connect(name).await?)
+            }
+        };
+        let (_, authority, mirror) = self.open.insert(open);
+        Ok((authority, mirror))
     }
 }
 

@@ -10,6 +10,7 @@ mod logins;
 mod reads;
 mod report;
 pub mod sweep;
+mod undecided;
 mod verify;
 
 use std::path::{Path, PathBuf};

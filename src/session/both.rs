@@ -1,6 +1,6 @@
 //! A block of the client that is open on both sides: its savepoints are made on both, and it ends on both.
 //!
-//! Whichever side has written nothing has nothing to lose: it ends first, and the other one's COMMIT decides.
+//! Whichever side has written nothing has nothing to lose: it ends first, and the other one's COMMIT decides. Where both have written: `split_commit`.
 
 use bytes::{Buf, Bytes};
 
@@ -108,7 +108,7 @@ impl Session {
         }
     }
 
-    async fn roll_back_both(&mut self) -> Result<(), End> {
+    pub(super) async fn roll_back_both(&mut self) -> Result<(), End> {
         for _ in 0..2 {
             if self.status != b'I' {
                 self.roll_back_ours().await?;
@@ -124,8 +124,7 @@ impl Session {
         self.change_places();
         let there = self.has_written().await?;
         if here && there {
-            self.roll_back_both().await?;
-            return Ok(Err(error_of(&no_two_phases())));
+            return self.commit_split().await;
         }
         // In use is the one that was asked last: it ends first, if it has written nothing.
         if there {
@@ -170,18 +169,10 @@ fn names_constraints(text: &[u8]) -> bool {
     words.next() == Some("set") && words.next() == Some("constraints") && words.next() != Some("all")
 }
 
-fn error_of(report: &Report) -> Bytes {
+pub(super) fn error_of(report: &Report) -> Bytes {
     let mut out = bytes::BytesMut::new();
     report.put(&mut out);
     out.freeze()
-}
-
-fn no_two_phases() -> Report {
-    Report::error(
-        "0A000",
-        "this transaction has written tables of two databases (some stay on old, others are on new), which cannot be committed as one yet",
-        "Nothing was committed. Write them in two transactions.",
-    )
 }
 
 fn no_prepare() -> Report {

@@ -41,7 +41,7 @@ enum Executed {
 }
 
 /// A transaction that is about to commit: its debts stand in the ledger's flight.
-struct Settled {
+pub(super) struct Settled {
     executed: Executed,
     id: i64,
     /// What it owes beside taints.
@@ -80,7 +80,7 @@ impl Ending {
 }
 
 /// Whether COMMIT may be sent.
-enum Before {
+pub(super) enum Before {
     /// It may; what was executed on the mirror, if anything.
     Ready(Option<Settled>),
     /// The audit has failed, as COMMIT would have: its error is in `kept`.
@@ -238,7 +238,7 @@ impl Session {
     }
 
     /// Images to the mirror, executed and awaited; then the debts into the authority's flight. COMMIT follows in the same flight.
-    async fn before_commit(&mut self, ending: Ending) -> Result<Before, End> {
+    pub(super) async fn before_commit(&mut self, ending: Ending) -> Result<Before, End> {
         self.kept = Kept::default();
         for cut in std::mem::take(&mut self.suspended).into_values() {
             self.lost(&cut.capture.tables, "suspended");
@@ -385,7 +385,7 @@ impl Session {
     }
 
     /// The mirror's part of it, for which nobody waits but where new serves.
-    fn settled(&mut self, settled: Settled, committed: bool) -> Behind {
+    pub(super) fn settled(&mut self, settled: Settled, committed: bool) -> Behind {
         let shared = self.shared.clone();
         let clock = self.worker.clock.clone();
         let Settled { executed, id, debts, unwritten, .. } = settled;

@@ -31,6 +31,7 @@ mod reply;
 mod sampled;
 mod served;
 mod simple;
+mod split_commit;
 mod turn;
 
 use std::collections::HashMap;

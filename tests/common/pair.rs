@@ -32,9 +32,14 @@ impl Databases {
 
     /// Starts two that ask nobody for a password: [`super::raw`] can log in. Crossfade needs `auth: trust` in its file.
     pub async fn start_trusting() -> Databases {
+        Databases::start_trusting_with(&[], &[]).await
+    }
+
+    /// The same, with these lines of postgresql.conf on old and on new.
+    pub async fn start_trusting_with(old: &[(&str, &str)], new: &[(&str, &str)]) -> Databases {
         let trust = "local all all trust\nhost all all 127.0.0.1/32 trust\n";
-        let [old, new] = ["old", "new"].map(|side| Cluster::builder().lineage(side).hba(trust));
-        Databases::of(old, new).await
+        let builder = |side, settings| Cluster::builder().lineage(side).hba(trust).settings(settings);
+        Databases::of(builder("old", old), builder("new", new)).await
     }
 
     async fn of(old: Builder, new: Builder) -> Databases {
