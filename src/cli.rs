@@ -18,7 +18,7 @@ use crate::catalog::{Catalog, Sides, Table};
 use crate::config::{self, Config};
 use crate::migrate::repair::{self, Repair};
 use crate::migrate::{self, Pair, fence, late};
-use crate::phase::Side;
+use crate::phase::{Phase, Side};
 use crate::server;
 use crate::shared::Shared;
 use crate::sql;
@@ -113,9 +113,10 @@ async fn what_holds(config: &Config) -> Result<Holds, Trouble> {
 pub async fn repair(path: &Path, wait: bool, timeout: Duration, tables: &[String]) -> Result<bool, Trouble> {
     let config = config::load(path)?;
     let holds = what_holds(&config).await?;
+    let decided = settle_split(&config, holds.phase, wait, timeout).await?;
     let Some(mirror) = holds.phase.mirror() else {
         println!("phase {}: nothing is mirrored, nothing is owed", holds.phase);
-        return Ok(true);
+        return Ok(decided);
     };
     let authority = mirror.other();
     let (catalog, whole) = mover::load_catalog(&config, authority).await?;
@@ -142,7 +143,42 @@ pub async fn repair(path: &Path, wait: bool, timeout: Duration, tables: &[String
     for (table, error) in &summary.refused {
         println!("{table}: the {mirror} database refuses rows: {error}");
     }
-    Ok(summary.owed == 0)
+    Ok(decided && summary.owed == 0)
+}
+
+/// Settles transactions over both sides that were left prepared; with `wait`, until old has decided all of them. True: none is left.
+async fn settle_split(config: &Config, phase: Phase, wait: bool, timeout: Duration) -> Result<bool, Trouble> {
+    if phase.authority() == Side::Old {
+        return Ok(true);
+    }
+    // Old may be gone for good, where all tables have migrated.
+    let (Ok(old), Ok(new)) =
+        tokio::join!(config.old.connect("crossfade repair"), config.new.connect("crossfade repair"))
+    else {
+        return Ok(true);
+    };
+    let there = "SELECT pg_catalog.to_regclass('crossfade.decided') IS NOT NULL";
+    if !old.query_one(there, &[]).await?.get::<_, bool>(0) {
+        return Ok(true);
+    }
+    let patience = Duration::from_secs(5);
+    let (decider, prepared) = (
+        migrate::link::At { side: Side::Old, client: &old, patience },
+        migrate::link::At { side: Side::New, client: &new, patience },
+    );
+    let deadline = std::time::Instant::now() + timeout;
+    let mut settled = 0;
+    loop {
+        let found = migrate::undecided::settle(decider, prepared, &config.name).await?;
+        settled += found.settled;
+        if found.undecided == 0 || !wait || std::time::Instant::now() > deadline {
+            if settled + found.undecided > 0 {
+                println!("prepared over both sides: settled {settled}, undecided {}", found.undecided);
+            }
+            return Ok(found.undecided == 0);
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// How long definitions that have changed may go unnoticed while `repair --wait` waits.
@@ -244,6 +280,14 @@ pub async fn status(path: &Path, json: bool) -> Result<bool, Trouble> {
         document["debt"]["why"] = why_owed(&client).await?;
         document["mirror_reachable"] = whole.into();
     }
+    if authority == Side::New
+        && let Ok(new) = config.new.connect("crossfade status").await
+    {
+        let text = "SELECT gid FROM pg_catalog.pg_prepared_xacts WHERE database = current_database() AND starts_with(gid, $1) ORDER BY prepared";
+        let rows = new.query(text, &[&crate::ledger::split_prefix(&config.name)]).await?;
+        let gids: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+        document["in_doubt"] = serde_json::json!(gids);
+    }
     if json {
         println!("{document:#}");
     } else {
@@ -287,6 +331,9 @@ fn for_people(document: &serde_json::Value) -> String {
         document["epoch"],
         text(&document["authority"])
     );
+    for gid in document["in_doubt"].as_array().into_iter().flatten() {
+        out += &format!("prepared on new, and old decides: {}\n", text(gid));
+    }
     if document["wanted"] != document["phase"] {
         out += &format!("the file wants {}\n", text(&document["wanted"]));
     }

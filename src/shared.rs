@@ -1,7 +1,7 @@
 //! What all sessions and jobs of one proxy share, handed to them as a value.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -118,6 +118,9 @@ impl Cancels {
     }
 }
 
+/// The class of the advisory locks by which a session on old names the one on new that is the same client's, with its process id.
+pub const PAIR_CLASS: i32 = 0x0c0f_fade;
+
 /// Shared by all.
 pub struct Shared {
     /// The file, as it was last read without an error.
@@ -164,6 +167,8 @@ pub struct Shared {
     pub registry: Registry,
     /// Sessions that may have a cursor WITH HOLD, or listen.
     pub holding: AtomicI64,
+    /// Server processes that were cancelled because of a deadlock across both sides.
+    pub deadlocked: Mutex<HashSet<(Side, i32)>>,
     /// There is something to repair.
     pub owed: Notify,
     /// The file may want another phase.

@@ -1,6 +1,7 @@
 //! The proxy as a process: threads that run sessions, jobs beside them, an end in good order.
 
 mod console;
+mod deadlocks;
 pub mod fence;
 pub mod http;
 mod jobs;
@@ -127,6 +128,7 @@ pub fn share(config: Config) -> Result<Shared, RunError> {
         stale: Notify::new(),
         renewed: Notify::new(),
         registry: crate::switch::fleet::Registry::new(),
+        deadlocked: Default::default(),
         holding: AtomicI64::new(0),
         overtaken: Notify::new(),
         learnt: Notify::new(),

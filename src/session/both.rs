@@ -89,8 +89,7 @@ impl Session {
 
     async fn chain(&mut self, block: &Block) -> Result<(), End> {
         let block = block.again();
-        let begin: Vec<Bytes> = block.begin.iter().cloned().collect();
-        self.open_here(&begin).await?;
+        self.open_here(block.begin.as_deref().unwrap_or(b"BEGIN")).await?;
         self.legs.block = Some(block);
         Ok(())
     }

@@ -16,6 +16,7 @@ use super::{End, Session};
 use crate::backend::connect::Address;
 use crate::catalog::Sides;
 use crate::phase::Side;
+use crate::shared::PAIR_CLASS;
 use crate::sql::facts::Verb;
 use crate::wire::conn::Conn;
 use crate::wire::frame::{self, Report};
@@ -76,11 +77,15 @@ impl Block {
         }
     }
 
-    /// What opens it on another server session; None: that is not known.
-    fn texts(&self) -> Option<Vec<Bytes>> {
-        let begin = self.begin.clone().filter(|_| self.savepoints.len() <= SAVEPOINTS_MAX)?;
+    /// What opens it on another server session, with `mark` outside its savepoints; None: that is not known.
+    fn text(&self, mark: Option<String>) -> Option<Bytes> {
+        let begin = self.begin.as_ref().filter(|_| self.savepoints.len() <= SAVEPOINTS_MAX)?;
+        let mark = mark.map(Bytes::from);
         let savepoints = self.savepoints.iter().map(|(_, text)| text);
-        Some([&begin].into_iter().chain(&self.modes).chain(savepoints).cloned().collect())
+        let texts: Vec<&[u8]> =
+            [begin].into_iter().chain(&self.modes).chain(&mark).chain(savepoints).map(|text| &text[..]).collect();
+        // Whatever a text ends with: a comment, a semicolon.
+        Some(texts.join(&b"\n;"[..]).into())
     }
 
     /// AND CHAIN: another one with the same modes.
@@ -208,10 +213,11 @@ impl Session {
             return Ok(Some(report));
         }
         let open = self.status == b'T' && self.legs.other.as_ref().is_some_and(|leg| leg.status == b'I');
-        let mut texts = Vec::new();
+        let mut text = Bytes::new();
         if open {
-            match self.legs.block.as_ref().and_then(Block::texts) {
-                Some(found) => texts = found,
+            let mark = (side == Side::Old).then(|| self.mark()).flatten();
+            match self.legs.block.as_ref().and_then(|block| block.text(mark)) {
+                Some(found) => text = found,
                 None => return Ok(Some(unknown_block())),
             }
         }
@@ -224,24 +230,29 @@ impl Session {
         }
         self.change_places();
         if open {
-            self.open_here(&texts).await?;
+            self.open_here(&text).await?;
         }
         Ok(None)
     }
 
     /// The client's block is opened on the session in use, too.
-    pub(super) async fn open_here(&mut self, texts: &[Bytes]) -> Result<(), End> {
-        for text in texts {
-            self.ask_ours(text).await?;
-            if self.kept.error.take().is_some() {
-                return Err(lost_block(self.side));
-            }
+    pub(super) async fn open_here(&mut self, text: &[u8]) -> Result<(), End> {
+        self.ask_ours(text).await?;
+        if self.kept.error.take().is_some() {
+            return Err(lost_block(self.side));
         }
         if !self.is_away() && self.world.phase.mirror().is_some() {
             self.enter_block();
             self.sync_ours().await?;
         }
         Ok(())
+    }
+
+    /// Says on old which session on new is the same client's, to whoever looks for deadlocks, for as long as the transaction lasts.
+    fn mark(&self) -> Option<String> {
+        let key = self.cancel_key.as_ref().and_then(|client| self.shared.cancels.get(client))?.2;
+        let pid = i32::from_be_bytes(key.get(..4)?.try_into().ok()?);
+        Some(format!("SELECT pg_catalog.pg_try_advisory_xact_lock_shared({PAIR_CLASS}, {pid})"))
     }
 
     /// There is a session on that side, or a report of why not.

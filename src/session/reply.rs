@@ -11,8 +11,9 @@ use crate::catalog::Table;
 use crate::mirror::writes::{Op, RolledBack};
 use crate::plan::weave::Positions;
 use crate::plan::{Effect, image};
+use crate::shared::lock;
 use crate::wire::conn::pass;
-use crate::wire::frame::{self, HEAD};
+use crate::wire::frame::{self, HEAD, Report};
 
 /// Frames larger than this are passed on as they come, where nothing needs to look inside.
 const STREAMED: usize = 64 * 1024;
@@ -239,8 +240,10 @@ impl Session {
     }
 
     fn error(&mut self, at: usize, total: usize) -> Verdict {
-        let fatal = frame::server_error(&self.server.inb[at + HEAD..at + total]).fatal;
+        let said = frame::server_error(&self.server.inb[at + HEAD..at + total]);
+        let fatal = said.fatal;
         self.dismissed |= fatal;
+        let deadlocked = said.code == "57014" && self.world.splits() && self.is_deadlocked();
         let mut failed = self.queue.fail();
         // The last first: each remembers what was before it.
         while failed.len() > 1 {
@@ -250,6 +253,11 @@ impl Session {
         self.undo(owed.done.clone());
         if owed.hold {
             self.held.failed = true;
+        }
+        match &owed.to {
+            To::Us | To::Nobody | To::Nowhere => {}
+            _ if deadlocked => return Verdict::Replace(deadlock()),
+            _ => {}
         }
         match &owed.to {
             // The server ends the session, whatever it was doing: for the client, or for us, whose statements the client does not see.
@@ -275,6 +283,13 @@ impl Session {
                 self.as_asked(at, total, positions.as_deref())
             }
         }
+    }
+
+    /// The statement was cancelled by whoever watches over deadlocks across both sides.
+    fn is_deadlocked(&self) -> bool {
+        let key = self.cancel_key.as_ref().and_then(|client| self.shared.cancels.get(client));
+        let pid = key.and_then(|(side, _, key)| Some((side, i32::from_be_bytes(key.get(..4)?.try_into().ok()?))));
+        pid.is_some_and(|pid| lock(&self.shared.deadlocked).remove(&pid))
     }
 
     /// An error about what the client has asked: with the client's name of a twin, and, of an edited text, with the position in the client's.
@@ -429,6 +444,14 @@ impl Session {
             }
         }
     }
+}
+
+/// What PostgreSQL says of a deadlock.
+fn deadlock() -> BytesMut {
+    let mut out = BytesMut::new();
+    let hint = "Transactions that use tables of both databases wait for each other; repeat this one.";
+    Report::error("40P01", "deadlock detected", hint).put(&mut out);
+    out
 }
 
 /// `number image`, as `crossfade.show_cte_image` says it.

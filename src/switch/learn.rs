@@ -116,7 +116,13 @@ async fn definitions(
 /// Definitions of a phase in which new alone is written: sessions need them where some tables stay on old. Old may be gone for good, where none do.
 async fn staying(config: &Config) -> Result<Arc<Catalog>, MoveError> {
     match mover::load_catalog(config, Side::New).await {
-        Ok((catalog, _)) => Ok(Arc::new(catalog)),
+        Ok((catalog, whole)) => {
+            if whole && !catalog.stays.is_empty() {
+                // Transactions over both sides are decided there.
+                migrate::install(&config.old.connect("crossfade").await?, Side::Old).await?;
+            }
+            Ok(Arc::new(catalog))
+        }
         Err(error) if config.tables.is_none() => {
             warn!(%error, "the definitions cannot be read: if tables stay on old, statements over them fail");
             Ok(Arc::new(Catalog::default()))

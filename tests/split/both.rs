@@ -143,3 +143,33 @@ async fn the_sum_stays_whoever_is_killed() {
     until("the metric says so", async || stage.pair.proxy.metrics("crossfade_in_doubt_transactions").await == 0.0)
         .await;
 }
+
+/// Each server sees half of it.
+#[tokio::test]
+async fn a_deadlock_across_both_databases_ends_one_of_them() {
+    let pair = split("new-primary", "").await;
+    let (one, two) = (pair.client().await, pair.client().await);
+    let write = |table: &str| format!("UPDATE {table} SET amount = amount + 1 WHERE id = 1");
+    for (client, table) in [(&one, "orders"), (&two, "attachments")] {
+        client.batch_execute("BEGIN").await.expect("begins");
+        client.batch_execute(&write(table)).await.expect("writes");
+    }
+    let (new, old) = (write("attachments"), write("orders"));
+    let (first, second) = tokio::join!(
+        async {
+            let done = one.batch_execute(&new).await;
+            one.batch_execute("COMMIT").await.expect("ends");
+            done
+        },
+        async {
+            let done = two.batch_execute(&old).await;
+            two.batch_execute("COMMIT").await.expect("ends");
+            done
+        }
+    );
+    let errors: Vec<_> = [first, second].into_iter().filter_map(Result::err).collect();
+    assert_eq!(errors.len(), 1, "{errors:?}");
+    assert_eq!(errors[0].code(), Some(&tokio_postgres::error::SqlState::T_R_DEADLOCK_DETECTED));
+    assert_eq!(on(&pair.databases.old, "SELECT amount FROM orders WHERE id = 1").await, "101");
+    assert_eq!(on(&pair.databases.new, "SELECT amount FROM attachments WHERE id = 1").await, "101");
+}

@@ -41,10 +41,7 @@ async fn a_death_at_each_step_leaves_both_parts_or_neither() {
             let link = if to_new { &stage.new } else { &stage.old };
             // Row 1 was written by the connection that is watched: others' messages pass.
             let marker: &[u8] = if to_new { b"UPDATE attachments" } else { b"UPDATE orders" };
-            let struck = match way {
-                Way::ToServer => link.trip_behind(marker, way, pattern, Trip::HoldBefore),
-                Way::ToClient => link.trip(way, pattern, Trip::HoldBefore),
-            };
+            let struck = link.trip_behind(marker, way, pattern, Trip::HoldBefore);
             let transfer = tokio::spawn(async move { transfer(&client, 1, 1).await });
             tokio::time::timeout(Duration::from_secs(30), struck).await.expect(&case).expect(&case);
             match dies {
@@ -54,6 +51,8 @@ async fn a_death_at_each_step_leaves_both_parts_or_neither() {
             }
             stage.old.cut();
             stage.new.cut();
+            // The message is lost: its connection ends before it is let go.
+            tokio::time::sleep(Duration::from_millis(100)).await;
             stage.old.release();
             stage.new.release();
             assert!(transfer.await.expect("no panic").is_err(), "{case}: it was acknowledged");
@@ -64,7 +63,7 @@ async fn a_death_at_each_step_leaves_both_parts_or_neither() {
             }
             stage.decided().await;
             expected += i64::from(committed);
-            until("its part on new is to be seen", async || {
+            until(&format!("{case}: {expected} is to be seen on new"), async || {
                 on(&stage.pair.databases.new, "SELECT amount FROM attachments WHERE id = 1").await
                     == expected.to_string()
             })
@@ -93,6 +92,7 @@ async fn a_stranger_with_the_deciders_number_does_not_decide() {
         stage.pair.databases.old.kill9();
         stage.old.cut();
         stage.new.cut();
+        tokio::time::sleep(Duration::from_millis(100)).await;
         stage.old.release();
         drop(transfer.await);
         stage.pair.databases.old.start().await.expect("starts");
@@ -114,5 +114,31 @@ async fn a_stranger_with_the_deciders_number_does_not_decide() {
         }
         assert!(attempt < 10, "the number was never given out again: it is {status}");
     }
+    stage.assert_mirrored().await;
+}
+
+/// While old decides nobody settles what is prepared, however long it takes.
+#[tokio::test]
+async fn a_transaction_in_progress_is_left_alone() {
+    let stage = Stage::start("").await;
+    let client = stage.pair.client().await;
+    let struck = stage.old.trip_behind(b"UPDATE orders", Way::ToServer, b"Q\0\0\0\x0bCOMMIT\0", Trip::HoldBefore);
+    let transfer = tokio::spawn(async move { transfer(&client, 1, 1).await });
+    struck.await.expect("COMMIT comes");
+    let proxy = &stage.pair.proxy;
+    until("the metric says so", async || proxy.metrics("crossfade_in_doubt_transactions").await == 1.0).await;
+    let status = proxy.crossfade(&["status"]).await;
+    assert!(String::from_utf8_lossy(&status.stdout).contains("prepared on new"), "{status:?}");
+    let repair = proxy.crossfade(&["repair"]).await;
+    assert_eq!(repair.status.code(), Some(1), "{repair:?}");
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert_eq!(on(&stage.pair.databases.new, "SELECT count(*) FROM pg_prepared_xacts").await, "1");
+    // Nor is the phase moved meanwhile.
+    let moved = proxy.crossfade(&["phase", "dual-write", "--dry-run"]).await;
+    assert!(String::from_utf8_lossy(&moved.stdout).contains("undecided: crossfade:"), "{moved:?}");
+    stage.old.release();
+    transfer.await.expect("no panic").expect("commits");
+    assert_eq!(on(&stage.pair.databases.new, "SELECT amount FROM attachments WHERE id = 1").await, "101");
+    assert_eq!(stage.sum().await, 2000);
     stage.assert_mirrored().await;
 }
