@@ -39,6 +39,9 @@ fn for_people(document: &Value) -> String {
         out += &format!("{:>10}  {}\n", shape["count"].to_string(), text(&shape["shape"]));
         let mirrored = text(&shape["mirrored"]);
         let mut notes = vec![if shape["opaque"] == true { format!("opaque: {mirrored}") } else { mirrored }];
+        if let Some(why) = shape["split"].as_str() {
+            notes.insert(0, format!("split: {why}; refused once new is the authority"));
+        }
         match shape["stays_because"].as_str() {
             Some(why) => notes.push(format!("stays on the authority: {why}")),
             None => notes.push("may be served by new".to_owned()),

@@ -364,13 +364,12 @@ $$;
 CREATE TABLE IF NOT EXISTS crossfade.decided (gid text PRIMARY KEY, at timestamptz NOT NULL DEFAULT clock_timestamp());
 CREATE OR REPLACE FUNCTION crossfade.decide(gid text) RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    ours text;
+    ours CONSTANT text := ':' || pg_current_xact_id();
 BEGIN
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'local', true);
     END IF;
     -- Nobody decides for a transaction that is not his own.
-    SELECT ':' || id || ':' || pg_current_xact_id() INTO STRICT ours FROM crossfade.incarnation;
     IF right(gid, length(ours)) <> ours THEN
         RAISE EXCEPTION 'crossfade: % is not the name of this transaction', gid;
     END IF;

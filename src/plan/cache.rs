@@ -150,6 +150,18 @@ impl Plans {
         self.cache.iter().collect()
     }
 
+    /// Shapes that were seen and that neither side can answer alone where some tables stay on old, at most 100.
+    pub fn split(&self) -> Vec<String> {
+        let split = |planned: &Planned| matches!(planned.route, Route::Both { .. } | Route::Ambiguous(_));
+        let seen = |planned: &Planned| planned.seen.load(Ordering::Relaxed) > 0;
+        let found = self.cache.iter().filter(|(_, planned)| split(planned) && seen(planned));
+        let mut shapes: Vec<String> =
+            found.map(|(key, _)| String::from_utf8_lossy(&key.shape).into_owned()).take(100).collect();
+        shapes.sort();
+        shapes.dedup();
+        shapes
+    }
+
     /// Hits, misses and bytes.
     pub fn counts(&self) -> (u64, u64, u64) {
         (self.hits.load(Ordering::Relaxed), self.misses.load(Ordering::Relaxed), self.cache.weight())

@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use super::read::{Read, read, stays_because};
+use super::route::{Route, route};
 use super::weave::edited;
 use super::{Audited, Capture, Effect, Opaque, Plan, narrow, plan};
 use crate::catalog::{Catalog, Table};
@@ -29,6 +30,9 @@ pub fn explain(text: &str, facts: &Facts, catalog: &Catalog) -> String {
     }
     for phase in Phase::ALL {
         let authority = phase.authority();
+        if authority == Side::New && elsewhere(&mut out, phase, &route(text.as_bytes(), facts, catalog, authority)) {
+            continue;
+        }
         let _ = write!(out, "{:<14} runs on {authority}", phase.name());
         let Some(mirror) = phase.mirror() else {
             let _ = writeln!(out, ", as it is");
@@ -53,6 +57,23 @@ pub fn explain(text: &str, facts: &Facts, catalog: &Catalog) -> String {
         };
     }
     out
+}
+
+/// Where some tables stay on old: a statement that does not run on new. True: it is one.
+fn elsewhere(out: &mut String, phase: Phase, route: &Route) -> bool {
+    let _ = match route {
+        Route::Undecided | Route::Migrating => return false,
+        Route::Staying => writeln!(out, "{:<14} runs on old, as it is: its tables stay there", phase.name()),
+        Route::Both { staying, migrating } => {
+            writeln!(out, "{:<14} is refused (0A000): {staying} stays on old, {migrating} is on new", phase.name())
+        }
+        Route::Ambiguous(name) => writeln!(
+            out,
+            "{:<14} is refused (0A000): {name} may mean a table that stays on old or one on new; write its schema",
+            phase.name()
+        ),
+    };
+    true
 }
 
 /// Whether a SELECT may leave the authority.

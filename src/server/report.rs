@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use crate::plan::Plan;
 use crate::plan::cache::Planned;
 use crate::plan::read::{Read, stays_because};
+use crate::plan::route::Route;
 use crate::shared::Shared;
 
 /// One document: totals, and the shapes, those seen most often first. Shapes hold no values.
@@ -42,10 +43,15 @@ fn of_shape(shared: &Shared, shape: Vec<u8>, seen: u64, planned: &Planned) -> Va
         Read::Eligible(_) => (true, None),
         Read::Stays(reason) => (false, Some(stays_because(reason).to_owned())),
     };
+    let split = match &planned.route {
+        Route::Both { staying, migrating } => Some(format!("{staying} stays on old, {migrating} migrates")),
+        Route::Ambiguous(name) => Some(format!("{name} may mean a table that stays on old or one that migrates")),
+        _ => None,
+    };
     let compared = shared.reads.tally.of_shape(&shape.clone().into());
     json!({
         "shape": String::from_utf8_lossy(&shape), "count": seen, "tables": tables,
         "mirrored": mirrored, "opaque": opaque,
-        "served_by_new": eligible, "stays_because": why, "compared": compared,
+        "split": split, "served_by_new": eligible, "stays_because": why, "compared": compared,
     })
 }

@@ -12,7 +12,7 @@ use crate::sql::facts::Verb;
 use crate::wire::frame::{self, Head, Report};
 
 /// The transaction's number: it has one once it has written, or locked rows.
-const XID: &[u8] = b"SELECT pg_catalog.pg_current_xact_id_if_assigned()::text";
+pub(super) const XID: &[u8] = b"SELECT pg_catalog.pg_current_xact_id_if_assigned()::text";
 
 impl Session {
     /// A statement about the block itself, in `head`.

@@ -123,6 +123,8 @@ pub(super) struct Legs {
     pub(super) named: Vec<(String, Bytes)>,
     /// Cursors that were declared on old in this block.
     pub(super) cursors: Vec<String>,
+    /// That of old, since the session there began. None: schema crossfade is not installed there.
+    pub(super) incarnation: Option<Bytes>,
     /// Where a sequence was last drawn from, for lastval().
     pub(super) drawn_on_old: bool,
 }
@@ -294,10 +296,15 @@ impl Session {
             portals: HashMap::new(),
             ours_prepared: Vec::new(),
         };
+        // As long as this session lives: a crash ends it. Not asked for in a client's transaction, whose snapshot may be older than the answer.
+        match leg.query(b"SELECT crossfade.incarnate()").await {
+            Ok(incarnation) => self.legs.incarnation = incarnation.ok().flatten(),
+            Err(error) => return Ok(Err(unreachable(side, &error.to_string()))),
+        }
         for (name, text) in &self.legs.named {
             match leg.query(text).await {
-                Ok(None) => {}
-                Ok(Some(why)) => warn!(%side, %name, %why, "a statement of SQL PREPARE could not be prepared again"),
+                Ok(Ok(_)) => {}
+                Ok(Err(why)) => warn!(%side, %name, %why, "a statement of SQL PREPARE could not be prepared again"),
                 Err(error) => return Ok(Err(unreachable(side, &error.to_string()))),
             }
         }
@@ -332,8 +339,8 @@ impl Session {
             unnamed.there = There::Nothing;
         }
         match leg.query(text.as_bytes()).await {
-            Ok(None) => Ok(()),
-            Ok(Some(why)) => Err(End::Refused(Report::fatal(
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(why)) => Err(End::Refused(Report::fatal(
                 "58000",
                 format!("this session's settings cannot be had on {}: {why}", leg.side),
                 "Both databases must take the same settings; see what the session sets, and connect again.",
@@ -378,17 +385,22 @@ impl Leg {
         ended || self.server.inb.first() == Some(&b'E')
     }
 
-    /// Runs statements of ours. Returns what the server refused, if it did; an error where it was cut off.
-    pub(super) async fn query(&mut self, text: &[u8]) -> std::io::Result<Option<String>> {
+    /// Runs statements of ours. Returns the first value of the last one that gave any, or what the server refused; an error where it was cut off.
+    pub(super) async fn query(&mut self, text: &[u8]) -> std::io::Result<Result<Option<Bytes>, String>> {
         frame::query(&mut self.server.out, text);
-        let mut refused = None;
+        let mut said = Ok(None);
         loop {
             let (tag, payload) = self.server.frame().await?;
             match tag {
-                b'E' => refused = Some(frame::server_error(&payload).message),
+                b'E' => said = Err(frame::server_error(&payload).message),
+                b'D' if said.is_ok() => {
+                    let mut fields = frame::Fields::new(&payload);
+                    let first = fields.int16().and_then(|_| fields.value());
+                    said = Ok(first.ok().flatten().map(Bytes::copy_from_slice));
+                }
                 b'Z' => {
                     self.status = payload.first().copied().unwrap_or(b'I');
-                    return Ok(refused);
+                    return Ok(said);
                 }
                 _ => {}
             }

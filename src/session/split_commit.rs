@@ -5,16 +5,13 @@
 
 use bytes::Bytes;
 
-use super::both::error_of;
+use super::both::{XID, error_of};
 use super::carry::literal;
 use super::commit::{Before, Ending, Settled};
 use super::expect::{Expected, Kind, To};
 use super::{End, Kept, Session};
 use crate::ledger::split_name;
 use crate::wire::frame::{self, Report};
-
-/// What names the deciding transaction: its incarnation and number.
-const WHO: &[u8] = b"SELECT crossfade.incarnate()::text, pg_catalog.pg_current_xact_id()::text";
 
 const PREPARE_NAME: &[u8] = b"crossfade_prepare_split";
 
@@ -24,13 +21,15 @@ impl Session {
         if !self.is_away() {
             self.change_places();
         }
-        self.ask_ours(WHO).await?;
-        if let Some(error) = self.kept.error.take() {
+        let Some(incarnation) = self.legs.incarnation.clone() else {
+            return self.give_up_split(error_of(&not_installed())).await;
+        };
+        self.ask_ours(XID).await?;
+        let Some(xid) = self.first() else {
+            let error = self.kept.error.take().unwrap_or_default();
             return self.give_up_split(error).await;
-        }
-        let value = |at: usize| self.kept.rows.first().and_then(|row| row.get(at)?.clone());
-        let text = |value: Option<Bytes>| value.map(|value| String::from_utf8_lossy(&value).into_owned());
-        let (incarnation, xid) = (text(value(0)).unwrap_or_default(), text(value(1)).unwrap_or_default());
+        };
+        let incarnation = String::from_utf8_lossy(&incarnation);
         let gid = literal(&split_name(&self.shared.config.load().name, &incarnation, &xid));
         self.change_places();
         let settled = match self.prepare_split(&gid).await? {
@@ -147,6 +146,14 @@ fn unprepared(error: &Bytes) -> Bytes {
         format!("this transaction has written tables of two databases, and new cannot prepare it: {}", said.message),
         hint,
     ))
+}
+
+fn not_installed() -> Report {
+    Report::error(
+        "0A000",
+        "this transaction has written tables of two databases, and schema crossfade is not installed on old, which decides",
+        "Nothing was committed. Run `crossfade install`, and connect again.",
+    )
 }
 
 fn half_done(why: String) -> Report {

@@ -128,7 +128,8 @@ pub(super) async fn ready(
         let known = if from.mirror().is_some() { &world.catalog } else { &catalog };
         let ours = shared.cancels.pids(side);
         let question = Question { config, step, epoch: world.epoch, catalog: known, ours: &ours };
-        let facts = question.ask(&eyes).await?;
+        let mut facts = question.ask(&eyes).await?;
+        facts.split = Some(shared.plans.split());
         Ok((catalog, eyes, facts))
     };
     let (catalog, eyes, facts) = prepared.await.map_err(|error| Stays::at_once(error, Vec::new()))?;

@@ -93,9 +93,10 @@ async fn the_sum_stays_whoever_is_killed() {
     let rounds = if crate::common::proof() { 30 } else { 3 };
     let url = stage.pair.url();
     let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let transfers = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
     let clients: Vec<_> = (0..4_i32)
         .map(|number| {
-            let (url, stop) = (url.clone(), stop.clone());
+            let (url, stop, transfers) = (url.clone(), stop.clone(), transfers.clone());
             tokio::spawn(async move {
                 let mut done = 0;
                 while !stop.load(std::sync::atomic::Ordering::Relaxed) {
@@ -109,14 +110,16 @@ async fn the_sum_stays_whoever_is_killed() {
                         && transfer(&client, number * 2 + 1 + done % 2, 1).await.is_ok()
                     {
                         done += 1;
+                        transfers.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                     }
                 }
-                done
             })
         })
         .collect();
     for round in 0..rounds {
-        tokio::time::sleep(Duration::from_millis(700 + 130 * (round % 5))).await;
+        let enough = transfers.load(std::sync::atomic::Ordering::Relaxed) + 8;
+        until("transfers are made", async || transfers.load(std::sync::atomic::Ordering::Relaxed) >= enough).await;
+        tokio::time::sleep(Duration::from_millis(13 * (round % 7))).await;
         match round % 3 {
             0 => stage.pair.proxy.restart().await,
             1 => {
@@ -129,13 +132,10 @@ async fn the_sum_stays_whoever_is_killed() {
             }
         }
     }
-    tokio::time::sleep(Duration::from_millis(500)).await;
     stop.store(true, std::sync::atomic::Ordering::Relaxed);
-    let mut done = 0;
     for client in clients {
-        done += client.await.expect("no panic");
+        client.await.expect("no panic");
     }
-    assert!(done > 20, "only {done} transfers");
     stage.pair.proxy.restart().await;
     stage.decided().await;
     assert_eq!(stage.sum().await, 2000);
@@ -172,4 +172,27 @@ async fn a_deadlock_across_both_databases_ends_one_of_them() {
     assert_eq!(errors[0].code(), Some(&tokio_postgres::error::SqlState::T_R_DEADLOCK_DETECTED));
     assert_eq!(on(&pair.databases.old, "SELECT amount FROM orders WHERE id = 1").await, "101");
     assert_eq!(on(&pair.databases.new, "SELECT amount FROM attachments WHERE id = 1").await, "101");
+}
+
+/// Statements that will be refused are listed before the move.
+#[tokio::test]
+async fn split_statements_are_listed_beforehand() {
+    let databases = databases(&[("max_prepared_transactions", "20")]).await;
+    let proxy = Proxy::start(databases.proxy_config("old", &lines(""))).await;
+    let mut pair = Pair { proxy, databases };
+    pair.proxy.set_phase("dual-write").await;
+    let client = pair.client().await;
+    let joined = "SELECT count(*) FROM orders JOIN attachments ON order_id = orders.id";
+    assert_eq!(value(&client, joined).await, "10");
+    let report = pair.proxy.crossfade(&["report"]).await;
+    let report = String::from_utf8_lossy(&report.stdout).into_owned();
+    assert!(report.contains("split: orders stays on old, attachments migrates"), "{report}");
+    let explained = pair.proxy.crossfade(&["explain", joined]).await;
+    let explained = String::from_utf8_lossy(&explained.stdout).into_owned();
+    assert!(explained.contains("new-primary    is refused (0A000)"), "{explained}");
+    pair.proxy.settle().await;
+    pair.proxy.set_phase("new-primary").await;
+    let history = on(&pair.databases.new, "SELECT detail FROM crossfade.history ORDER BY id DESC LIMIT 1").await;
+    assert!(history.contains("1 shapes over tables that stay on old"), "{history}");
+    assert_eq!(refusal(&client, joined).await, "0A000");
 }

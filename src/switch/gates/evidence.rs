@@ -126,6 +126,9 @@ pub struct Facts {
     pub expected: Option<Vec<Finding>>,
     /// What comparing reads has found within `COMPARED`.
     pub compared: Option<Recent>,
+    /// Shapes over tables of both kinds that the proxy which moves has seen: they are refused where new is the authority and some tables stay on old. None: who asks
+    /// is no proxy.
+    pub split: Option<Vec<String>>,
     /// Transactions under way; None under the barrier, where there are none.
     pub running: Option<Running>,
     /// Seconds since the last move.
@@ -359,6 +362,7 @@ impl Facts {
             sessions: None,
             expected: None,
             compared: None,
+            split: None,
             running: None,
             held: None,
             backup: None,

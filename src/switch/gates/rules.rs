@@ -278,6 +278,20 @@ fn debt(step: Step, facts: &Facts, gates: &mut Vec<Gate>) {
     gates.push(gate(Name::Debt, standing, evidence, about, next));
 }
 
+/// Statements that no side can answer alone, once some tables stay on old. What was seen may be mended by now: it warns.
+fn split(shapes: Option<&[String]>) -> Gate {
+    let Some(shapes) = shapes else {
+        let evidence = "the proxy knows which statements it has seen: `crossfade report`".to_owned();
+        return gate(Name::Split, Standing::NotMeasured, evidence, Value::Null, "");
+    };
+    let evidence = match shapes.len() {
+        0 => "no statement was seen over tables that stay on old and tables that migrate".to_owned(),
+        count => format!("{count} shapes over tables that stay on old and tables that migrate, such as: {}", shapes[0]),
+    };
+    let next = "they are refused (0A000) once new is the authority: `crossfade report` lists them";
+    gate(Name::Split, unless(!shapes.is_empty(), Standing::Warns), evidence, json!(shapes), next)
+}
+
 /// What a change of the authority asks for.
 fn authority(step: Step, facts: &Facts, gates: &mut Vec<Gate>) {
     let Some(side) = step.gains() else { return };
@@ -330,13 +344,7 @@ fn authority(step: Step, facts: &Facts, gates: &mut Vec<Gate>) {
         let next = "these sessions end with 57P01 at the move, and connect again";
         gates.push(gate(Name::Sessions, unless(count > 0, Standing::Warns), evidence, json!(stuck), next));
     }
-    gates.push(gate(
-        Name::Split,
-        Standing::NotMeasured,
-        "statements over both authorities are not listed yet".into(),
-        Value::Null,
-        "",
-    ));
+    gates.push(split(facts.split.as_deref()));
     if side == Side::New {
         gates.push(reads(facts.compared));
         if let Some(found) = &facts.expected {
