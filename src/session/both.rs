@@ -51,7 +51,7 @@ impl Session {
             return Ok(Turned::Done);
         }
         self.change_places();
-        self.legs.sent.push((verb.clone(), text.clone()));
+        self.legs.note_sending(verb, text);
         Ok(Turned::Go)
     }
 

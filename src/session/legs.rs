@@ -12,6 +12,7 @@ use tracing::{debug, warn};
 
 use super::books::{Portal, Prepared, There};
 use super::carry::{self, literal};
+use super::turn::is_of_block;
 use super::{End, Session};
 use crate::backend::connect::Address;
 use crate::catalog::Sides;
@@ -130,6 +131,16 @@ pub(super) struct Legs {
 }
 
 impl Legs {
+    /// A statement is about to be sent. Of a run of those that are not about the block itself one says as much as all.
+    pub(super) fn note_sending(&mut self, verb: &Verb, text: &Bytes) {
+        let counts = |verb: &Verb| matches!(verb, Verb::Begin { .. }) || is_of_block(verb);
+        if counts(verb) {
+            self.sent.push((verb.clone(), text.clone()));
+        } else if self.sent.last().is_none_or(|(last, _)| counts(last)) {
+            self.sent.push((Verb::Other, Bytes::new()));
+        }
+    }
+
     /// Something that may alter settings runs on new.
     pub(super) fn alters(&mut self) {
         self.stale = true;

@@ -50,13 +50,27 @@ impl Session {
         if self.queue.is_empty() && !self.unsynced {
             self.note_sent();
         }
-        match head.tag {
+        let turned = match head.tag {
             b'Q' => self.turn_query(head).await,
             b'P' => self.turn_parse(head).await,
             b'B' => self.turn_bind(head).await,
             b'D' | b'C' => self.turn_named(head).await,
             b'E' => self.turn_execute(head).await,
             _ => self.come_to(head, Some(Side::New), false).await,
+        };
+        if matches!(turned, Ok(Turned::Go)) && !self.queue.skipping() {
+            self.close_forgotten();
+        }
+        turned
+    }
+
+    /// What the client has closed while the other session was in use, in front of what it sends now.
+    fn close_forgotten(&mut self) {
+        for name in std::mem::take(self.legs.closed.get_mut(self.side)) {
+            if self.prepared.get(&name).is_none_or(|known| known.there == There::Nothing) {
+                frame::close_statement(&mut self.server.out, &name);
+                self.queue.push(Expected::of(Kind::Close, To::Nobody));
+            }
         }
     }
 
@@ -83,7 +97,7 @@ impl Session {
         }
         for (planned, text) in &parts {
             self.note_placed(planned, text).await?;
-            self.legs.sent.push((planned.facts.verb.clone(), text.clone()));
+            self.legs.note_sending(&planned.facts.verb, text);
         }
         Ok(Turned::Go)
     }
@@ -129,11 +143,6 @@ impl Session {
         {
             leg.prepared.remove(&name);
         }
-        if let Some(at) = self.legs.closed.get(self.side).iter().position(|closed| *closed == name) {
-            self.legs.closed.get_mut(self.side).swap_remove(at);
-            frame::close_statement(&mut self.server.out, &name);
-            self.queue.push(Expected::of(Kind::Close, To::Nobody));
-        }
         Ok(Turned::Go)
     }
 
@@ -155,10 +164,7 @@ impl Session {
             return Ok((Turned::Done, None));
         }
         if !self.prepared.contains_key(name) {
-            let there = match self.legs.closed.get(self.side).contains(name) {
-                true => There::Unknown,
-                false => There::Nothing,
-            };
+            let there = There::Nothing;
             self.prepared.insert(name.clone(), Prepared { there, planned: None, ..known });
         }
         Ok((Turned::Go, Some(part)))
@@ -228,7 +234,7 @@ impl Session {
             return self.on_both(head, &verb, &text).await;
         }
         self.legs.ran |= !matches!(verb, Verb::Begin { .. });
-        self.legs.sent.push((verb, text));
+        self.legs.note_sending(&verb, &text);
         Ok(Turned::Go)
     }
 
@@ -393,7 +399,7 @@ impl Session {
 }
 
 /// It ends a block, or a part of it.
-fn is_of_block(verb: &Verb) -> bool {
+pub(super) fn is_of_block(verb: &Verb) -> bool {
     leaves_failed(verb)
         || matches!(verb, Verb::PrepareTransaction | Verb::Savepoint(_) | Verb::Release(_) | Verb::SetTransaction)
 }

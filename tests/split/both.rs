@@ -155,18 +155,12 @@ async fn a_deadlock_across_both_databases_ends_one_of_them() {
         client.batch_execute(&write(table)).await.expect("writes");
     }
     let (new, old) = (write("attachments"), write("orders"));
-    let (first, second) = tokio::join!(
-        async {
-            let done = one.batch_execute(&new).await;
-            one.batch_execute("COMMIT").await.expect("ends");
-            done
-        },
-        async {
-            let done = two.batch_execute(&old).await;
-            two.batch_execute("COMMIT").await.expect("ends");
-            done
-        }
-    );
+    let ends = async |client: &Client, sql: &str| {
+        let done = tokio::time::timeout(Duration::from_secs(30), client.batch_execute(sql)).await.expect("it ends");
+        client.batch_execute("COMMIT").await.expect("ends");
+        done
+    };
+    let (first, second) = tokio::join!(ends(&one, &new), ends(&two, &old));
     let errors: Vec<_> = [first, second].into_iter().filter_map(Result::err).collect();
     assert_eq!(errors.len(), 1, "{errors:?}");
     assert_eq!(errors[0].code(), Some(&tokio_postgres::error::SqlState::T_R_DEADLOCK_DETECTED));

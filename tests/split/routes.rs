@@ -60,6 +60,11 @@ async fn statements_go_to_the_side_of_their_tables() {
             Some(&SqlState::FEATURE_NOT_SUPPORTED)
         );
         assert_eq!(value(&client, "SELECT count(*) FROM attachments").await, "10");
+        // What a driver drops is dropped on old, too.
+        drop(orders);
+        client.batch_execute("INSERT INTO orders (note) VALUES ('x')").await.expect("writes");
+        let left = "SELECT count(*) FROM (SELECT count(*) FROM orders) o, pg_prepared_statements WHERE statement LIKE '%FROM orders WHERE id >%'";
+        assert_eq!(value(&client, left).await, "0");
         client.batch_execute("DEALLOCATE ALL").await.expect("forgets");
         assert_eq!(refusal(&client, "EXECUTE p (2)").await, "26000");
         if phase == "new-primary" {
