@@ -112,7 +112,7 @@ impl Builder {
         self
     }
 
-    /// Where initdb and postgres are; default: see [`Programs::find`].
+    /// Where initdb and postgres are; default: see [`Programs::of_side`], the side being the lineage.
     pub fn bindir(mut self, bindir: impl Into<PathBuf>) -> Builder {
         self.bindir = Some(bindir.into());
         self
@@ -151,7 +151,10 @@ impl Builder {
 
     /// Makes the data directory and starts the server. Answers once it accepts connections.
     pub async fn start(self) -> Result<Cluster, ClusterError> {
-        let programs = Programs::find(self.bindir.as_deref(), self.version)?;
+        let programs = match &self.bindir {
+            Some(bindir) => Programs::find(Some(bindir), self.version)?,
+            None => Programs::of_side(&self.lineage, self.version)?,
+        };
         let account = Account::find()?;
         let template = template::ready(&programs, &account, &self.lineage, &self.initdb).await?;
         let dir = account.directory("crossfade")?;

@@ -46,6 +46,16 @@ impl Programs {
         })
     }
 
+    /// Those of one side of a pair (`old` or `new`): in `$CROSSFADE_PG_OLD_BIN` or `$CROSSFADE_PG_NEW_BIN` alone where that is set, so that the
+    /// two may be of different versions; else as [`Programs::find`] does.
+    ///
+    /// # Errors
+    /// As [`Programs::find`].
+    pub fn of_side(side: &str, major: Option<u32>) -> Result<Programs, ClusterError> {
+        let named = std::env::var_os(format!("CROSSFADE_PG_{}_BIN", side.to_uppercase()));
+        Programs::find(named.as_ref().map(Path::new), major)
+    }
+
     fn in_directory(bindir: &Path) -> Option<Programs> {
         if !bindir.join("initdb").is_file() {
             return None;

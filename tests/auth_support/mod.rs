@@ -12,17 +12,13 @@ use std::time::Duration;
 use crossfade::auth::client::authenticate;
 use crossfade::auth::verifiers::Verifiers;
 use crossfade::backend::connect::{Address, cancel, connect};
+use crossfade::cluster::programs::Programs;
 use crossfade::config::{AuthMethod, Config, Database};
 use crossfade::wire::startup::{Accepted, accept};
 use crossfade::wire::tls::ServerTls;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::TcpListener;
-
-/// Another server version can be named in $CROSSFADE_TEST_PG_BIN.
-fn bin() -> String {
-    std::env::var("CROSSFADE_TEST_PG_BIN").unwrap_or_else(|_| "/usr/lib/postgresql/15/bin".to_owned())
-}
 
 /// Each host line names its roles, so that one cluster has every method.
 const HBA: &str = "\
@@ -97,13 +93,14 @@ pub fn free_port() -> u16 {
 
 /// PostgreSQL refuses to run as root: then it runs as `postgres`.
 fn postgres_command(program: &str) -> Command {
-    let program = format!("{}/{program}", bin());
+    let bindir = Programs::of_side("old", None).expect("PostgreSQL is installed").bindir;
+    let program = bindir.join(program);
     let root = Command::new("id").arg("-u").output().unwrap().stdout == b"0\n";
     if !root {
         return Command::new(program);
     }
     let mut command = Command::new("setpriv");
-    command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", &program]);
+    command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups"]).arg(program);
     command
 }
 

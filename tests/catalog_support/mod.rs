@@ -1,28 +1,18 @@
 //! A PostgreSQL server of a test's own, ended when it is dropped, and sessions on it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crossfade::cluster::programs::Programs;
 use tokio_postgres::{Client, NoTls};
 
-/// A server that listens on a Unix socket in its own directory. Both sides are databases of it, unless PG_BIN_OLD names the programs of
-/// another version of PostgreSQL for old.
+/// A server that listens on a Unix socket in its own directory. Both sides are databases of it, unless they are to be of two versions
+/// (see [`Programs::of_side`]): then `old` is a server of its own.
 pub struct Server {
     process: Child,
     directory: tempfile::TempDir,
     old: Option<Box<Server>>,
-}
-
-/// PG_BIN, else the newest version in Debian's place.
-fn binaries() -> PathBuf {
-    if let Ok(directory) = std::env::var("PG_BIN") {
-        return directory.into();
-    }
-    let found = std::fs::read_dir("/usr/lib/postgresql").expect("PostgreSQL in /usr/lib/postgresql, or PG_BIN");
-    let mut versions: Vec<PathBuf> = found.map(|entry| entry.unwrap().path().join("bin")).collect();
-    versions.sort();
-    versions.pop().expect("a version of PostgreSQL")
 }
 
 /// PostgreSQL refuses to run as root.
@@ -39,14 +29,15 @@ fn unprivileged(program: PathBuf) -> Command {
 impl Server {
     /// A new cluster, encoding UTF8; two where old is of another version.
     pub async fn start() -> Server {
-        let mut server = Server::of(binaries()).await;
-        if let Ok(programs) = std::env::var("PG_BIN_OLD") {
-            server.old = Some(Box::new(Server::of(programs.into()).await));
+        let [old, new] = ["old", "new"].map(|side| Programs::of_side(side, None).expect("PostgreSQL is installed"));
+        let mut server = Server::of(&new.bindir).await;
+        if old != new {
+            server.old = Some(Box::new(Server::of(&old.bindir).await));
         }
         server
     }
 
-    async fn of(programs: PathBuf) -> Server {
+    async fn of(programs: &Path) -> Server {
         let directory = tempfile::Builder::new().prefix("crossfade").tempdir().unwrap();
         let _ = Command::new("chown").arg("postgres").arg(directory.path()).status();
         let data = directory.path().join("data");

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use crossfade::cluster::programs::Programs;
 use crossfade::catalog::{self, Catalog, Sides, Table};
 use crossfade::ledger::debts::{self, Debt};
 use crossfade::migrate::repair::Repair;
@@ -15,13 +16,9 @@ use crossfade::migrate::{self, Pair, Settings};
 use crossfade::phase::Side;
 use tokio_postgres::{Client, NoTls};
 
-fn bin(program: &str) -> PathBuf {
-    let newest = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
-    let version = newest
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
-        .max()
-        .expect("PostgreSQL is installed");
-    format!("/usr/lib/postgresql/{version}/bin/{program}").into()
+/// A program of the version that a side has.
+fn bin(side: Side, program: &str) -> PathBuf {
+    Programs::of_side(side.name(), None).expect("PostgreSQL is installed").bindir.join(program)
 }
 
 fn root() -> bool {
@@ -45,13 +42,14 @@ fn run(mut command: Command) {
 
 /// One server.
 pub struct Cluster {
+    side: Side,
     dir: PathBuf,
     /// Stops and removes the cluster when this process has ended and its standard input closes.
     _guard: Child,
 }
 
 impl Cluster {
-    pub fn start() -> Cluster {
+    pub fn start(side: Side) -> Cluster {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let dir =
             std::env::temp_dir().join(format!("xf-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
@@ -66,7 +64,7 @@ impl Cluster {
         let data = dir.join("data");
         let script = format!(
             "cat >/dev/null; {} -D {} -m immediate stop >/dev/null 2>&1; rm -rf {}",
-            bin("pg_ctl").display(),
+            bin(side, "pg_ctl").display(),
             data.display(),
             dir.display()
         );
@@ -79,7 +77,7 @@ impl Cluster {
             .spawn()
             .expect("the guard starts");
         run({
-            let mut initdb = command(bin("initdb"));
+            let mut initdb = command(bin(side, "initdb"));
             initdb.args(["-D"]).arg(&data).args([
                 "-U",
                 "postgres",
@@ -92,7 +90,7 @@ impl Cluster {
             ]);
             initdb
         });
-        let cluster = Cluster { dir, _guard: guard };
+        let cluster = Cluster { side, dir, _guard: guard };
         cluster.up();
         cluster
     }
@@ -102,7 +100,7 @@ impl Cluster {
             "-c listen_addresses='' -c unix_socket_directories='{}' -c fsync=off -c max_connections=200 -c max_prepared_transactions=20 -c shared_buffers=64MB -c max_wal_size=256MB",
             self.dir.display()
         );
-        let mut start = command(bin("pg_ctl"));
+        let mut start = command(bin(self.side, "pg_ctl"));
         start
             .arg("-D")
             .arg(self.dir.join("data"))
@@ -119,7 +117,7 @@ impl Cluster {
 
     /// As a crash: nothing is written, unlogged tables are emptied at the next start.
     pub fn crash(&self) {
-        let mut stop = command(bin("pg_ctl"));
+        let mut stop = command(bin(self.side, "pg_ctl"));
         stop.arg("-D").arg(self.dir.join("data")).args(["-m", "immediate", "-w", "stop"]);
         run(stop);
     }
@@ -138,7 +136,7 @@ async fn connect(socket: &Path, database: &str) -> Client {
 
 fn shared() -> &'static Sides<Cluster> {
     static CLUSTERS: OnceLock<Sides<Cluster>> = OnceLock::new();
-    CLUSTERS.get_or_init(|| Sides { old: Cluster::start(), new: Cluster::start() })
+    CLUSTERS.get_or_init(|| Sides { old: Cluster::start(Side::Old), new: Cluster::start(Side::New) })
 }
 
 /// One database on both sides, with the same schema.
@@ -156,7 +154,7 @@ impl World {
 
     /// On clusters of its own, which it may crash.
     pub async fn alone(schema: &str) -> World {
-        World::on(Some(Sides { old: Cluster::start(), new: Cluster::start() }), schema).await
+        World::on(Some(Sides { old: Cluster::start(Side::Old), new: Cluster::start(Side::New) }), schema).await
     }
 
     async fn on(own: Option<Sides<Cluster>>, schema: &str) -> World {
