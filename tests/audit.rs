@@ -61,6 +61,14 @@ async fn tainted_by(pair: &Pair, script: &str) -> Vec<&'static str> {
 async fn only_tables_that_were_written_out_of_sight_are_tainted() {
     let pair = start("").await;
     let none: [&str; 0] = [];
+    // MERGE came with 15, and returns its rows from 17 on: then it is captured, but for keys that it changes.
+    let merge = match pair.databases.old.version() {
+        ..=14 => ("SELECT 1", &none[..]),
+        _ => (
+            "MERGE INTO users u USING (VALUES (30)) v(id) ON u.id = v.id WHEN MATCHED THEN UPDATE SET id = v.id, visits = 3",
+            &["users"][..],
+        ),
+    };
     for (script, expected) in [
         ("SELECT log_it('alone')", &["log"][..]),
         ("BEGIN; SELECT log_it('in a block'); COMMIT", &["log"]),
@@ -96,10 +104,7 @@ async fn only_tables_that_were_written_out_of_sight_are_tainted() {
         ("WITH w AS (INSERT INTO audited VALUES (29, 'a trigger') RETURNING id) SELECT * FROM w", &["log"]),
         ("WITH w AS (INSERT INTO users VALUES (30, 'thirty') RETURNING abs(id)) SELECT * FROM w", &["users"]),
         ("WITH w AS (DELETE FROM users WHERE id = 999 RETURNING id) SELECT * FROM w", &none),
-        (
-            "MERGE INTO users u USING (VALUES (30)) v(id) ON u.id = v.id WHEN MATCHED THEN UPDATE SET visits = 3",
-            &["users"],
-        ),
+        merge,
         ("BEGIN; SELECT quiet(); TRUNCATE log; INSERT INTO users VALUES (31, 'x'); COMMIT", &none),
         ("BEGIN; SELECT log_it('gone'); ROLLBACK", &none),
         ("BEGIN; SELECT log_it('kept'); TRUNCATE log; COMMIT", &["log"]),

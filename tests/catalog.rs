@@ -310,6 +310,7 @@ fn facts(verb: Verb, table: &str) -> Facts {
         on_conflict: None,
         conflict_columns: Vec::new(),
         set_to_excluded: Vec::new(),
+        merges: crossfade::sql::facts::Merges::default(),
         modifying_cte: false,
         within: Vec::new(),
         locking: false,

@@ -278,6 +278,10 @@ async fn what_the_control_role_lacks_is_found() {
     let lowered = stage.run(&["install"]).await;
     assert!(lowered.status.success(), "{lowered:?}");
     stage.on_new(direct).await;
+    // Before 15 nobody but a superuser can be a control role, and he needs no schema of his own.
+    if stage.databases.old.version() < 15 {
+        return;
+    }
     // Installed by another role: said, and nothing is tried.
     stage.on_old("ALTER SCHEMA crossfade OWNER TO crossfade").await;
     let said = lines(&stage.findings().await);

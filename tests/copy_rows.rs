@@ -76,9 +76,12 @@ async fn on_old(pair: &Pair, sql: &str) -> String {
 async fn rows_that_the_data_does_not_show_are_captured() {
     let pair = start().await;
     let client = pair.client().await;
+    // HEADER MATCH came with 15.
+    let header = if pair.databases.old.version() < 15 { "HEADER" } else { "HEADER MATCH" };
+    let header = format!("COPY history (what) FROM STDIN (FORMAT csv, {header})");
     let statements: [(&str, &[u8]); 18] = [
         ("COPY history (what) FROM STDIN", b"a\nb\n"),
-        ("COPY history (what) FROM STDIN (FORMAT csv, HEADER MATCH)", b"what\n\"c,\"\n"),
+        (&header, b"what\n\"c,\"\n"),
         ("COPY history (what) FROM STDIN (FORMAT csv, FORCE_NULL (what), NULL 'x')", b"\"x\"\n"),
         ("COPY history (what) FROM STDIN (ENCODING 'latin1')", b"\xfc\n"),
         ("COPY history (what) FROM STDIN WHERE what <> 'left out'", b"kept\nleft out\n"),

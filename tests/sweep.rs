@@ -111,7 +111,10 @@ async fn writes_around_the_proxy_are_repaired() {
         "UPDATE renamed SET k = 'after';",
         "UPDATE \"Odd 'name'\" SET v = 'z'; DELETE FROM \"Odd 'name'\" WHERE v = 'q'; INSERT INTO \"Odd 'name'\" VALUES ('''''', 'q'), ('\"', 'r');",
     ] {
-        around(&pair, script).await;
+        // MERGE came with 15.
+        if !script.starts_with("MERGE") || pair.databases.old.version() >= 15 {
+            around(&pair, script).await;
+        }
     }
     // By the proxy, or by the command where the proxy reads definitions again at that moment.
     let said = swept(&pair).await;

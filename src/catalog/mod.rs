@@ -124,7 +124,7 @@ pub struct Column {
     pub type_oid: Sides<u32>,
     /// How its value travels.
     pub format: Format,
-    /// A stored generated column: never written.
+    /// A generated column, stored or virtual: never written.
     pub generated: Sides<bool>,
     /// GENERATED ALWAYS AS IDENTITY.
     pub identity_always: Sides<bool>,

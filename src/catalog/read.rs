@@ -194,9 +194,11 @@ async fn relations(client: &Client) -> Result<HashMap<u32, Relation>, Error> {
         .collect())
 }
 
+/// Since PostgreSQL 18 a column whose NOT NULL is NOT VALID counts as not null, though it may hold NULLs; and generated columns may be virtual.
 async fn attributes(client: &Client) -> Result<HashMap<u32, Vec<Attribute>>, Error> {
     let query = format!(
-        "SELECT a.attrelid, a.attnum, a.attname::text, a.atttypid, format_type(a.atttypid, a.atttypmod), a.atttypmod, a.attnotnull,
+        "SELECT a.attrelid, a.attnum, a.attname::text, a.atttypid, format_type(a.atttypid, a.atttypmod), a.atttypmod,
+                a.attnotnull AND NOT EXISTS (SELECT FROM pg_constraint k WHERE k.conrelid = a.attrelid AND k.contype = 'n' AND NOT k.convalidated AND k.conkey[1] = a.attnum),
                 a.attgenerated <> '', a.attidentity = 'a'
          FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
          WHERE c.relkind IN ('r', 'p') AND NOT c.relispartition AND a.attnum > 0 AND NOT a.attisdropped AND {USER_SCHEMA}
@@ -269,6 +271,7 @@ async fn types(client: &Client, version: u32) -> Result<HashMap<u32, Type>, Erro
         .collect())
 }
 
+/// Of PostgreSQL 18's temporal keys (WITHOUT OVERLAPS) none: they are exclusion constraints, which find no row by its key.
 async fn indexes(client: &Client) -> Result<HashMap<u32, Vec<Index>>, Error> {
     let query = format!(
         "SELECT i.indrelid, i.indimmediate,
@@ -282,7 +285,7 @@ async fn indexes(client: &Client) -> Result<HashMap<u32, Vec<Index>>, Error> {
                                 WHERE y.oid = k.oid LIMIT 1), 'OPERATOR(pg_catalog.=)')
                       FROM unnest(i.indclass::oid[]) WITH ORDINALITY k(oid, at) WHERE k.at <= i.indnkeyatts ORDER BY k.at)
          FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-         WHERE i.indisunique AND i.indisvalid AND i.indisready AND i.indpred IS NULL AND i.indexprs IS NULL
+         WHERE i.indisunique AND NOT i.indisexclusion AND i.indisvalid AND i.indisready AND i.indpred IS NULL AND i.indexprs IS NULL
            AND NOT c.relispartition AND c.relkind IN ('r', 'p') AND {USER_SCHEMA}
          ORDER BY i.indrelid, i.indisprimary DESC, x.relname COLLATE \"C\", x.oid"
     );

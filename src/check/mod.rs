@@ -142,6 +142,7 @@ pub async fn run(config: &Config, old: &Client, new: &Client) -> Result<Vec<Find
     set_aside(&mut view).await?;
     fence::compare(&mut view, config.fence).await?;
     stays::compare(&mut view).await?;
+    logins(&mut view).await?;
     found.append(&mut view.found);
     found.sort();
     found.dedup();
@@ -170,6 +171,23 @@ pub async fn expected(config: &Config, old: &Client, new: &Client) -> Result<Vec
     let mut view = View { clients: Sides { old, new }, catalog: &nothing, tables: Vec::new(), found: Vec::new() };
     expect::compare(&mut view, &config.expect).await?;
     Ok(view.found)
+}
+
+/// Event triggers that run at each login (PostgreSQL 17), ours included, outside any statement of a client: nobody sees what they write.
+async fn logins(view: &mut View<'_>) -> Result<(), CheckError> {
+    let text = "SELECT evtname::text, quote_ident(evtname), evtfoid::regprocedure::text FROM pg_event_trigger WHERE evtevent = 'login' AND evtenabled <> 'D' ORDER BY 1";
+    for side in Side::BOTH {
+        for row in view.rows(side, "event triggers", text, &[]).await? {
+            let what = format!(
+                "{} runs at each login: what it writes to migrating tables is neither mirrored nor noticed",
+                row.get::<_, String>(2)
+            );
+            let mend =
+                format!("ALTER EVENT TRIGGER {} DISABLE; unless it writes no migrating table", row.get::<_, String>(1));
+            view.warning("login trigger", side, row.get(0), what, mend);
+        }
+    }
+    Ok(())
 }
 
 fn servers(view: &mut View<'_>) {

@@ -126,17 +126,28 @@ impl Database {
             Ok(Err(error)) => return Err(ConnectError::Postgres { place, user, error }),
             Err(_) => return Err(ConnectError::Timeout { place, user, after }),
         };
+        let version = connection.parameter("server_version").map(str::to_owned);
         let told = place.clone();
         tokio::spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!(place = told, error = innermost(&error), "control connection ended");
             }
         });
-        // Wide joins over the catalogs cost enough on paper to be compiled, which takes longer than running them.
-        match tokio::time::timeout(after, client.batch_execute("SET jit = off")).await {
+        match tokio::time::timeout(after, client.batch_execute(settings_of(version.as_deref()))).await {
             Ok(Ok(())) => Ok(client),
             Ok(Err(error)) => Err(ConnectError::Postgres { place, user, error }),
             Err(_) => Err(ConnectError::Timeout { place, user, after }),
         }
+    }
+}
+
+/// How a control session is set on a server of this version. Wide joins over the catalogs cost enough on paper to be compiled, which takes longer than running them.
+/// And limits that a role or a server may have for idle sessions (PostgreSQL 14) and for whole transactions (17) are not for jobs, whose transactions may be long.
+fn settings_of(version: Option<&str>) -> &'static str {
+    let major: String = version.unwrap_or_default().chars().take_while(char::is_ascii_digit).collect();
+    match major.parse() {
+        Ok(17..) => "SET jit = off; SET idle_session_timeout = 0; SET transaction_timeout = 0",
+        Ok(14..=16) => "SET jit = off; SET idle_session_timeout = 0",
+        _ => "SET jit = off",
     }
 }

@@ -72,11 +72,11 @@ pub(crate) async fn leftovers(pair: &mut Pair, table: &Table) -> Result<Outcome,
 }
 
 /// Both sides order the table's keys alike (D7): built-in types, compared by their bytes where they have a collation. An enum's order is its
-/// server's, and that of a language depends on the library that the server uses.
+/// server's, and that of a language depends on the library that the server uses. The built-in provider (PostgreSQL 17) orders by bytes.
 pub(crate) async fn order_alike(pair: &mut Pair, table: &Table) -> Result<bool, Error> {
-    let text = "SELECT getdatabaseencoding()::text, bool_and(a.atttypid < 16384 AND (a.attcollation = 0 OR CASE c.collprovider \
-        WHEN 'c' THEN c.collcollate WHEN 'd' THEN (SELECT d.datcollate FROM pg_database d WHERE d.datname = current_database() \
-        AND to_jsonb(d)->>'datlocprovider' IS DISTINCT FROM 'i') END IN ('C', 'POSIX', 'C.UTF-8', 'C.UTF8', 'C.utf8'))) \
+    let text = "SELECT getdatabaseencoding()::text, bool_and(a.atttypid < 16384 AND (a.attcollation = 0 OR coalesce(CASE c.collprovider \
+        WHEN 'c' THEN c.collcollate WHEN 'b' THEN 'C' WHEN 'd' THEN (SELECT CASE to_jsonb(d)->>'datlocprovider' WHEN 'b' THEN 'C' WHEN 'i' THEN '' ELSE d.datcollate END \
+        FROM pg_database d WHERE d.datname = current_database()) END, '') IN ('C', 'POSIX', 'C.UTF-8', 'C.UTF8', 'C.utf8'))) \
         FROM pg_attribute a LEFT JOIN pg_collation c ON c.oid = a.attcollation WHERE a.attrelid = $1 AND a.attname = ANY ($2)";
     let mut encodings = Vec::new();
     for link in [&mut pair.authority, &mut pair.mirror] {

@@ -198,11 +198,17 @@ impl MirrorConn {
         self.backend
     }
 
+    /// Limits of a role or a server for idle sessions (PostgreSQL 14) and whole transactions (17) are not for this one, which waits for work. A server that
+    /// does not know a setting has none of it.
+    const UNLIMITED: &str = "CASE WHEN current_setting('idle_session_timeout', true) IS NOT NULL THEN set_config('idle_session_timeout', '0', false) END, \
+        CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL THEN set_config('transaction_timeout', '0', false) END";
+
     async fn identify(&mut self, epoch: Option<u64>) -> Result<Backend, Failure> {
         let open = epoch.map(|epoch| format!(", crossfade.open_epoch({epoch})")).unwrap_or_default();
         let sql = format!(
             "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint, replace(crossfade.incarnate()::text, '-', ''), \
-             current_setting('session_replication_role'){open} FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+             current_setting('session_replication_role'), {}{open} FROM pg_stat_activity WHERE pid = pg_backend_pid()",
+            MirrorConn::UNLIMITED
         );
         frame::query(&mut self.conn.out, sql.as_bytes());
         let row = self.until_ready().await?.ok_or_else(|| io::Error::other("no row in pg_stat_activity"))?;

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::splice::{expression, texts};
+use super::splice::{expression, texts, with_action};
 use super::within::Inside;
 use super::{Audited, Capture, CopyIn, Effect, Opaque, Plan, Splice};
 use crate::catalog::{Catalog, Resolution, SideEffects, Table, WRITING_BUILT_IN};
@@ -13,6 +13,9 @@ use crate::sql::facts::{Facts, Name, OnConflict, Target, Verb};
 
 /// In place of a role: the session may run as any (SET ROLE). What one of them may not read is not captured. No role has an empty name.
 pub const ANY_ROLE: &str = "";
+
+/// From this server_version_num on MERGE has RETURNING.
+const MERGE_RETURNS: u32 = 170_000;
 
 /// What to do with a statement in a phase in which `authority` is mirrored. `role`: the session's current role, where known. `encoding_matches`: the
 /// session's client_encoding is UTF8, as the mirror's sessions' is (SQL_ASCII on a server whose encoding is UTF8 comes to the same).
@@ -23,6 +26,7 @@ pub fn plan(facts: &Facts, catalog: &Catalog, authority: Side, role: Option<&str
         // SELECT.
         Verb::Other if facts.modifying_cte => view.beside(),
         _ if facts.modifying_cte => view.targets_opaque("cte"),
+        Verb::Merge if *catalog.version.get(authority) >= MERGE_RETURNS => view.write(),
         Verb::Merge => view.targets_opaque("merge"),
         Verb::Truncate { cascade, .. } => view.truncate(*cascade),
         Verb::CopyFromStdin => view.copy(),
@@ -209,7 +213,7 @@ impl View<'_> {
         }))
     }
 
-    /// INSERT, UPDATE, DELETE.
+    /// INSERT, UPDATE, DELETE, and MERGE where it has RETURNING.
     pub(super) fn write(&self) -> Plan {
         let Some(target) = self.facts.targets.first() else { return opaque("unparsed", Vec::new()) };
         let tables = match self.written(&target.table) {
@@ -222,6 +226,7 @@ impl View<'_> {
         let side_effects =
             calls || self.facts.modifying_cte || tables.iter().any(|table| self.side_effects(target, table));
         let hidden = match self.refusal(target, &tables) {
+            None if self.facts.verb == Verb::Merge => self.hidden(target, &tables).map(|hidden| with_action(&hidden)),
             None => self.hidden(target, &tables),
             Some(reason) => Err(reason),
         };
@@ -257,6 +262,7 @@ impl View<'_> {
     fn effect(&self, target: &Target, tables: &[Arc<Table>]) -> Effect {
         match self.facts.verb {
             Verb::Delete => Effect::Gone,
+            Verb::Merge => Effect::Merged,
             Verb::Update if tables.iter().any(|table| self.key_may_change(target, table)) => Effect::Moved,
             _ => Effect::Row,
         }
@@ -281,11 +287,28 @@ impl View<'_> {
     }
 
     fn updates(&self) -> bool {
-        self.facts.verb == Verb::Update || self.facts.on_conflict == Some(OnConflict::Update)
+        self.facts.verb == Verb::Update
+            || self.facts.on_conflict == Some(OnConflict::Update)
+            || self.facts.merges.update
+    }
+
+    fn inserts(&self) -> bool {
+        self.facts.verb == Verb::Insert || self.facts.merges.insert
+    }
+
+    fn deletes(&self) -> bool {
+        self.facts.verb == Verb::Delete || self.facts.merges.delete
     }
 
     fn only_adds(&self) -> bool {
-        matches!(self.facts.verb, Verb::Insert | Verb::CopyFromStdin) && !self.updates()
+        matches!(self.facts.verb, Verb::Insert | Verb::CopyFromStdin | Verb::Merge)
+            && !self.updates()
+            && !self.deletes()
+    }
+
+    /// MERGE may add a row with the key of one that it then removes: their images would come in an order that keys do not allow.
+    fn may_add_before_it_removes(&self, table: &Table) -> bool {
+        self.facts.merges.insert && self.facts.merges.delete && self.is_checked_later(table)
     }
 
     /// Triggers or cascades may write more than the statement itself.
@@ -293,9 +316,9 @@ impl View<'_> {
         let SideEffects { insert, update, delete, rekey, .. } = table.effects.get(self.side);
         // An UPDATE that moves a row to another partition deletes and inserts it.
         let moves = self.updates() && !table.partitions.get(self.side).is_empty();
-        (self.facts.verb == Verb::Insert && *insert)
+        (self.inserts() && *insert)
             || (self.updates() && (*update || *rekey && self.key_may_change(target, table)))
-            || (self.facts.verb == Verb::Delete && *delete)
+            || (self.deletes() && *delete)
             || (moves && (*insert || *delete))
     }
 
@@ -313,6 +336,7 @@ impl View<'_> {
                 _ if *table.rules.get(self.side) => Some("rule"),
                 _ if self.role.is_some_and(denied) => Some("privilege"),
                 _ if table.key.is_none() && !self.only_adds() => Some("keyless"),
+                _ if self.may_add_before_it_removes(table) => Some("merge"),
                 _ if self.updates() && self.key_may_change(target, table) && !self.old_rows_are_had() => {
                     Some("key-change")
                 }

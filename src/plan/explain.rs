@@ -108,6 +108,7 @@ fn captured(out: &mut String, found: &Capture, mirror: Side) -> std::fmt::Result
         None => "each row that its WITH clause writes",
         Some(Effect::Row) => "each row as it then is",
         Some(Effect::Moved) => "each row as it then is (its key before is read and locked first)",
+        Some(Effect::Merged) => "each row as it then is, or the key of one that is gone",
         Some(Effect::Gone) => "the key of each row that is gone",
     };
     write!(out, "; {rows}, of {}, is mirrored to {mirror}", labels(&found.tables))?;
@@ -158,7 +159,7 @@ fn words(reason: &'static str) -> &'static str {
         "function" => "it calls a function that may write",
         "key-change" => "it may change a row's key, and the key before cannot be had",
         "keyless" => "the table has no key",
-        "merge" => "MERGE",
+        "merge" => "MERGE, before PostgreSQL 17, or of a table whose key is deferrable",
         "privilege" => "the role may not read the table",
         "row-security" => "the table has row security",
         "rule" => "the table has rules",

@@ -14,7 +14,7 @@ use crate::ledger::debts::Values;
 use crate::phase::Side;
 
 pub use super::splice::{Texts, expression, texts};
-pub use decode::{DefinitionChanged, Fields, ImageError, hidden, row};
+pub use decode::{Action, DefinitionChanged, Fields, ImageError, hidden, row};
 pub use statement::{
     KEY_LOCK, added_behind, added_by_key, count_added, delete, insert, insert_missing, keys_max, needs_lock,
     needs_replace, put_insert, put_upsert, rows_max, select, upsert,

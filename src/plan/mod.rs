@@ -92,6 +92,8 @@ pub enum Effect {
     Moved,
     /// Each row is gone; the image is what it was.
     Gone,
+    /// One of these, as the last field of its image says: MERGE, whose key stays.
+    Merged,
 }
 
 /// A write that images do not show.

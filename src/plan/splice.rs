@@ -69,6 +69,13 @@ pub fn expression(table: &Table, side: Side, row: &str, texts: Texts, listed: bo
     format!("pg_catalog.record_send(ROW({fields}))")
 }
 
+/// The same image, which says at its end what MERGE (from PostgreSQL 17 on) has done to the row. MERGE_ACTION is a word of the grammar: no search_path gives it
+/// another meaning.
+pub fn with_action(image: &str) -> String {
+    let fields = image.strip_suffix("))").unwrap_or(image);
+    format!("{fields}, MERGE_ACTION()))")
+}
+
 fn value(column: &Column, side: Side, row: &str, texts: Texts) -> String {
     let value = format!("{row}.{}", quote(column.name.get(side)));
     let encoding = match texts {

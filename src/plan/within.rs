@@ -87,7 +87,7 @@ impl View<'_> {
     }
 
     /// Two rows may hold one key of this table for a moment.
-    fn is_checked_later(&self, table: &Table) -> bool {
+    pub(super) fn is_checked_later(&self, table: &Table) -> bool {
         table.key.as_ref().is_none_or(|key| *key.deferrable.get(self.side))
     }
 

@@ -28,6 +28,9 @@ use crate::wire::frame::{self, Report};
 pub(super) const OWE_NAME: &[u8] = b"crossfade_owe";
 pub(super) const PROVE_NAME: &[u8] = b"crossfade_prove";
 pub(super) const TAINT_NAME: &[u8] = b"crossfade_taint";
+pub(super) const UNLIMITED_NAME: &[u8] = b"crossfade_unlimited";
+/// From this server_version_num on there is `transaction_timeout`.
+const LIMITS_TRANSACTIONS: u32 = 170_000;
 
 /// While the proxy holds a transaction for longer than this, the server is kept from taking it for idle.
 const BUSY: Duration = Duration::from_millis(5);
@@ -469,10 +472,14 @@ impl Session {
         }
         let token = if last { self.debts().token() } else { None };
         let mut flight = Box::pin(carry_out(self.worker.clone(), self.world.clone(), lease, ops, token, last));
-        // Nothing else is owed by the authority now: a Flush that it reads keeps its idle-in-transaction timers from running.
+        // Nothing else is owed by the authority now: a Flush that it reads keeps its idle-in-transaction timers from running. That of the whole transaction counts
+        // on, until it is set to nothing for the rest of it, which is its COMMIT.
         let outcome = match self.worker.clock.limit(BUSY, &mut flight).await {
             Ok(outcome) => outcome,
             Err(Late) => {
+                if last && *self.world.catalog.version.get(self.side) >= LIMITS_TRANSACTIONS {
+                    self.put_ours(UNLIMITED_NAME, b"SET LOCAL transaction_timeout = 0", &[], &[], To::Nobody);
+                }
                 frame::flush(&mut self.server.out);
                 let _ = self.server.flush().await;
                 flight.await

@@ -263,6 +263,7 @@ impl Session {
             super::commit::OWE_NAME,
             super::commit::PROVE_NAME,
             super::commit::TAINT_NAME,
+            super::commit::UNLIMITED_NAME,
             audit::LOOK_NAME,
             audit::CONSTRAINTS_NAME,
             super::define::NAME,

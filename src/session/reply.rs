@@ -5,7 +5,7 @@ use std::rc::Rc;
 use bytes::{Buf, Bytes, BytesMut};
 use tracing::debug;
 
-use super::expect::{Cut, Done, Entered, Fit, Kind, Look, To, Told, fit};
+use super::expect::{Cut, Done, Entered, Fit, Kind, Look, To, Told, Written, fit};
 use super::{End, Session, whole};
 use crate::catalog::Table;
 use crate::mirror::writes::{Op, RolledBack};
@@ -411,8 +411,8 @@ impl Session {
 
     /// One row as the authority left it.
     pub(super) fn capture(&mut self, cut: &Cut, hidden: &[u8]) {
-        let fields = match image::hidden(hidden, cut.binary) {
-            Ok(fields) => fields,
+        let (fields, effect, written) = match taken(cut, hidden) {
+            Ok(taken) => taken,
             Err(error) => {
                 debug!(%error, "an image that cannot be read");
                 return self.lost(&cut.capture.tables, "image");
@@ -433,9 +433,8 @@ impl Session {
                     self.give_up("definition");
                 }
                 if let Some(audit) = &mut self.audit {
-                    audit.count(table.number, cut.written);
+                    audit.count(table.number, written);
                 }
-                let effect = cut.capture.effect.unwrap_or(Effect::Row);
                 self.writes.push(op(effect, table, row));
             }
             Err(_) => {
@@ -461,10 +460,24 @@ fn shown_by<'m>(message: &'m [u8], cut: &'m Cut) -> Option<(&'m Cut, &'m [u8])> 
     Some((cut.shown.get(number)?, &message[space + 1..]))
 }
 
+/// The hidden column taken apart, and what its statement did to the row.
+fn taken(cut: &Cut, hidden: &[u8]) -> Result<(image::Fields, Effect, Written), image::ImageError> {
+    let mut fields = image::hidden(hidden, cut.binary)?;
+    let (effect, written) = match cut.capture.effect {
+        Some(Effect::Merged) => match fields.take_action()? {
+            image::Action::Inserted => (Effect::Row, Written::Insert),
+            image::Action::Updated => (Effect::Row, Written::Update),
+            image::Action::Deleted => (Effect::Gone, Written::Delete),
+        },
+        effect => (effect.unwrap_or(Effect::Row), cut.written),
+    };
+    Ok((fields, effect, written))
+}
+
 fn op(effect: Effect, table: std::sync::Arc<Table>, row: image::Row) -> Op {
     match (effect, table.key.is_some()) {
-        (Effect::Row | Effect::Moved, true) => Op::Upsert(table, row),
-        (Effect::Row | Effect::Moved, false) => Op::Insert(table, row),
+        (Effect::Row | Effect::Moved | Effect::Merged, true) => Op::Upsert(table, row),
+        (Effect::Row | Effect::Moved | Effect::Merged, false) => Op::Insert(table, row),
         (Effect::Gone, _) => Op::Delete(table, row),
     }
 }

@@ -129,6 +129,17 @@ pub enum OnConflict {
     Update,
 }
 
+/// What the actions of a MERGE may do to rows of its table (DO NOTHING does nothing).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Merges {
+    /// THEN INSERT.
+    pub insert: bool,
+    /// THEN UPDATE.
+    pub update: bool,
+    /// THEN DELETE.
+    pub delete: bool,
+}
+
 /// One table that is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
@@ -196,6 +207,8 @@ pub struct Facts {
     pub conflict_columns: Vec<String>,
     /// Columns that DO UPDATE sets to what the row that conflicts has in them: `SET id = EXCLUDED.id`. Folded; `assigned` has them too.
     pub set_to_excluded: Vec<String>,
+    /// MERGE's actions.
+    pub merges: Merges,
     /// A CTE of it writes.
     pub modifying_cte: bool,
     /// Each statement of its WITH clause that writes, in the order of the text. Empty where one of them is not plain to read, or writes as part of something else

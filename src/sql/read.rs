@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 
 use super::check;
 use super::clean::clean;
-use super::facts::{Facts, Name, Target, Verb};
+use super::facts::{Facts, Merges, Name, Target, Verb};
 use super::lex::{Kind, Token, lex};
 use super::name;
 use super::tree::{self, Source};
@@ -126,6 +126,7 @@ fn bare(text: &[u8], tokens: &[Token]) -> Facts {
         on_conflict: None,
         conflict_columns: Vec::new(),
         set_to_excluded: Vec::new(),
+        merges: Merges::default(),
         modifying_cte: false,
         within: Vec::new(),
         locking: false,

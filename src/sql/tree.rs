@@ -170,6 +170,7 @@ impl Reader<'_> {
             K::CONFLICT_ON_INDEX => self.conflict_columns(node),
             K::CONFLICT_DO_NOTHING => self.on_conflict(node, OnConflict::Nothing),
             K::CONFLICT_DO_UPDATE_SET => self.on_conflict(node, OnConflict::Update),
+            K::MERGE_INSERT | K::MERGE_UPDATE | K::MERGE_DELETE => self.merges(node),
             K::INTO_CLAUSE => self.into(node),
             // PostgreSQL 19: writes more rows than it names, or needs another RETURNING.
             K::CONFLICT_DO_SELECT | K::FOR_PORTION_OF | K::GRAPH_TABLE_FN => return None,
@@ -268,6 +269,18 @@ impl Reader<'_> {
     fn on_conflict(&mut self, node: &SyntaxNode, action: OnConflict) {
         if node.parent().and_then(|clause| clause.parent()).as_ref() == Some(&self.top) {
             self.facts.on_conflict = Some(action);
+        }
+    }
+
+    /// An action of MERGE, behind its WHEN.
+    fn merges(&mut self, node: &SyntaxNode) {
+        if node.parent().and_then(|when| when.parent()).as_ref() != Some(&self.top) {
+            return;
+        }
+        match node.kind() {
+            K::MERGE_INSERT => self.facts.merges.insert = true,
+            K::MERGE_UPDATE => self.facts.merges.update = true,
+            _ => self.facts.merges.delete = true,
         }
     }
 

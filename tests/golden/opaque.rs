@@ -13,6 +13,8 @@ const SCHEMA: &str = "
 async fn what_is_out_of_sight_is_healed() {
     let stage = Stage::open(SCHEMA).await;
     let mut client = stage.raw().await;
+    // From 17 on MERGE is captured where keys stay (merge.rs).
+    let merge = if stage.sides().0.version() < 17 { "merge" } else { "key-change" };
     let stories = [
         (
             "cte",
@@ -27,8 +29,8 @@ async fn what_is_out_of_sight_is_healed() {
             vec!["(11,a)", "(12,b)"],
         ),
         (
-            "merge",
-            "MERGE INTO t USING (VALUES (11), (13)) AS s (id) ON s.id = t.id WHEN MATCHED THEN UPDATE SET v = 'm' WHEN NOT MATCHED THEN INSERT VALUES (s.id, 'new')",
+            merge,
+            "MERGE INTO t USING (VALUES (11), (13)) AS s (id) ON s.id = t.id WHEN MATCHED THEN UPDATE SET id = s.id, v = 'm' WHEN NOT MATCHED THEN INSERT VALUES (s.id, 'new')",
             "C(MERGE 2) Z(I)",
             vec!["(11,m)", "(12,b)", "(13,new)"],
         ),

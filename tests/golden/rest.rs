@@ -166,7 +166,7 @@ async fn strict_says_what_to_do_instead() {
         "WITH w AS (DELETE FROM t RETURNING abs(id)) SELECT count(*) FROM w",
         "WITH w AS (DELETE FROM t RETURNING id, lower(v)) INSERT INTO kept SELECT * FROM w",
         "EXPLAIN ANALYZE DELETE FROM t",
-        "MERGE INTO t USING (VALUES (11)) AS s (id) ON s.id = t.id WHEN MATCHED THEN DELETE",
+        "MERGE INTO t USING (VALUES (11)) AS s (id) ON s.id = t.id WHEN MATCHED THEN UPDATE SET id = 12",
         "INSERT INTO ruled VALUES (1, 'a')",
         "INSERT INTO secured VALUES (1, 'a')",
         "INSERT INTO seen VALUES (5, 'a')",

@@ -88,7 +88,8 @@ async fn answer(client: &mut RawClient, sql: &str, extended: bool) -> Vec<Frame>
     frames
 }
 
-async fn same_answers(stage: &Stage, sql: &str, extended: bool) {
+/// What the server says of a statement, which is rolled back there, and what the proxy says of it: the same bytes.
+pub async fn same_answers(stage: &Stage, sql: &str, extended: bool) {
     let (mut direct, mut client) = (direct(stage).await, stage.raw().await);
     ask(&mut direct, "BEGIN").await;
     let expected = answer(&mut direct, sql, extended).await;

@@ -8,8 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use crossfade::cluster::programs::Programs;
 use crossfade::catalog::{self, Catalog, Sides, Table};
+use crossfade::cluster::programs::Programs;
 use crossfade::ledger::debts::{self, Debt};
 use crossfade::migrate::repair::Repair;
 use crossfade::migrate::{self, Pair, Settings};

@@ -24,6 +24,32 @@ pub struct Fields {
     pub values: Vec<(u32, Option<Bytes>)>,
 }
 
+/// What MERGE has done to a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// It is new.
+    Inserted,
+    /// It is as the image says.
+    Updated,
+    /// It is gone; the image is what it was.
+    Deleted,
+}
+
+impl Fields {
+    /// Takes off what MERGE says of the row, behind its columns.
+    ///
+    /// # Errors
+    /// It says nothing of the kind.
+    pub fn take_action(&mut self) -> Result<Action, ImageError> {
+        match self.values.pop() {
+            Some((TEXT, Some(action))) if action == "INSERT" => Ok(Action::Inserted),
+            Some((TEXT, Some(action))) if action == "UPDATE" => Ok(Action::Updated),
+            Some((TEXT, Some(action))) if action == "DELETE" => Ok(Action::Deleted),
+            _ => Err(ImageError("it does not say what MERGE has done")),
+        }
+    }
+}
+
 /// A hidden column that is none.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("an image cannot be read: {0}")]
