@@ -8,12 +8,13 @@ FUZZ_CASES ?= 200000
 
 export CARGO_TERM_COLOR ?= auto
 
-.PHONY: help setup demo test check test-only proof mutants bench fuzz regress-fixture
+.PHONY: help setup demo test check test-only versions proof mutants bench fuzz regress-fixture
 
 help:
 	@echo "make demo             the whole migration on two throw-away clusters, with a load running"
 	@echo "make test             set-up, check and all tests"
 	@echo "make check            fmt, clippy, rustdoc, cargo-deny"
+	@echo "make versions         the tests between servers of different major versions, which it fetches (an hour; PAIRS='14:18 15:17' chooses some)"
 	@echo "make proof            the tests at full length: more kills, larger values, the model's states (an hour or so)"
 	@echo "make mutants          takes safeguards out one at a time: the tests named in tests/mutants.json must fail (WORDS='...' chooses some)"
 	@echo "make bench            throughput and memory beside PgBouncer and Pgpool-II; backfill, verify, moves, reads (two hours)"
@@ -42,6 +43,9 @@ test-only:
 	else \
 		set -x; $(CARGO) test --locked --no-fail-fast; \
 	fi
+
+versions: setup
+	scripts/versions $(PAIRS)
 
 # The same programs as in `make test`, so that nothing is built anew.
 proof: setup

@@ -215,6 +215,34 @@ async fn i12_unique_values_that_changed_places_are_repaired() {
     }
 }
 
+/// The same for values that exclude each other without being equal, and for NULLs that are (PostgreSQL 15): the row in the way joins, though nothing is owed of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn i12_values_that_exclude_each_other_are_repaired() {
+    let world = World::new("CREATE TABLE x (k int PRIMARY KEY, r int4range, EXCLUDE USING gist (r WITH &&))").await;
+    let x = world.table("x").await;
+    world.both("INSERT INTO x VALUES (1, '[1,5)'), (2, '[5,9)')").await;
+    world.on_old("UPDATE x SET r = '[90,91)' WHERE k = 1; UPDATE x SET r = '[2,4)' WHERE k = 2; UPDATE x SET r = '[6,8)' WHERE k = 1").await;
+    world.owe(&[key(&x, 1)]).await;
+    let summary = world.repair().await.pass().await.expect("passes");
+    assert_eq!((summary.cleared, summary.refused.as_slice()), (1, &[][..]));
+    world.assert_equal("x").await;
+
+    let version = "SELECT current_setting('server_version_num')::int";
+    if world.old().await.query_one(version, &[]).await.expect("tells").get::<_, i32>(0) < 150_000 {
+        return;
+    }
+    let world = World::new("CREATE TABLE n (k int PRIMARY KEY, u int UNIQUE NULLS NOT DISTINCT)").await;
+    let n = world.table("n").await;
+    world.both("INSERT INTO n VALUES (1, NULL), (2, 5)").await;
+    world
+        .on_old("UPDATE n SET u = 7 WHERE k = 1; UPDATE n SET u = NULL WHERE k = 2; UPDATE n SET u = 5 WHERE k = 1")
+        .await;
+    world.owe(&[key(&n, 2)]).await;
+    let summary = world.repair().await.pass().await.expect("passes");
+    assert_eq!((summary.cleared, summary.refused.as_slice()), (1, &[][..]));
+    world.assert_equal("n").await;
+}
+
 /// A unique value whose holder is gone on the authority: it goes first.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_unique_value_whose_holder_is_gone_is_freed() {

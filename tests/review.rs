@@ -130,6 +130,39 @@ async fn what_a_prepared_transaction_has_written_is_owed() {
     assert_eq!(on(&pair.databases.new, rows).await, "204|row 1,row 2,unseen 1,unseen 2");
 }
 
+/// It outlives its session, is committed by another, through the proxy or around it, and holds each move meanwhile: one into a mirrored phase, too, since nothing of it is owed.
+#[tokio::test]
+async fn a_prepared_transaction_outlives_its_session_and_holds_moves() {
+    let mut pair = start("", "move: { pause: 1s }").await;
+    let mut client = raw_client(&pair).await;
+    let prepared = "BEGIN; INSERT INTO notes VALUES (1, 'in phase old'); PREPARE TRANSACTION 'before'";
+    assert_eq!(says(&mut client, &[raw::query(prepared)]).await, "CCCZ");
+    drop(client);
+    pair.proxy.request_phase("dual-write");
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    assert!(!pair.proxy.holds("dual-write").await, "nobody would mirror its row");
+    let mut client = raw_client(&pair).await;
+    assert_eq!(says(&mut client, &[raw::query("COMMIT PREPARED 'before'")]).await, "CZ");
+    pair.proxy.reaches("dual-write").await;
+    assert_eq!(pair.settle_and_assert_equal().await, 1);
+
+    // One pipeline with one Sync, by a session that is gone then.
+    let run = |sql: &str| [raw::parse("", sql, &[]), raw::bind("", "", &[], &[], &[]), raw::execute("", 0)].concat();
+    for name in ["through", "around", "undone"] {
+        let insert = format!("INSERT INTO notes VALUES ({}, '{name}')", name.len() + 10);
+        let prepare = format!("PREPARE TRANSACTION '{name}'");
+        let pipeline = [run("BEGIN"), run(&insert), run("UPDATE deferred SET id = id + 1"), run(&prepare), raw::sync()];
+        let mut client = raw_client(&pair).await;
+        assert_eq!(says(&mut client, &pipeline).await, "12C12C12C12CZ", "{name}");
+    }
+    assert_eq!(pair.settle_and_assert_equal().await, 1, "nothing of it is there");
+    let mut client = raw_client(&pair).await;
+    assert_eq!(says(&mut client, &[run("COMMIT PREPARED 'through'"), raw::sync()]).await, "12CZ");
+    on(&pair.databases.old, "COMMIT PREPARED 'around'; ROLLBACK PREPARED 'undone'").await;
+    assert_eq!(pair.settle_and_assert_equal().await, 3);
+    assert_eq!(pair.proxy.metrics("crossfade_tainted_tables").await, 0.0);
+}
+
 /// A role that may write and not read: RETURNING would make its statements fail.
 #[tokio::test]
 async fn a_role_that_may_not_read_writes_through_set_role() {

@@ -1,6 +1,6 @@
 //! What facts say of each form of statement.
 
-use crossfade::sql::facts::{Facts, Name, OnConflict, Verb};
+use crossfade::sql::facts::{Facts, Merges, Name, OnConflict, Verb};
 use crossfade::sql::{self, Limits};
 
 fn read(text: &str) -> Facts {
@@ -286,6 +286,44 @@ fn statements_inside_others_have_facts_of_their_own() {
         assert_eq!((&text[range], inner.verb), (inner_text, inner_verb), "{text}");
     }
     assert_eq!(targets(&read("copy (delete from t returning *) to stdout")), "t t");
+}
+
+#[test]
+fn merge_says_what_its_actions_do() {
+    let merges = |insert, update, delete| Merges { insert, update, delete };
+    for (text, expected) in [
+        ("merge into t using s on a = b when matched then do nothing", merges(false, false, false)),
+        (
+            "merge into t using s on a = b when matched and c then delete when not matched then insert values (1)",
+            merges(true, false, true),
+        ),
+        (
+            "merge into t using s on a = b when not matched by source then update set c = default returning merge_action(), *",
+            merges(false, true, false),
+        ),
+        (
+            "merge into only t as x using s on a = b when not matched by target then insert default values",
+            merges(true, false, false),
+        ),
+        (
+            "with s as (select 1 as b) merge into t using s on a = b when matched then update set (c, d) = (1, 2) when matched then delete",
+            merges(false, true, true),
+        ),
+        // Those of another one, in WITH, are its own.
+        (
+            "with m as (merge into u using s on true when matched then delete returning 1) select * from m",
+            merges(false, false, false),
+        ),
+        (
+            "with m as (merge into u using s on true when matched then delete returning 1) merge into t using m on true when not matched then insert values (1)",
+            merges(true, false, false),
+        ),
+        ("delete from t", merges(false, false, false)),
+    ] {
+        assert_eq!(read(text).merges, expected, "{text}");
+    }
+    let facts = read("merge into t using s on true when matched then delete returning 1");
+    assert!(facts.returning && facts.verb == Verb::Merge);
 }
 
 #[test]

@@ -50,7 +50,7 @@ WITH schemas AS MATERIALIZED (
     UNION ALL
     SELECT pg_catalog.hashtextextended(pg_catalog.concat_ws('|', 'role', r.oid, r.rolname, r.rolsuper, r.rolinherit, r.rolbypassrls), 0) FROM pg_catalog.pg_roles r
     UNION ALL
-    SELECT pg_catalog.hashtextextended(pg_catalog.concat_ws('|', 'member', m.roleid, m.member), 0) FROM pg_catalog.pg_auth_members m
+    SELECT pg_catalog.hashtextextended(pg_catalog.concat_ws('|', 'member', m.roleid, m.member, pg_catalog.to_jsonb(m)->>'inherit_option'), 0) FROM pg_catalog.pg_auth_members m
 )
 SELECT pg_catalog.concat_ws(':', pg_catalog.count(*), pg_catalog.sum(hash)) FROM parts";
 

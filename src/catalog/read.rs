@@ -380,7 +380,8 @@ async fn reproducible(client: &Client) -> Result<HashSet<String>, Error> {
     let query = "SELECT p.proname::text FROM pg_proc p WHERE p.pronamespace = 'pg_catalog'::regnamespace
                  AND p.proname !~ '^(pg_|has_|inet_|txid_|current|session|to_reg|lo_|binary_upgrade|row_security|getpgusername)'
                  AND p.proname NOT IN ('age', 'col_description', 'database_to_xml', 'format_type', 'getdatabaseencoding', 'hashoid', 'now', 'obj_description',
-                     'oid', 'schema_to_xml', 'shobj_description', 'statement_timestamp', 'table_to_xml', 'transaction_timestamp', 'version')
+                     'oid', 'schema_to_xml', 'shobj_description', 'statement_timestamp', 'table_to_xml', 'transaction_timestamp',
+                     'version', 'unicode_version', 'icu_unicode_version')
                  GROUP BY 1 HAVING bool_and(p.provolatile <> 'v')";
     Ok(client.query(query, &[]).await?.iter().map(|row| row.get(0)).collect())
 }

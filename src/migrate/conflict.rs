@@ -107,18 +107,19 @@ async fn holders(pair: &mut Pair, table: &Table, rows: &[Values]) -> Result<Vec<
     Ok(keys)
 }
 
-/// For each unique index of the mirror's table: who holds the value that a row (its parameters) would have in it.
+/// The unique indexes of a table and those of exclusion constraints (temporal keys of PostgreSQL 18 are both): terms, predicate, the operators by which values exclude each
+/// other (none: they are equal), and whether NULLs are equal, too (15).
+const INDEXES: &str = "SELECT array(SELECT pg_get_indexdef(i.indexrelid, n, false) FROM generate_series(1, i.indnkeyatts::int) n), \
+    coalesce(pg_get_expr(i.indpred, i.indrelid), 'true'), \
+    array(SELECT format('OPERATOR(%I.%s)', s.nspname, o.oprname) FROM pg_constraint k CROSS JOIN unnest(k.conexclop) WITH ORDINALITY AS u(op, nth) \
+        JOIN pg_operator o ON o.oid = u.op JOIN pg_namespace s ON s.oid = o.oprnamespace WHERE k.conindid = i.indexrelid AND k.conrelid = i.indrelid ORDER BY u.nth), \
+    coalesce((to_jsonb(i)->>'indnullsnotdistinct')::boolean, false) \
+    FROM pg_index i WHERE i.indrelid = $1 AND (i.indisunique OR i.indisexclusion) AND i.indisvalid";
+
+/// For each such index of the mirror's table: who holds a value that excludes the one that a row (its parameters) would have in it.
 async fn questions(pair: &mut Pair, there: &TableSql<'_>) -> Result<Vec<String>, Error> {
     let table = there.table;
-    let indexes = pair
-        .mirror
-        .rows(
-            "reading unique indexes",
-            "SELECT array(SELECT pg_get_indexdef(i.indexrelid, n, false) FROM generate_series(1, i.indnkeyatts::int) n), \
-             coalesce(pg_get_expr(i.indpred, i.indrelid), 'true') FROM pg_index i WHERE i.indrelid = $1 AND i.indisunique AND i.indisvalid",
-            &[table.oid.get(there.side)],
-        )
-        .await?;
+    let indexes = pair.mirror.rows("reading unique indexes", INDEXES, &[table.oid.get(there.side)]).await?;
     let given: Vec<String> = (there.writable.iter().enumerate())
         .map(|(n, &at)| {
             let column = &table.columns[at];
@@ -131,10 +132,16 @@ async fn questions(pair: &mut Pair, there: &TableSql<'_>) -> Result<Vec<String>,
         .map(|index| {
             let terms: Vec<String> = index.get(0);
             let predicate: String = index.get(1);
+            let (operators, nulls): (Vec<String>, bool) = (index.get(2), index.get(3));
             let list = |letter: char| {
                 terms.iter().enumerate().map(|(n, term)| format!("({term}) AS {letter}{n}")).collect::<Vec<_>>().join(", ")
             };
-            let equal: Vec<String> = (0..terms.len()).map(|n| format!("m.x{n} = g.y{n}")).collect();
+            let excludes = |n: usize| {
+                let operator = operators.get(n).map_or("=", String::as_str);
+                let both_null = if nulls { format!(" OR m.x{n} IS NULL AND g.y{n} IS NULL") } else { String::new() };
+                format!("(m.x{n} {operator} g.y{n}{both_null})")
+            };
+            let equal: Vec<String> = (0..terms.len()).map(excludes).collect();
             let names: Vec<String> = (0..key.len()).map(|n| format!("m.crossfade_key{n}")).collect();
             let read: Vec<String> = (key.iter().enumerate())
                 .map(|(n, &at)| format!("{} AS crossfade_key{n}", there.read_columns(&[at])))
