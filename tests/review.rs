@@ -141,6 +141,7 @@ async fn a_prepared_transaction_outlives_its_session_and_holds_moves() {
     pair.proxy.request_phase("dual-write");
     tokio::time::sleep(std::time::Duration::from_secs(3)).await;
     assert!(!pair.proxy.holds("dual-write").await, "nobody would mirror its row");
+    assert!(pair.proxy.log().contains("a prepared transaction (before) on old"), "it is named");
     let mut client = raw_client(&pair).await;
     assert_eq!(says(&mut client, &[raw::query("COMMIT PREPARED 'before'")]).await, "CZ");
     pair.proxy.reaches("dual-write").await;
@@ -148,8 +149,8 @@ async fn a_prepared_transaction_outlives_its_session_and_holds_moves() {
 
     // One pipeline with one Sync, by a session that is gone then.
     let run = |sql: &str| [raw::parse("", sql, &[]), raw::bind("", "", &[], &[], &[]), raw::execute("", 0)].concat();
-    for name in ["through", "around", "undone"] {
-        let insert = format!("INSERT INTO notes VALUES ({}, '{name}')", name.len() + 10);
+    for (id, name) in [(2, "through"), (3, "around"), (4, "undone")] {
+        let insert = format!("INSERT INTO notes VALUES ({id}, '{name}')");
         let prepare = format!("PREPARE TRANSACTION '{name}'");
         let pipeline = [run("BEGIN"), run(&insert), run("UPDATE deferred SET id = id + 1"), run(&prepare), raw::sync()];
         let mut client = raw_client(&pair).await;

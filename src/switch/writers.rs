@@ -9,7 +9,9 @@ use crate::catalog::Catalog;
 use crate::phase::Side;
 
 /// Backends with a writer's lock on a migrating table. $1: the tables, $2: backends to leave out, $3: younger transactions are left out.
-const WRITERS: &str = "SELECT coalesce('backend ' || l.pid, 'a prepared transaction'), coalesce(a.application_name, ''), l.pid FROM pg_catalog.pg_locks l \
+const WRITERS: &str = "SELECT coalesce('backend ' || l.pid, 'a prepared transaction'), coalesce(a.application_name, \
+        (SELECT p.gid FROM pg_catalog.pg_prepared_xacts p JOIN pg_catalog.pg_locks x ON x.locktype = 'transactionid' AND x.transactionid = p.transaction \
+            WHERE x.pid IS NULL AND x.virtualtransaction = l.virtualtransaction LIMIT 1), ''), l.pid FROM pg_catalog.pg_locks l \
     LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid \
     WHERE l.locktype = 'relation' AND l.relation = ANY ($1) AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) \
     AND l.mode IN ('RowExclusiveLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock') AND l.granted \
