@@ -3,6 +3,7 @@
 mod both;
 mod routes;
 mod steps;
+mod twin;
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -15,9 +16,9 @@ use tokio_postgres::{Client, SimpleQueryMessage};
 /// Of the file: what migrates.
 pub(crate) const SERVICE: &str = "tables: [public.attachments]";
 
-const ATTACHMENTS: &str = "CREATE TABLE attachments (id int PRIMARY KEY, order_id int, name text, amount bigint NOT NULL DEFAULT 0); \
+pub(crate) const ATTACHMENTS: &str = "CREATE TABLE attachments (id int PRIMARY KEY, order_id int, name text, amount bigint NOT NULL DEFAULT 0); \
     INSERT INTO attachments SELECT n, n, 'a' || n, 100 FROM generate_series(1, 10) n;";
-const MONOLITH: &str = "CREATE TABLE orders (id serial PRIMARY KEY, note text, amount bigint NOT NULL DEFAULT 0); \
+pub(crate) const MONOLITH: &str = "CREATE TABLE orders (id serial PRIMARY KEY, note text, amount bigint NOT NULL DEFAULT 0); \
     INSERT INTO orders (note, amount) SELECT 'o' || n, 100 FROM generate_series(1, 10) n; \
     CREATE TABLE audit (what text); CREATE VIEW rich AS SELECT * FROM orders WHERE amount > 150; \
     CREATE VIEW joined AS SELECT o.note, a.name FROM orders o JOIN attachments a ON a.order_id = o.id;";
