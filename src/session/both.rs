@@ -6,7 +6,7 @@ use bytes::{Buf, Bytes};
 
 use super::expect::{Kind, To};
 use super::legs::Block;
-use super::turn::Turned;
+use super::turn::{Turned, leaves_failed};
 use super::{End, Session};
 use crate::sql::facts::Verb;
 use crate::wire::frame::{self, Head, Report};
@@ -28,6 +28,11 @@ impl Session {
             self.unsynced = false;
         }
         self.note_sent();
+        let failed = self.status == b'E' || self.legs.other.as_deref().is_some_and(|leg| leg.status == b'E');
+        if failed && !leaves_failed(verb) {
+            // The side that has failed is in use, and says so.
+            return Ok(Turned::Go);
+        }
         match verb {
             Verb::Commit { chain } | Verb::Rollback { chain } => {
                 let commit = matches!(verb, Verb::Commit { .. });

@@ -405,7 +405,7 @@ pub(super) fn is_of_block(verb: &Verb) -> bool {
 }
 
 /// It may leave a block that has failed.
-fn leaves_failed(verb: &Verb) -> bool {
+pub(super) fn leaves_failed(verb: &Verb) -> bool {
     matches!(verb, Verb::Commit { .. } | Verb::Rollback { .. } | Verb::RollbackTo(_))
 }
 
