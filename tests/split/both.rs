@@ -65,7 +65,7 @@ async fn both_sides_commit_or_neither() {
 }
 
 #[tokio::test]
-async fn where_new_cannot_prepare_it_is_refused_and_check_says_so() {
+async fn what_will_be_refused_is_said_beforehand() {
     let databases = databases(&[]).await;
     let proxy = Proxy::start(databases.proxy_config("old", &lines(""))).await;
     let mut pair = Pair { proxy, databases };
@@ -77,8 +77,23 @@ async fn where_new_cannot_prepare_it_is_refused_and_check_says_so() {
     let check = pair.proxy.crossfade(&["check"]).await;
     assert!(String::from_utf8_lossy(&check.stdout).contains("DROP CONSTRAINT of_order"), "{check:?}");
     on(&pair.databases.old, "ALTER TABLE attachments DROP CONSTRAINT of_order").await;
-    crate::moved(&mut pair, "new-primary").await;
+    // Statements over both kinds.
+    pair.proxy.set_phase("dual-write").await;
     let client = pair.client().await;
+    let joined = "SELECT count(*) FROM orders JOIN attachments ON order_id = orders.id";
+    assert_eq!(value(&client, joined).await, "10");
+    let report = pair.proxy.crossfade(&["report"]).await;
+    let report = String::from_utf8_lossy(&report.stdout).into_owned();
+    assert!(report.contains("split: orders stays on old, attachments migrates"), "{report}");
+    let explained = pair.proxy.crossfade(&["explain", joined]).await;
+    let explained = String::from_utf8_lossy(&explained.stdout).into_owned();
+    assert!(explained.contains("new-primary    is refused (0A000)"), "{explained}");
+    pair.proxy.settle().await;
+    pair.proxy.set_phase("new-primary").await;
+    let history = on(&pair.databases.new, "SELECT detail FROM crossfade.history ORDER BY id DESC LIMIT 1").await;
+    assert!(history.contains("1 shapes over tables that stay on old"), "{history}");
+    assert_eq!(refusal(&client, joined).await, "0A000");
+    // Where new cannot prepare a transaction.
     client.batch_execute("BEGIN; UPDATE attachments SET amount = 0 WHERE id = 1").await.expect("writes");
     client.batch_execute("UPDATE orders SET amount = 0 WHERE id = 1").await.expect("writes");
     assert_eq!(refusal(&client, "COMMIT").await, "0A000");
@@ -166,27 +181,4 @@ async fn a_deadlock_across_both_databases_ends_one_of_them() {
     assert_eq!(errors[0].code(), Some(&tokio_postgres::error::SqlState::T_R_DEADLOCK_DETECTED));
     assert_eq!(on(&pair.databases.old, "SELECT amount FROM orders WHERE id = 1").await, "101");
     assert_eq!(on(&pair.databases.new, "SELECT amount FROM attachments WHERE id = 1").await, "101");
-}
-
-/// Statements that will be refused are listed before the move.
-#[tokio::test]
-async fn split_statements_are_listed_beforehand() {
-    let databases = databases(&[("max_prepared_transactions", "20")]).await;
-    let proxy = Proxy::start(databases.proxy_config("old", &lines(""))).await;
-    let mut pair = Pair { proxy, databases };
-    pair.proxy.set_phase("dual-write").await;
-    let client = pair.client().await;
-    let joined = "SELECT count(*) FROM orders JOIN attachments ON order_id = orders.id";
-    assert_eq!(value(&client, joined).await, "10");
-    let report = pair.proxy.crossfade(&["report"]).await;
-    let report = String::from_utf8_lossy(&report.stdout).into_owned();
-    assert!(report.contains("split: orders stays on old, attachments migrates"), "{report}");
-    let explained = pair.proxy.crossfade(&["explain", joined]).await;
-    let explained = String::from_utf8_lossy(&explained.stdout).into_owned();
-    assert!(explained.contains("new-primary    is refused (0A000)"), "{explained}");
-    pair.proxy.settle().await;
-    pair.proxy.set_phase("new-primary").await;
-    let history = on(&pair.databases.new, "SELECT detail FROM crossfade.history ORDER BY id DESC LIMIT 1").await;
-    assert!(history.contains("1 shapes over tables that stay on old"), "{history}");
-    assert_eq!(refusal(&client, joined).await, "0A000");
 }

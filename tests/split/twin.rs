@@ -112,7 +112,7 @@ async fn alone() -> Cluster {
 #[tokio::test]
 async fn a_random_conversation_is_answered_as_by_a_server_with_all_tables() {
     let (pair, alone) = tokio::join!(split("new-primary", ""), alone());
-    let (conversations, exchanges) = if proof() { (200, 200) } else { (6, 60) };
+    let (conversations, exchanges) = if proof() { (200, 200) } else { (5, 50) };
     for seed in 0..conversations {
         let mut random = StdRng::seed_from_u64(seed);
         let url = format!("postgres://{}@127.0.0.1:{}/{DATABASE}", APP.0, alone.port());
