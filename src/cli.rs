@@ -64,7 +64,7 @@ pub async fn demo(options: crate::demo::Options) -> Result<bool, Trouble> {
 }
 
 /// `crossfade install`.
-pub async fn install(path: &Path, print_sql: bool) -> Result<bool, Trouble> {
+pub async fn install(path: &Path, print_sql: bool, federate: bool) -> Result<bool, Trouble> {
     if print_sql {
         print!("{}", crate::ledger::SCHEMA_SQL);
         return Ok(true);
@@ -79,6 +79,9 @@ pub async fn install(path: &Path, print_sql: bool) -> Result<bool, Trouble> {
             println!("{side}: the fence is taken from {lowered} tables");
         }
     }
+    if config.federate || federate {
+        self::federate(&config).await?;
+    }
     if config.fence {
         let holds = what_holds(&config).await?;
         let (catalog, _) = mover::load_catalog(&config, holds.phase.authority()).await?;
@@ -87,6 +90,29 @@ pub async fn install(path: &Path, print_sql: bool) -> Result<bool, Trouble> {
         println!("the fence stands on the migrating tables of both sides; {closed} takes no writes around the proxies");
     }
     Ok(true)
+}
+
+/// What new needs to read old: each move that makes new the authority makes it anew; made now, it shows what is missing.
+async fn federate(config: &Config) -> Result<(), Trouble> {
+    let new = config.new.connect("crossfade install").await?;
+    migrate::lazy::serve_old(&new, &config.old).await?;
+    new.batch_execute("SELECT crossfade.touch_old(true)").await.map_err(|error| {
+        let said = error.as_db_error().map_or_else(|| error.to_string(), |said| said.message().to_owned());
+        format!(
+            "new cannot read old through postgres_fdw: {said}; look at new's way to the address of old in this file"
+        )
+    })?;
+    println!("new: reads old as the foreign server crossfade_old");
+    let holds = what_holds(config).await?;
+    if holds.phase.authority() == Side::Old {
+        let (catalog, _) = mover::load_catalog(config, Side::Old).await?;
+        migrate::lazy::make(&new, &catalog).await?;
+        let count = catalog.tables.values().filter(|table| table.lazy).count();
+        println!(
+            "new: {count} lazy tables have merged views, but for those that gate lazy names (`crossfade phase new-primary --dry-run`)"
+        );
+    }
+    Ok(())
 }
 
 /// What holds, from the databases themselves; a side that cannot be reached is left out.

@@ -26,6 +26,9 @@ enum Command {
         /// Only print the SQL.
         #[arg(long)]
         print_sql: bool,
+        /// As with `federate: true` in the file: new reads old's tables through postgres_fdw.
+        #[arg(long)]
+        federate: bool,
     },
     /// Whether both databases are fit to migrate: one finding a line, with the SQL that mends it. Alters nothing of yours.
     Check {
@@ -96,7 +99,7 @@ async fn run(arguments: Arguments) -> ExitCode {
     let path = server::absolute(&arguments.config);
     let outcome = match arguments.command {
         Command::Run => cli::run(&path).await,
-        Command::Install { print_sql } => cli::install(&path, print_sql).await,
+        Command::Install { print_sql, federate } => cli::install(&path, print_sql, federate).await,
         Command::Check { json } => cli::check(&path, json).await,
         Command::Backfill(arguments) => cli::backfill(&path, arguments).await,
         Command::Verify(arguments) => cli::verify(&path, arguments).await,

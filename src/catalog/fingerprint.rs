@@ -32,7 +32,7 @@ WITH schemas AS MATERIALIZED (
     FROM pg_catalog.pg_constraint k JOIN schemas s ON s.oid = k.connamespace
     UNION ALL
     SELECT pg_catalog.hashtextextended(pg_catalog.concat_ws('|', 'trigger', t.oid, t.tgrelid, t.tgfoid, t.tgtype, t.tgenabled, t.xmin), 0)
-    FROM pg_catalog.pg_trigger t JOIN relations c ON c.oid = t.tgrelid WHERE NOT t.tgisinternal AND t.tgname <> 'crossfade_fence'
+    FROM pg_catalog.pg_trigger t JOIN relations c ON c.oid = t.tgrelid WHERE NOT t.tgisinternal AND t.tgname NOT IN ('crossfade_fence', '~crossfade_lazy_bring', 'crossfade_lazy_gone')
     UNION ALL
     SELECT pg_catalog.hashtextextended(pg_catalog.concat_ws('|', 'policy', p.oid, p.polrelid, p.xmin), 0) FROM pg_catalog.pg_policy p
     UNION ALL

@@ -7,7 +7,7 @@ use tokio_postgres::Client;
 use super::definitions::Definitions;
 use super::number::{Numbers, Place, known, number};
 use super::read::{self, Relation, Server};
-use super::{Catalog, Sides, Stays, definitions, pair};
+use super::{Catalog, Sides, Stays, definitions, lazy, pair};
 use crate::config::TableRule;
 use crate::phase::Side;
 
@@ -65,9 +65,11 @@ pub async fn load(
         places.iter().zip(1..).map(|(place, number)| ((place.0.clone(), place.1.clone()), number)).collect()
     };
     let definitions = Sides { old: old_definitions, new: new_definitions };
-    let mut catalog = pair::catalog(&servers, &places, &numbers, one_sided);
+    let lazy = lazy::incomplete(new, rules, &numbers).await?;
+    let mut catalog = pair::catalog(&servers, &places, &numbers, one_sided, &lazy);
     catalog.stays = Stays::of(&servers, &catalog.by_oid.old, rules.is_some());
-    Ok(Catalog { definitions, gone, ..catalog })
+    let behind = if lazy.is_empty() { None } else { Some(lazy::behind(new, &catalog).await?) };
+    Ok(Catalog { definitions, gone, behind, ..catalog })
 }
 
 async fn side(client: &Client, side: Side) -> Result<(Definitions, Server), CatalogError> {

@@ -7,6 +7,7 @@
 
 mod definitions;
 mod fingerprint;
+mod lazy;
 mod load;
 mod number;
 mod pair;
@@ -23,6 +24,7 @@ use crate::sql::facts::Name;
 
 pub use definitions::{Definitions, Unsettled, read as definitions, version};
 pub use fingerprint::fingerprint;
+pub use lazy::Behind;
 pub use load::{CatalogError, load};
 pub use number::number;
 pub use stays::Stays;
@@ -191,6 +193,8 @@ pub struct Table {
     pub opaque: Option<String>,
     /// Tables (by number) that TRUNCATE ... CASCADE of this one would reach, on each side, itself not included.
     pub truncate_cascade: Sides<Vec<u32>>,
+    /// `backfill: lazy`, and not complete: new may lack rows, and those it has are right once nothing of the table is owed.
+    pub lazy: bool,
 }
 
 impl Table {
@@ -284,6 +288,8 @@ pub struct Catalog {
     pub no_select: Sides<HashSet<(String, u32)>>,
     /// Numbers of tables that are on neither side any more: nothing can be owed there.
     pub gone: HashSet<u32>,
+    /// What of new leads to lazy tables without naming them. None: no table is lazy.
+    pub behind: Option<Behind>,
     /// This side could not be read: the other's definitions stand for it.
     pub stands_in: Option<Side>,
     /// Which version of the definitions this is, on each side.

@@ -75,6 +75,7 @@ pub(super) fn catalog(
     places: &[Place],
     numbers: &BTreeMap<(String, String), u32>,
     one_sided: Sides<Vec<String>>,
+    lazy: &HashSet<u32>,
 ) -> Catalog {
     let relations = Sides::of(|side| Relations::of(servers.get(side)));
     let mut placed = Vec::new();
@@ -99,6 +100,7 @@ pub(super) fn catalog(
     };
     for (number, oid) in placed {
         let mut table = table(servers, &relations, number, oid);
+        table.lazy = lazy.contains(&number);
         table.truncate_cascade = Sides::of(|side| {
             let reached = Relations::below(&relations.get(side).referencing, *table.oid.get(side));
             reached.iter().filter_map(|oid| number_of.get(side).get(oid).copied()).collect()
@@ -243,6 +245,7 @@ fn table(servers: &Sides<Server>, relations: &Sides<Relations>, number: u32, oid
         row_security: Sides::of(|side| any(side, |relation| relation.row_security)),
         rules: Sides::of(|side| any(side, |relation| relation.rules)),
         truncate_cascade: Sides::default(),
+        lazy: false,
         oid,
         columns,
         key,

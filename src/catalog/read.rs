@@ -316,12 +316,12 @@ async fn foreign_keys(client: &Client) -> Result<HashMap<u32, Vec<ForeignKey>>, 
     Ok(found)
 }
 
-/// Of a user's tables. The fence is ours: it changes nothing and writes nothing where a client's statement runs.
+/// Of a user's tables. The fence and those of lazy tables are ours: they change nothing and write nothing of the application's but what old has.
 async fn triggers(client: &Client) -> Result<HashMap<u32, Vec<Trigger>>, Error> {
     let query = "SELECT t.tgrelid, t.tgtype, p.proname::text, l.lanname::text, p.prosrc
                  FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid JOIN pg_language l ON l.oid = p.prolang
                  WHERE NOT t.tgisinternal AND t.tgenabled IN ('O', 'A')
-                   AND NOT (t.tgname = 'crossfade_fence' AND p.proname = 'fence' AND p.pronamespace = to_regnamespace('crossfade'))";
+                   AND NOT (t.tgname ~ '^~?crossfade_' AND p.proname ~ '^(fence|lazy_[a-z]+_[0-9]+)$' AND p.pronamespace = to_regnamespace('crossfade'))";
     let mut found: HashMap<u32, Vec<Trigger>> = HashMap::new();
     for row in client.query(query, &[]).await? {
         found.entry(row.get(0)).or_default().push(Trigger {

@@ -2,13 +2,14 @@
 //! must be, or that an operator should know, with the SQL that mends it.
 //!
 //! `facts` are what both sides have by name and must have alike; `columns` compares tables column by column; `role` is what the control role
-//! lacks; `clients` is what the application's roles lack; `expect` is what the file asks of new; `fence` what keeps writes around the proxies out; `pooler`
-//! what stands between; `stays` what tables that stay on old ask for. Nothing here writes, but that loading the catalog gives tables their numbers where the schema is installed.
+//! lacks; `clients` is what the application's roles lack; `expect` is what the file asks of new; `fence` what keeps writes around the proxies out; `federate`
+//! what new needs to read old; `pooler` what stands between; `stays` what tables that stay on old ask for. Nothing here writes, but that loading the catalog gives tables their numbers where the schema is installed.
 
 mod clients;
 mod columns;
 mod expect;
 mod facts;
+mod federate;
 mod fence;
 mod pooler;
 mod role;
@@ -143,6 +144,7 @@ pub async fn run(config: &Config, old: &Client, new: &Client) -> Result<Vec<Find
     fence::compare(&mut view, config.fence).await?;
     stays::compare(&mut view).await?;
     logins(&mut view).await?;
+    federate::compare(&mut view, config.federate).await?;
     found.append(&mut view.found);
     found.sort();
     found.dedup();

@@ -14,6 +14,7 @@ use crate::migrate::backfill::{self, Backfill, Event, Options};
 use crate::phase::{Phase, Side};
 use crate::shared::Shared;
 use crate::switch::mover;
+use crate::switch::rows::Holds;
 
 /// What the command is asked for. A table that is named and owes nothing is filled all the same: one that joined later.
 #[derive(clap::Args)]
@@ -35,11 +36,17 @@ pub struct BackfillArguments {
 /// It rests while a standby is further behind, where the file's `expect.lag` says nothing.
 const LAG: Duration = Duration::from_secs(10);
 
+/// Of a lazy table it says how far it is after so many rows.
+const TOLD: u64 = 100_000;
+
 /// `crossfade backfill`: true when all that was asked for is copied.
 pub async fn backfill(path: &Path, arguments: BackfillArguments) -> Result<bool, Trouble> {
     let config = config::load(path)?;
     let holds = what_holds(&config).await?;
     let authority = holds.phase.authority();
+    if holds.phase == Phase::NewPrimary && !arguments.reverse && config.federate {
+        return complete(&config, holds, &arguments).await;
+    }
     if arguments.reverse != (authority == Side::New) {
         let told = match authority {
             Side::New => "new is the authority: `crossfade backfill --reverse` fills old from it",
@@ -68,7 +75,11 @@ pub async fn backfill(path: &Path, arguments: BackfillArguments) -> Result<bool,
         let client = Shared::database(&config, side).connect("crossfade backfill").await?;
         migrate::install(&client, side).await?;
     }
-    let tables = copyable(arguments.chosen.tables(&catalog)?);
+    let mut tables = copyable(arguments.chosen.tables(&catalog)?);
+    if authority == Side::Old && !arguments.chosen.any_named() {
+        // Their rows come over when they are written; by name they are filled now.
+        tables.retain(|table| !table.lazy);
+    }
     let job = Backfill {
         authority_side: authority,
         authority: Shared::database(&config, authority).clone(),
@@ -94,6 +105,42 @@ pub async fn backfill(path: &Path, arguments: BackfillArguments) -> Result<bool,
         println!("the phase has moved to {} meanwhile: what was copied for {} counts no more", now.phase, holds.phase);
     }
     Ok(now == holds)
+}
+
+/// What only old has of lazy tables, while new is the authority already. True when nothing is left there.
+async fn complete(config: &config::Config, holds: Holds, arguments: &BackfillArguments) -> Result<bool, Trouble> {
+    let (catalog, _) = mover::load_catalog(config, Side::New).await?;
+    let chosen = arguments.chosen.tables(&catalog)?;
+    let tables: Vec<Arc<Table>> = chosen.into_iter().filter(|table| table.lazy).collect();
+    if tables.is_empty() {
+        println!(
+            "phase {}: no table of these has rows on old alone (`crossfade backfill --reverse` fills old)",
+            holds.phase
+        );
+        return Ok(true);
+    }
+    let new = config.new.connect("crossfade backfill").await?;
+    let show = Show::new(&tables, "of its rows");
+    let mut whole = true;
+    for table in &tables {
+        let mut told = 0;
+        let mut progress = |rows| {
+            if rows >= told + TOLD {
+                told = rows;
+                show.said(table.number, &format!("{rows} rows brought over"));
+            }
+        };
+        let filled = migrate::lazy::fill(&new, table, holds.epoch, &mut progress).await;
+        match filled {
+            Ok(rows) => show.done(table.number, &format!("complete: {rows} rows brought over, none is on old alone")),
+            Err(error) => {
+                whole = false;
+                show.line(&format!("{}: {error}", table.label()));
+            }
+        }
+    }
+    show.end();
+    Ok(whole)
 }
 
 /// A sweep carries over what is written on old while it is copied.

@@ -11,8 +11,8 @@ use serde::de::Deserializer;
 use super::locate::{Step, duplicate, locate, path_text};
 use super::tables::qualified;
 use super::{
-    AuthMethod, Commit, Config, Database, Expect, Limits, Log, Mirror, Move, OtherDatabases, Reads, Shares, Sweep,
-    TableRule, Tls, User, Verify, env, units,
+    AuthMethod, Backfill, Commit, Config, Database, Expect, Limits, Log, Mirror, Move, OtherDatabases, Reads, Shares,
+    Sweep, TableRule, Tls, User, Verify, env, units,
 };
 use crate::phase::Phase;
 
@@ -215,6 +215,10 @@ fn table_contradiction(raw: &RawConfig) -> Option<(Vec<Step>, String)> {
     let mut phases: BTreeMap<&str, (Phase, &str)> = BTreeMap::new();
     for (index, table) in raw.tables.iter().flatten().enumerate() {
         let at = vec![key("tables"), Step::Item(index)];
+        if table.backfill == Backfill::Lazy && !raw.federate {
+            let message = "lazy wants federate: true: what only old has is read from new through postgres_fdw; expected federate: true, or backfill: eager";
+            return Some((vec![key("tables"), Step::Item(index), key("backfill")], message.into()));
+        }
         if except.contains(&table.name) {
             return Some((at, format!("{} is in tables and in except: expected one of them", table.name)));
         }

@@ -8,6 +8,11 @@ pub mod owe;
 /// The trigger that keeps writes around the proxies out, on application's tables (`fence: true`).
 pub const FENCE: &str = "crossfade_fence";
 
+/// What a lazy table has on new, by its number: its relation or function of this kind (src/migrate/lazy/sql.rs).
+pub fn lazy(kind: &str, number: u32) -> String {
+    format!("crossfade.{kind}_{number}")
+}
+
 /// Makes schema `crossfade`, on either side; may be run again.
 pub const SCHEMA_SQL: &str = include_str!("schema.sql");
 

@@ -158,15 +158,17 @@ BEGIN
     IF TG_EVENT = 'sql_drop' THEN
         SELECT array_agg(DISTINCT object_type) INTO found_kinds FROM pg_event_trigger_dropped_objects()
         WHERE NOT is_temporary AND schema_name IS DISTINCT FROM 'crossfade' AND (original OR normal)
-        AND NOT (object_type = 'trigger' AND object_identity LIKE 'crossfade\_fence on %');
+        AND NOT (object_type = 'trigger' AND object_identity ~ '^"?~?crossfade_(fence|lazy)');
     ELSE
         SELECT array_agg(DISTINCT object_type) INTO found_kinds FROM pg_event_trigger_ddl_commands()
         WHERE schema_name IS DISTINCT FROM 'pg_temp' AND schema_name IS DISTINCT FROM 'crossfade'
-        -- The fence is no definition of the application's: no plan depends on it.
-        AND NOT EXISTS (SELECT FROM pg_trigger t WHERE object_type = 'trigger' AND t.oid = objid AND t.tgfoid = to_regprocedure('crossfade.fence()'))
+        -- The fence, and what lazy tables have, is no definition of the application's: no plan depends on it.
+        AND NOT EXISTS (SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid WHERE object_type = 'trigger' AND t.oid = objid
+            AND p.pronamespace = to_regnamespace('crossfade'))
         -- A GRANT does not say what it is about: `open_epoch` says that its own is ours. (Whoever else says so hides no more than what he gives away.)
         AND NOT (command_tag = 'GRANT' AND coalesce(current_setting('crossfade.installing', true), '') = 'on')
-        AND command_tag NOT IN ('COMMENT', 'SECURITY LABEL', 'REFRESH MATERIALIZED VIEW', 'REINDEX', 'ALTER DEFAULT PRIVILEGES');
+        AND command_tag NOT IN ('COMMENT', 'SECURITY LABEL', 'REFRESH MATERIALIZED VIEW', 'REINDEX', 'ALTER DEFAULT PRIVILEGES',
+            'CREATE SERVER', 'ALTER SERVER', 'CREATE USER MAPPING', 'ALTER USER MAPPING');
     END IF;
     IF found_kinds IS NULL THEN
         RETURN;
@@ -231,6 +233,14 @@ CREATE TABLE IF NOT EXISTS crossfade.indexes (
     tablespace text,
     comment text,
     at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+
+-- On new, tables with `backfill: lazy`: see src/migrate/lazy. complete: new has every row, and merging has ended. Made anew by each move that makes new the
+-- authority.
+CREATE TABLE IF NOT EXISTS crossfade.lazy (
+    number integer PRIMARY KEY,
+    complete boolean NOT NULL DEFAULT false,
+    changed timestamptz NOT NULL DEFAULT clock_timestamp()
 );
 
 -- What verify has found, on the authority: its last look at each table, and the last one that found all equal.

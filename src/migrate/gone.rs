@@ -18,6 +18,7 @@ use super::rules::{Place, Removal, place, removal, removals};
 use super::sql::TableSql;
 use crate::catalog::Table;
 use crate::ledger::debts::Values;
+use crate::phase::Side;
 
 /// What one try did.
 enum Tried {
@@ -32,8 +33,14 @@ enum Tried {
 }
 
 /// Deletes on the mirror what the authority lacks.
-pub(crate) async fn remove(pair: &mut Pair, table: &Table, keys: Vec<Values>) -> Result<Outcome, Error> {
+///
+/// D3: while new lacks rows of a lazy table, its lacking one proves nothing. What was deleted there stands in `crossfade.gone_n`, by the deleting
+/// transaction itself; all else stays as it is on old, and is equal in that sense.
+pub(crate) async fn remove(pair: &mut Pair, table: &Table, mut keys: Vec<Values>) -> Result<Outcome, Error> {
     let mut outcome = Outcome::default();
+    if table.lazy && pair.authority.side == Side::New && !keys.is_empty() {
+        keys = spoken_for(pair, table, keys).await?;
+    }
     let unseen = try_all(pair, table, keys, &mut outcome).await?;
     if unseen.is_empty() {
         return Ok(outcome);
@@ -47,6 +54,14 @@ pub(crate) async fn remove(pair: &mut Pair, table: &Table, keys: Vec<Values>) ->
     // Those that are not there even now are equal.
     try_all(pair, table, unseen, &mut outcome).await?;
     Ok(outcome)
+}
+
+/// Those of which new, as the authority, says that they are gone.
+pub(crate) async fn spoken_for(pair: &mut Pair, table: &Table, keys: Vec<Values>) -> Result<Vec<Values>, Error> {
+    let here = TableSql::new(table, pair.authority.side);
+    let asked: Vec<&Values> = keys.iter().collect();
+    let noted = found(&mut pair.authority, "looking for keys that are gone", &here, &here.noted_gone(), &asked).await?;
+    Ok(keys.into_iter().enumerate().filter(|(at, _)| noted.contains(at)).map(|(_, key)| key).collect())
 }
 
 /// Tries each key once. Returns those of which there was no row, on either side.

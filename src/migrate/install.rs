@@ -88,10 +88,13 @@ pub async fn at_work(client: &Client, side: Side) -> Result<Vec<String>, Error> 
     Ok(rows.iter().map(|row| row.get(0)).collect())
 }
 
-/// Removes schema `crossfade`, its event triggers and the fence from one side. The role must own them. Waits for no lock longer than ten seconds.
+/// Removes schema `crossfade`, its event triggers, the fence and what lazy tables have from one side. The role must own them. Waits for no lock longer than ten seconds.
 pub async fn uninstall(client: &Client, side: Side) -> Result<(), Error> {
     // One table at a time: nobody holds the lock of one and waits for another's.
     super::fence::lower(client, side).await?;
+    if side == Side::New {
+        super::lazy::remove(client).await?;
+    }
     let sql = "BEGIN; SET LOCAL client_min_messages = warning; SET LOCAL lock_timeout = '10s'; \
         DROP EVENT TRIGGER IF EXISTS crossfade_ddl; DROP EVENT TRIGGER IF EXISTS crossfade_drop; DROP SCHEMA IF EXISTS crossfade CASCADE; COMMIT";
     if let Err(error) = client.batch_execute(sql).await {

@@ -17,6 +17,7 @@ pub mod fence;
 mod gone;
 pub mod install;
 pub mod late;
+pub mod lazy;
 pub mod link;
 mod locks;
 mod owes;

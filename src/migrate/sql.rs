@@ -155,6 +155,12 @@ impl<'a> TableSql<'a> {
         format!("SELECT q.i FROM {} JOIN {} AS t ON {}", self.asked(), self.only(), self.matches())
     }
 
+    /// Positions of the asked keys that new, as the authority of a lazy table, has deleted or brought over.
+    pub fn noted_gone(&self) -> String {
+        let gone = crate::ledger::lazy("gone", self.table.number);
+        format!("SELECT q.i FROM {} JOIN {gone} AS t ON {}", self.asked(), self.matches())
+    }
+
     /// Deletes the asked rows.
     pub fn delete(&self) -> String {
         format!("DELETE FROM {} AS t USING {} WHERE {}", self.only(), self.asked(), self.matches())

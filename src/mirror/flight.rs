@@ -330,6 +330,7 @@ mod tests {
             rules: Default::default(),
             opaque: None,
             truncate_cascade: Default::default(),
+            lazy: false,
         })
     }
 

@@ -192,6 +192,7 @@ mod tests {
             rules: Default::default(),
             opaque: None,
             truncate_cascade: Default::default(),
+            lazy: false,
         };
         Op::Insert(Arc::new(table), Row { values: vec![Some(Bytes::copy_from_slice(&[byte]))] })
     }

@@ -8,6 +8,7 @@ use quick_cache::sync::Cache;
 use quick_cache::{DefaultHashBuilder, Lifecycle, Weighter};
 
 use super::Plan;
+use super::lazy::Lazy;
 use super::read::Read;
 use super::route::Route;
 use crate::sql::facts::{Facts, Verb};
@@ -23,6 +24,8 @@ pub struct Planned {
     pub read: Read,
     /// Where it runs, in phases in which new is the authority and some tables stay on old.
     pub route: Route,
+    /// What it needs of rows that only old has.
+    pub lazy: Lazy,
     /// It may change what the session's later statements see beside rows: settings, role, temporary tables.
     pub alters: bool,
     /// How often it was about to run.
@@ -48,6 +51,7 @@ impl Planned {
             plan,
             read: Read::Stays("unplanned"),
             route: Route::default(),
+            lazy: Lazy::Whole,
             alters,
             seen: Arc::default(),
             refused: Arc::default(),

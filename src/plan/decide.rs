@@ -208,7 +208,7 @@ impl View<'_> {
             returning: true,
             tables,
             audited: if inside.more || self.calls() { Audited::All } else { Audited::Tables },
-            splice: Splice { end: String::new(), within: inside.weaves },
+            splice: Splice { within: inside.weaves, ..Splice::default() },
             shown: inside.shown,
         }))
     }
@@ -254,7 +254,7 @@ impl View<'_> {
             returning: self.facts.returning,
             tables: distinct(tables.iter().chain(inside.tables()).cloned().collect()),
             audited,
-            splice: Splice { end, within: inside.weaves },
+            splice: Splice { within: inside.weaves, ..Splice::behind(end) },
             shown: inside.shown,
         }))
     }

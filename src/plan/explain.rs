@@ -3,6 +3,7 @@
 use std::fmt::Write;
 use std::sync::Arc;
 
+use super::lazy::{Lazy, lazy, refused_because};
 use super::read::{Read, read, stays_because};
 use super::route::{Route, route};
 use super::weave::edited;
@@ -38,6 +39,7 @@ pub fn explain(text: &str, facts: &Facts, catalog: &Catalog) -> String {
             let _ = writeln!(out, ", as it is");
             continue;
         };
+        lazily(&mut out, text, facts, catalog, phase);
         let _ = match narrow(plan(facts, catalog, authority, None, true), text.as_bytes(), catalog, authority) {
             Plan::Pass => writeln!(out, ", as it is: it writes no migrating table"),
             Plan::Capture(found) => {
@@ -74,6 +76,23 @@ fn elsewhere(out: &mut String, phase: Phase, route: &Route) -> bool {
         ),
     };
     true
+}
+
+/// What is done about rows that only old has.
+fn lazily(out: &mut String, text: &str, facts: &Facts, catalog: &Catalog, phase: Phase) {
+    let planned = plan(facts, catalog, phase.authority(), None, true);
+    let _ = match lazy(text.as_bytes(), facts, &planned, catalog, phase.authority()) {
+        Lazy::Whole => Ok(()),
+        Lazy::Merged(_) => write!(out, ", over merged views (`backfill: lazy`), which read from old what only old has"),
+        Lazy::Brings(brings) => {
+            write!(out, ", behind a statement that brings the rows over which only old has of {}", brings.table.label())
+        }
+        Lazy::Refused(reason) => write!(
+            out,
+            ", and is refused while rows of a lazy table are on old alone ({}); else",
+            refused_because(reason).0
+        ),
+    };
 }
 
 /// Whether a SELECT may leave the authority.

@@ -8,6 +8,7 @@ mod ddl;
 mod decide;
 mod explain;
 pub mod image;
+pub mod lazy;
 pub mod read;
 pub mod route;
 mod splice;

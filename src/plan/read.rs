@@ -85,7 +85,7 @@ const LOOSE_FUNCTIONS: &[&str] = &[
 ];
 
 /// Written like calls, and no functions.
-const GRAMMAR: &[&str] = &["coalesce", "exists", "greatest", "grouping", "least", "nullif", "row"];
+pub(super) const GRAMMAR: &[&str] = &["coalesce", "exists", "greatest", "grouping", "least", "nullif", "row"];
 
 /// The verdict on a statement of these facts, where `authority` answers otherwise.
 pub fn read(text: &[u8], facts: &Facts, catalog: &Catalog, authority: Side) -> Read {
@@ -162,6 +162,9 @@ fn table(name: &Name, catalog: &Catalog, authority: Side) -> Result<Arc<Table>, 
     if Side::BOTH.iter().any(|&side| *table.row_security.get(side)) {
         return Err("row-security");
     }
+    if table.lazy {
+        return Err("lazy");
+    }
     if table.opaque.is_some() || catalog.heirs.contains_key(&table.number) || !same_form(&table) {
         return Err("definition");
     }
@@ -199,6 +202,7 @@ pub fn stays_because(reason: &str) -> &str {
         "ambiguous" => "a table's name may mean several tables",
         "view" => "it reads a view or foreign table",
         "not-migrating" => "it reads a table that does not migrate",
+        "lazy" => "rows of a table are still on old alone (`backfill: lazy`)",
         "partition" => "it names a partition",
         "row-security" => "a table has row security",
         "definition" => "a table's definitions are not the same on both sides, down to the numbers of its types",

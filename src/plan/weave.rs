@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 
 use crate::catalog::quote;
 use crate::sql::facts::Place;
-use crate::sql::places;
+use crate::sql::{self, places};
 
 /// All that is put into a statement's text.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -16,6 +16,17 @@ pub struct Splice {
     pub end: String,
     /// Into its WITH clause.
     pub within: Vec<Weave>,
+    /// In place of names.
+    pub names: Vec<Renamed>,
+}
+
+/// What is put in place of a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Renamed {
+    /// The name, by its tokens among those of the text that are no gaps.
+    pub tokens: Range<usize>,
+    /// What is put there.
+    pub text: String,
 }
 
 /// What is put beside one statement of a WITH clause.
@@ -63,12 +74,12 @@ pub struct Edit {
 impl Splice {
     /// Only behind the end.
     pub fn behind(end: String) -> Splice {
-        Splice { end, within: Vec::new() }
+        Splice { end, ..Splice::default() }
     }
 
     /// Nothing is put in.
     pub fn is_empty(&self) -> bool {
-        self.end.is_empty() && self.within.is_empty()
+        self.end.is_empty() && self.within.is_empty() && self.names.is_empty()
     }
 
     /// What changes in a text of the shape that was planned, in its order. `end`: behind its last token. None where its WITH clause is not as it was planned.
@@ -77,6 +88,14 @@ impl Splice {
         let places = if self.within.is_empty() { Vec::new() } else { places(text)? };
         for weave in &self.within {
             weave.edits(text, places.get(weave.at)?, &mut edits)?;
+        }
+        if !self.names.is_empty() {
+            let tokens: Vec<_> = sql::lex(text).filter(|token| !token.kind.is_gap()).collect();
+            for name in &self.names {
+                let named = tokens.get(name.tokens.clone())?;
+                let range = named.first()?.start()..named.last()?.end();
+                edits.push(Edit { range, text: name.text.clone() });
+            }
         }
         if !self.end.is_empty() {
             edits.push(Edit { range: end..end, text: self.end.clone() });
@@ -172,7 +191,7 @@ mod tests {
     use super::*;
 
     fn woven(text: &str, within: Vec<Weave>) -> Option<String> {
-        let splice = Splice { end: " RETURNING x".to_owned(), within };
+        let splice = Splice { end: " RETURNING x".to_owned(), within, names: Vec::new() };
         let edits = splice.edits(text.as_bytes(), crate::sql::end(text.as_bytes()))?;
         Some(String::from_utf8(edited(text.as_bytes(), &edits).to_vec()).expect("UTF-8"))
     }

@@ -262,8 +262,12 @@ impl Session {
         self.shared.config.load().mirror.strict
     }
 
-    /// `mirror.strict` refuses this statement.
+    /// This statement is refused: by `mirror.strict`, or since rows that it needs are still on old.
     pub(super) fn refusal(&self, planned: &Planned) -> Option<Report> {
+        let lazy = super::lazy::refusal(planned);
+        if lazy.is_some() {
+            return lazy;
+        }
         match &planned.plan {
             Plan::Opaque(opaque) if self.refuses_ddl(opaque).is_some() => self.refuses_ddl(opaque),
             Plan::Opaque(opaque) if self.replays(opaque) => None,

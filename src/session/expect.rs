@@ -44,7 +44,7 @@ pub enum To {
     Us,
     /// The client's, with the hidden column cut out.
     Cut(Rc<Cut>),
-    /// The client's, to a Parse of an edited text: a position in an error is made one in the client's.
+    /// The client's, to a Parse or Query of an edited text: a position in an error is made one in the client's.
     Woven(Rc<Positions>),
     /// Ours, around a COPY: rows are images of those that it has added, or without a cut are kept. An error is kept and not the client's.
     Around(Option<Rc<Cut>>),

@@ -9,11 +9,13 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use super::books::{Portal, Prepared, There};
 use super::commit::Ending;
 use super::expect::{Cut, Done, Entered, Expected, Kind, To, Told, Written};
+use super::lazy::runs_before;
 use super::moved::{self, Bound, Sent, moves};
 use super::reading::{changes_reading, unread_plan};
 use super::{End, Session, implicit};
 use super::{audit, copy_rows};
 use crate::plan::cache::Planned;
+use crate::plan::lazy::Lazy;
 use crate::plan::weave::{Edit, Positions};
 use crate::plan::{Capture, Effect, Plan, Shown, Splice};
 use crate::sql::facts::{Facts, OnConflict, Verb};
@@ -105,7 +107,7 @@ impl Session {
         let edits = self.edits(&planned, &text, end);
         let terms = self.terms();
         // A position behind the last token is the client's own.
-        let woven = splice(&planned).is_some_and(|splice| !splice.within.is_empty());
+        let woven = splice(&planned).is_some_and(|splice| !splice.within.is_empty() || !splice.names.is_empty());
         let to = if woven { To::Woven(Rc::new(Positions::of(&text, &edits))) } else { To::Client };
         if let Some(prepared) = self.prepared.get_mut(&name) {
             prepared.there = there(&planned);
@@ -168,6 +170,9 @@ impl Session {
             return Ok(());
         }
         self.open_block_for(&planned).await?;
+        if runs_before(&planned) {
+            self.bring_before_bind(&planned, &name, head).await?;
+        }
         self.bound |= !self.in_block() && !matches!(planned.facts.verb, Verb::Begin { .. });
         self.unsynced = true;
         let mut binary = false;
@@ -201,7 +206,7 @@ impl Session {
 
     /// Before a write outside any block: a block of ours, so that its images, its debts and its commit have one transaction.
     pub(super) async fn open_block_for(&mut self, planned: &Planned) -> Result<(), End> {
-        if planned.plan == Plan::Pass {
+        if planned.plan == Plan::Pass && !runs_before(planned) {
             self.before_showing(planned).await;
             return Ok(());
         }
@@ -530,7 +535,10 @@ fn written(facts: &Facts) -> Written {
 fn splice(planned: &Planned) -> Option<&Splice> {
     match &planned.plan {
         Plan::Capture(capture) if !capture.splice.is_empty() => Some(&capture.splice),
-        _ => None,
+        _ => match &planned.lazy {
+            Lazy::Merged(merged) => Some(&merged.splice),
+            _ => None,
+        },
     }
 }
 

@@ -20,6 +20,7 @@ mod enter;
 pub mod expect;
 mod follow;
 mod implicit;
+mod lazy;
 mod legs;
 mod mirrored;
 mod moved;

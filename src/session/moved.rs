@@ -52,7 +52,7 @@ impl Bound {
     }
 
     /// Formats and values of the parameters as they stand in Bind, and how many values there are.
-    fn parameters(&self) -> Result<(&[u8], i16), End> {
+    pub(super) fn parameters(&self) -> Result<(&[u8], i16), End> {
         let mut fields = Fields::new(&self.payload);
         fields.string()?;
         fields.string()?;
@@ -298,7 +298,7 @@ impl Session {
             Sent::Portal { bound, .. } => bound.parameters()?.0,
             Sent::Query { .. } => &[0; 4],
         };
-        self.put_once(ROWS_NAME, &select, &types, parameters);
+        self.put_once(ROWS_NAME, &select, &types, parameters, To::Us);
         self.settle().await?;
         if self.kept.error.is_some() {
             return self.not_read(sent).await;
@@ -307,7 +307,7 @@ impl Session {
     }
 
     /// The types that the server has found for the parameters of a client's statement.
-    async fn parameter_types(&mut self, bound: &Bound) -> Result<Vec<u32>, End> {
+    pub(super) async fn parameter_types(&mut self, bound: &Bound) -> Result<Vec<u32>, End> {
         let (_, statement) = bound.names()?;
         frame::put(&mut self.server.out, b'D', |out| {
             out.put_u8(b'S');
@@ -327,7 +327,7 @@ impl Session {
     }
 
     /// A statement of ours that is used once, with its parameters as in a Bind (formats, then values). Its rows come as text.
-    pub(super) fn put_once(&mut self, name: &[u8], text: &[u8], types: &[u32], parameters: &[u8]) {
+    pub(super) fn put_once(&mut self, name: &[u8], text: &[u8], types: &[u32], parameters: &[u8], to: To) {
         let out = &mut self.server.out;
         // One that has failed was not closed.
         frame::close_statement(out, name);
@@ -344,7 +344,7 @@ impl Session {
         frame::close_portal(out, name);
         frame::close_statement(out, name);
         for kind in [Kind::Close, Kind::Parse, Kind::Bind, Kind::Execute, Kind::Close, Kind::Close] {
-            self.queue.push(Expected::of(kind, To::Us));
+            self.queue.push(Expected::of(kind, to.clone()));
         }
     }
 
@@ -417,7 +417,7 @@ impl Session {
             parameters.put_i32(list.len() as i32);
             parameters.put_slice(&list);
             self.kept = Kept::default();
-            self.put_once(ROWS_NAME, text.as_bytes(), &[TIDS], &parameters);
+            self.put_once(ROWS_NAME, text.as_bytes(), &[TIDS], &parameters, To::Us);
             self.settle().await?;
             if let Some(error) = self.kept.error.take() {
                 self.fail_moved(&error, sent).await?;

@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 use super::books::{Terms, There};
 use super::expect::{Done, Expected, Kind, To};
+use super::lazy::executed;
 use super::{End, Kept, Session};
 use crate::plan::cache::Planned;
 use crate::plan::weave::{Edit, edited};
@@ -108,7 +109,7 @@ impl Session {
         }
         let key = Bytes::copy_from_slice(name.as_bytes());
         if self.prepared.contains_key(&key) {
-            return Ok(Some((self.executes_parsed(&key), text.clone())));
+            return Ok(Some((executed(self.executes_parsed(&key)), text.clone())));
         }
         if self.settings.escapes {
             return Ok(None);
@@ -117,7 +118,7 @@ impl Session {
         let text = twin
             .as_ref()
             .map_or_else(|| Some(text.clone()), |twin| renamed(text, &String::from_utf8_lossy(twin), Vec::new()));
-        Ok(text.map(|text| (planned, text)))
+        Ok(text.map(|text| (executed(planned), text)))
     }
 
     /// EXECUTE of a statement that was prepared by Parse: the server has it with its hidden column.
@@ -183,7 +184,7 @@ impl Session {
             self.put_ours(super::moved::SET_NAME, super::moved::SET, &[], &[], To::Us);
         }
         self.kept = Kept::default();
-        self.put_once(MAKE_NAME, &prepare, &[], &[0; 4]);
+        self.put_once(MAKE_NAME, &prepare, &[], &[0; 4], To::Us);
         self.settle().await?;
         let error = self.kept.error.take();
         self.sync_ours().await?;

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use super::books::Terms;
 use super::expect::{Kind, Told};
 use super::{End, Session};
+use crate::phase::Side;
 use crate::plan::cache::{Key, Planned};
+use crate::plan::lazy::{Lazy, lazy, with_names};
 use crate::plan::read::{Read, read};
-use crate::plan::route::route;
+use crate::plan::route::{Route, route};
 use crate::plan::{ANY_ROLE, Opaque, Plan, narrow, plan};
 use crate::sql;
 use crate::sql::facts::Verb;
@@ -52,7 +54,9 @@ impl Session {
         let limit = self.shared.config.load().limits.statement;
         let text = &self.legible(text)[..];
         if text.len() > limit || !self.believable(text) {
-            return (Arc::new(unread_plan()), text.len());
+            // It may be about rows that only old has.
+            let lazy = self.lazy_unread();
+            return (Arc::new(Planned { lazy, ..unread_plan() }), text.len());
         }
         let shape = sql::shape(text);
         let encoding_matches = self.settings.client_encoding == "UTF8";
@@ -68,16 +72,26 @@ impl Session {
             let facts = sql::read(text, sql::Limits { bytes_max: limit, ..Default::default() });
             let plan = plan(&facts, &self.world.catalog, side, role.as_deref(), encoding_matches);
             let plan = narrow(plan, text, &self.world.catalog, side);
+            let route = route(text, &facts, &self.world.catalog, side);
+            let lazy = match route {
+                Route::Staying => Lazy::Whole,
+                _ => lazy(text, &facts, &plan, &self.world.catalog, side),
+            };
+            let plan = with_names(plan, &lazy);
             let read = match plan {
                 Plan::Pass => read(text, &facts, &self.world.catalog, side),
                 _ => Read::Stays("writes"),
             };
-            let route = route(text, &facts, &self.world.catalog, side);
-            Planned { read, route, ..Planned::new(facts, plan) }
+            Planned { read, route, lazy, ..Planned::new(facts, plan) }
         });
         // The body of DO is a literal, which the shape leaves out.
         let planned = if planned.facts.verb == Verb::Do { planned.for_body(text) } else { planned };
         (planned, shape.end)
+    }
+
+    fn lazy_unread(&self) -> Lazy {
+        let lazy = self.world.phase.authority() == Side::New && self.world.catalog.behind.is_some();
+        if lazy { Lazy::Refused("form") } else { Lazy::Whole }
     }
 
     /// The text as our lexer has to see it; offsets stay.
@@ -127,6 +141,12 @@ impl Session {
             return refused(
                 "while mirror.strict is on",
                 "Call the function in a SELECT, send shorter statements, or set mirror.strict: false.",
+            );
+        }
+        if kind == Kind::Query && self.lazy_unread() != Lazy::Whole {
+            return refused(
+                "while rows of a table are still on old alone",
+                "Send shorter statements, or complete the table with `crossfade backfill`.",
             );
         }
         if self.ours {

@@ -11,6 +11,7 @@ use super::turn::Turned;
 use super::{Aside, Carry, End, Session, ending};
 use crate::mirror::flight::Debts;
 use crate::plan::Plan;
+use crate::plan::lazy::Lazy;
 use crate::plan::weave::{Edit, put_edited};
 use crate::sql;
 use crate::sql::facts::Verb;
@@ -165,7 +166,10 @@ impl Session {
             return !self.strict();
         };
         prepared.planned.as_ref().is_some_and(|(terms, planned, _)| {
-            *terms == self.terms() && !matches!(planned.plan, Plan::Capture(_)) && self.refusal(planned).is_none()
+            *terms == self.terms()
+                && !matches!(planned.plan, Plan::Capture(_))
+                && planned.lazy == Lazy::Whole
+                && self.refusal(planned).is_none()
         })
     }
 

@@ -150,7 +150,7 @@ impl Session {
             return Ok(self.ready(at + HEAD, &to, hold));
         }
         Ok(match to {
-            To::Client if tag == b'C' && hold => {
+            To::Client | To::Woven(_) if tag == b'C' && hold => {
                 self.held.complete = Some(Bytes::copy_from_slice(&self.server.inb[at..at + total]));
                 Verdict::Drop
             }
@@ -214,7 +214,9 @@ impl Session {
             self.observe(since.elapsed());
         }
         match to {
-            To::Client | To::Cut(_) | To::Refused(_) | To::Enter(Entered::Together) if !hold => Verdict::Forward,
+            To::Client | To::Woven(_) | To::Cut(_) | To::Refused(_) | To::Enter(Entered::Together) if !hold => {
+                Verdict::Forward
+            }
             _ => Verdict::Drop,
         }
     }

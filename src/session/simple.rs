@@ -1,5 +1,6 @@
 //! Query messages in mirrored phases: one statement or several, with the rules of an implicit transaction kept.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use bytes::{BufMut, Bytes};
@@ -7,6 +8,7 @@ use bytes::{BufMut, Bytes};
 use super::commit::Ending;
 use super::expect::{Done, Expected, Kind, To, Told};
 use super::implicit;
+use super::lazy::runs_before;
 use super::mirrored::{Way, done, way};
 use super::moved::{Sent, moves};
 use super::named::prepares;
@@ -14,7 +16,8 @@ use super::reading::changes_lexing;
 use super::{End, Held, Session};
 use crate::plan::Plan;
 use crate::plan::cache::Planned;
-use crate::plan::weave::{Edit, put_edited};
+use crate::plan::lazy::Lazy;
+use crate::plan::weave::{Edit, Positions, put_edited};
 use crate::sql;
 use crate::sql::facts::Verb;
 use crate::wire::frame;
@@ -49,8 +52,9 @@ impl Session {
             return self.one(&text, &planned, end).await;
         }
         let plans: Vec<_> = parts.iter().map(|part| self.plan_for(part)).collect();
-        let quiet =
-            plans.iter().all(|(planned, _)| planned.plan == Plan::Pass && matches!(done(planned), Done::Nothing));
+        let quiet = plans.iter().all(|(planned, _)| {
+            planned.plan == Plan::Pass && planned.lazy == Lazy::Whole && matches!(done(planned), Done::Nothing)
+        });
         if quiet {
             plans.iter().for_each(|(planned, _)| self.note_for_serving(planned));
             self.put_query(&text, &[]);
@@ -112,7 +116,10 @@ impl Session {
 
     /// Runs one statement within a block; its end is held back where `hold`.
     async fn run_one(&mut self, text: &Bytes, planned: &Planned, end: usize, hold: bool) -> Result<(), End> {
-        let Some(capture) = moves(planned) else {
+        if self.refusal(planned).is_none() && !self.bring_before_query(text, planned, hold).await? {
+            return Ok(());
+        }
+        let Some(capture) = moves(planned).filter(|_| self.refusal(planned).is_none()) else {
             self.send(text, planned, end, hold);
             return Ok(());
         };
@@ -135,6 +142,7 @@ impl Session {
         let edits = self.edits(planned, text, end);
         self.put_query(text, &edits);
         let to = match way(planned, false) {
+            Way::Plain if !edits.is_empty() => To::Woven(Rc::new(Positions::of(text, &edits))),
             Way::Plain => To::Client,
             Way::Cut(cut) => To::Cut(cut.sent(text, &edits)),
         };
@@ -153,7 +161,7 @@ impl Session {
             None => (planned, text, end),
         };
         match &planned.plan {
-            Plan::Pass => {
+            Plan::Pass if !runs_before(planned) => {
                 if let Some(ending) = Ending::of(&planned.facts.verb)
                     && self.in_block()
                 {

@@ -124,6 +124,7 @@ pub(super) async fn ready(
         let definition = from.mirror().map(|_| config.definition());
         let side = from.authority();
         epoch::begin(hands.on(side)?, side, world.epoch, definition.as_deref()).await?;
+        lazy(config, hands, world, &catalog, step).await?;
         let eyes = Eyes::open(config).await;
         let known = if from.mirror().is_some() { &world.catalog } else { &catalog };
         let ours = shared.cancels.pids(side);
@@ -159,6 +160,24 @@ pub(super) async fn ready(
         Ok((block, jobs)) => Ok((Ready { catalog, block, eyes, facts, gates }, jobs)),
         Err(error) => Err(Stays::at_once(error, gates)),
     }
+}
+
+/// What lazy tables need on new, while old is the authority.
+async fn lazy(config: &Config, hands: &Hands, world: &World, catalog: &Catalog, step: Step) -> Result<(), MoveError> {
+    if step.enters_mirror() && step.from == Phase::Old {
+        migrate::lazy::forget(hands.on(Side::New)?).await?;
+    }
+    if step.gains() != Some(Side::New) {
+        return Ok(());
+    }
+    let known = if step.from.mirror().is_some() { &world.catalog } else { catalog };
+    let new = hands.on(Side::New)?;
+    migrate::lazy::no_others(new, known).await?;
+    if config.federate && known.tables.values().any(|table| table.lazy) {
+        migrate::lazy::serve_old(new, &config.old).await?;
+        migrate::lazy::make(new, known).await?;
+    }
+    Ok(())
 }
 
 /// The definitions that hold after the move.

@@ -198,6 +198,7 @@ fn table() -> Table {
         rules: Default::default(),
         opaque: None,
         truncate_cascade: Default::default(),
+        lazy: false,
     }
 }
 

@@ -12,6 +12,7 @@ use std::time::Duration;
 use super::super::across::{key_across, row_across};
 use super::super::binary::values;
 use super::super::error::Error;
+use super::super::gone;
 use super::super::link::{Link, Pair};
 use super::super::owes::Owes;
 use super::super::reconcile::ask;
@@ -20,6 +21,7 @@ use super::super::sql::TableSql;
 use super::Found;
 use crate::catalog::{Sides, Table};
 use crate::ledger::debts::Values;
+use crate::phase::Side;
 
 /// In which way a row differs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -141,6 +143,8 @@ async fn at_once(
                 let how = match mirrored.remove(&at) {
                     Some(other) if other == row => continue,
                     Some(other) => How::Columns(differing(table, &row, &other)),
+                    // What new lacks of a lazy table it may lack.
+                    None if table.lazy && here.side == Side::Old => continue,
                     None => How::Missing,
                 };
                 match owed(&owes, table, key) {
@@ -154,6 +158,10 @@ async fn at_once(
         }
     }
     pair.authority.rollback().await?;
+    if table.lazy && here.side == Side::New && !absent.is_empty() {
+        // What only old has of it is no difference, unless new has deleted it.
+        absent = gone::spoken_for(pair, table, absent).await?;
+    }
     for (key, why) in alone(pair, table, absent).await? {
         match why {
             Some(why) => unsettled.push((key, why)),

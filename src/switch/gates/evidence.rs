@@ -112,6 +112,8 @@ pub struct Facts {
     pub findings: Option<Vec<Finding>>,
     /// The migrating tables, by name.
     pub tables: Vec<TableFacts>,
+    /// Lazy tables that are not complete, by name, with what is in the way of their being lazy. Empty where new neither gains authority nor has it.
+    pub lazy: Vec<(String, Vec<String>)>,
     /// What the ledger holds.
     pub debt: Option<DebtFacts>,
     /// Names of prepared transactions that have written a migrating table.
@@ -223,6 +225,7 @@ impl Question<'_> {
                 facts.sequences = Some(look.await?);
             }
         }
+        facts.lazy = self.lazy(eyes).await?;
         let Some(client) = eyes.on(from) else { return Ok(facts) };
         if step.gains().is_some() {
             let installed = matches!(facts.sides.get(from), Ok(answer) if answer.installed);
@@ -308,6 +311,22 @@ impl Question<'_> {
             .collect())
     }
 
+    async fn lazy(&self, eyes: &Eyes) -> Result<Vec<(String, Vec<String>)>, MoveError> {
+        let mut found = Vec::new();
+        let mut tables: Vec<_> = self.catalog.tables.values().filter(|table| table.lazy).collect();
+        tables.sort_by_key(|table| table.label());
+        for table in tables {
+            let obstacles = match eyes.on(Side::New) {
+                Some(new) if self.step.gains() == Some(Side::New) => {
+                    migrate::lazy::obstacles(new, self.catalog, table).await?
+                }
+                _ => Vec::new(),
+            };
+            found.push((table.label(), obstacles));
+        }
+        Ok(found)
+    }
+
     async fn running(&self, authority: &Client, facts: &Facts) -> Result<Running, MoveError> {
         let (step, side) = (self.step, self.step.from.authority());
         let installed = matches!(facts.sides.get(side), Ok(answer) if answer.installed);
@@ -355,6 +374,7 @@ impl Facts {
             sides,
             findings: None,
             tables: Vec::new(),
+            lazy: Vec::new(),
             debt: None,
             undecided: None,
             sequences: None,

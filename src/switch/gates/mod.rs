@@ -28,6 +28,8 @@ pub enum Name {
     Keys,
     /// What was there before has come over.
     Backfill,
+    /// Tables with `backfill: lazy` can be that, or are complete.
+    Lazy,
     /// Compared, and equal, since the last debt.
     Verified,
     /// Nothing is owed.
@@ -55,12 +57,13 @@ pub enum Name {
 }
 
 /// All of them, in the order in which they are shown.
-pub const NAMES: [Name; 17] = [
+pub const NAMES: [Name; 18] = [
     Name::Reachable,
     Name::Installed,
     Name::Check,
     Name::Keys,
     Name::Backfill,
+    Name::Lazy,
     Name::Verified,
     Name::Debt,
     Name::Undecided,
@@ -84,6 +87,7 @@ impl Name {
             Name::Check => "check",
             Name::Keys => "keys",
             Name::Backfill => "backfill",
+            Name::Lazy => "lazy",
             Name::Verified => "verified",
             Name::Debt => "debt",
             Name::Undecided => "undecided",
@@ -106,6 +110,7 @@ impl Name {
             Name::Reachable
                 | Name::Installed
                 | Name::Backfill
+                | Name::Lazy
                 | Name::Debt
                 | Name::Undecided
                 | Name::Sequences

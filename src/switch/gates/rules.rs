@@ -64,6 +64,7 @@ pub fn judge(step: Step, config: &crate::config::Move, facts: &Facts) -> Vec<Gat
     installed(step, facts, &mut gates);
     check(step, facts, &mut gates);
     tables(step, facts, &mut gates);
+    lazy(step, facts, &mut gates);
     debt(step, facts, &mut gates);
     authority(step, facts, &mut gates);
     transactions(step, config, facts, &mut gates);
@@ -187,6 +188,36 @@ fn tables(step: Step, facts: &Facts, gates: &mut Vec<Gate>) {
         of_tables(Name::Verified, facts, gates, "were compared, and equal, since anything of them was owed", |table| {
             verified(table, worst, gains && facts.was_authority)
         });
+    }
+}
+
+/// While new is authority and lacks rows, clients read them from old over new. In phases without a mirror nobody looks at their statements.
+fn lazy(step: Step, facts: &Facts, gates: &mut Vec<Gate>) {
+    let (gains, leaves) = (step.gains() == Some(Side::New), step.from == Phase::NewPrimary && step.is_forward());
+    for (label, obstacles) in facts.lazy.iter().filter(|_| gains || leaves) {
+        let about = json!({ "obstacles": obstacles });
+        let found = match (leaves, obstacles.is_empty()) {
+            (true, _) => {
+                let evidence = "rows of it may still be on old alone".to_owned();
+                gate(Name::Lazy, Standing::Closed, evidence, about, "run `crossfade backfill` to its end")
+            }
+            (false, true) => {
+                let evidence =
+                    "new may lack rows of it: those are read from old, and come over when they are written".to_owned();
+                gate(Name::Lazy, Standing::Met, evidence, about, "")
+            }
+            (false, false) => {
+                let evidence = format!("cannot be lazy: {}", obstacles.join("; "));
+                gate(
+                    Name::Lazy,
+                    Standing::Closed,
+                    evidence,
+                    about,
+                    "run `crossfade backfill` with its name now, and set backfill: eager",
+                )
+            }
+        };
+        gates.push(Gate { table: Some(label.clone()), ..found });
     }
 }
 
