@@ -95,7 +95,7 @@ async fn a_pooler_in_session_mode_disturbs_no_write_and_no_move() {
     let (idle, connection) = tokio_postgres::connect(&url, NoTls).await.expect("connects");
     tokio::spawn(async move { drop(connection.await) });
     let mut id = 0;
-    for phase in ["old", "dual-write", "dual-read", "new-primary", "new", "new-primary", "dual-write", "old"] {
+    for phase in ["old", "dual-write", "new-primary", "dual-write", "old"] {
         if phase != "old" || id > 0 {
             proxy.set_phase(phase).await;
         }

@@ -39,6 +39,12 @@ async fn tpcb_with_32_clients_leaves_both_sides_equal() {
     for side in [&databases.old, &databases.new] {
         pgbench(&program, &side.url_as(APP.0, APP.1, DATABASE), &["-i", "-q", "-s", "4"]).await;
     }
+    if !proof() {
+        // Most of what would be copied and compared five times is never written.
+        for side in [&databases.old, &databases.new] {
+            side.psql(DATABASE, "DELETE FROM pgbench_accounts WHERE aid > 100000").await.expect("makes it small");
+        }
+    }
     let mut proxy = Proxy::start(databases.proxy_config("old", "")).await;
     proxy.set_phase("dual-write").await;
     let url = proxy.url_as(APP.0, APP.1, DATABASE);

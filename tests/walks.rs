@@ -54,7 +54,7 @@ impl Load {
         let mut command = Command::new(program);
         command.args(["-n", "-T", "100000", "-M", "prepared", "-c", &clients, "-j", "1"]).args(more);
         // In the short form, as few as leave the machine time for the jobs; else as fast as they can.
-        command.args(if proof() { &[][..] } else { &["-R", "50"] }).arg(url);
+        command.args(if proof() { &[][..] } else { &["-R", "10"] }).arg(url);
         command.kill_on_drop(true).stdin(Stdio::null()).stdout(Stdio::null()).stderr(said.reopen().expect("a file"));
         Load { child: command.spawn().expect("pgbench runs"), said }
     }

@@ -33,6 +33,7 @@ async fn a_ledger_that_is_cleared_is_vacuumed() {
         until("the ledger is vacuumed", async || ask(VACUUMS).await > vacuums).await;
         assert_eq!(ask("SELECT n FROM notes").await, round * 2001);
     }
-    assert!(sizes[2] <= sizes[0] * 3 / 2, "the ledger grows, in bytes: {sizes:?}");
+    // What one round's debts take where no room is used twice, some 100 bytes each, and half of it again: three rounds would take twice as much.
+    assert!(sizes[2] < 2001 * 150, "the ledger grows, in bytes: {sizes:?}");
     pair.databases.assert_equal().await;
 }
