@@ -161,7 +161,7 @@ async fn a_worker_is_killed_at_each_step() {
         ("before the table's debt is cleared", "old", b"off; DELETE FROM crossfade.ledger", Trip::StallBefore),
     ];
     let rows = "INSERT INTO t SELECT n, 'row ' || n FROM generate_series(1, 3000) n";
-    let every = if common::proof() { 1 } else { 2 };
+    let every = if common::proof() { 1 } else { 3 };
     for (step, side, pattern, trip) in steps.into_iter().step_by(every) {
         let stage = Stage::new(T, rows, 1).await;
         let client = stage.client().await;

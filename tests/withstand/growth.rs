@@ -23,7 +23,7 @@ async fn a_ledger_that_is_cleared_is_vacuumed() {
     std::fs::write(&script, "UPDATE notes SET n = n + 1;\n").expect("writes");
     let script = script.to_str().expect("a path");
     let mut sizes = Vec::new();
-    for round in 1..=3 {
+    for round in 1..=2 {
         let arguments = ["-n", "-M", "prepared", "-c", "2", "-t", "1000", "-f", script];
         assert_eq!(pgbench(&old.program("pgbench"), &pair.url(), &arguments).await.transactions, 2000);
         pair.proxy.settle().await;
@@ -33,7 +33,7 @@ async fn a_ledger_that_is_cleared_is_vacuumed() {
         until("the ledger is vacuumed", async || ask(VACUUMS).await > vacuums).await;
         assert_eq!(ask("SELECT n FROM notes").await, round * 2001);
     }
-    // What one round's debts take where no room is used twice, some 100 bytes each, and half of it again: three rounds would take twice as much.
-    assert!(sizes[2] < 2001 * 150, "the ledger grows, in bytes: {sizes:?}");
+    // What one round's debts take where no room is used twice, some 100 bytes each, and half of it again: two rounds would take twice as much.
+    assert!(sizes[1] < 2001 * 150, "the ledger grows, in bytes: {sizes:?}");
     pair.databases.assert_equal().await;
 }
