@@ -83,6 +83,13 @@ setup_pgbouncer() {
     say "$(PATH=$PATH:/usr/sbin pgbouncer --version | head -1)"
 }
 
+# For tests/clocks.rs alone, likewise.
+setup_faketime() {
+    if ! compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null && ! (apt_install libfaketime); then
+        say "libfaketime is missing: tests/clocks.rs will test nothing"
+    fi
+}
+
 setup_python() {
     local venv=target/venv python=${PYTHON:-python3}
     if ! "$venv/bin/python" -c 'import psycopg, psycopg_binary, asyncpg' 2>/dev/null; then
@@ -118,6 +125,7 @@ case ${1:-all} in
     all)
         setup_postgres
         setup_pgbouncer
+        setup_faketime
         setup_python
         setup_rust
         ;;

@@ -42,8 +42,13 @@ pub struct Written {
 impl Load {
     /// So many of them, each with a connection of its own.
     pub fn start(url: &str, writers: i64) -> Load {
+        Load::of(url, 0..writers)
+    }
+
+    /// These: several loads beside each other need writers of different numbers.
+    pub fn of(url: &str, writers: std::ops::Range<i64>) -> Load {
         let (stop, acknowledged) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let writers = (0..writers)
+        let writers = writers
             .map(|writer| tokio::spawn(write(url.to_owned(), writer, stop.clone(), acknowledged.clone())))
             .collect();
         Load { stop, acknowledged, writers }

@@ -42,7 +42,8 @@ impl Databases {
         Databases::of(builder("old", old), builder("new", new)).await
     }
 
-    async fn of(old: Builder, new: Builder) -> Databases {
+    /// Starts these two.
+    pub async fn of(old: Builder, new: Builder) -> Databases {
         let (old, new) = tokio::join!(old.start(), new.start());
         let (old, new) = (old.expect("old starts"), new.expect("new starts"));
         let roles = format!(
@@ -80,6 +81,7 @@ impl Databases {
             new: self.new.url_as(CONTROL.0, CONTROL.1, DATABASE),
             phase: phase.to_owned(),
             more: more.to_owned(),
+            environment: Vec::new(),
         }
     }
 

@@ -28,11 +28,13 @@ pub struct ProxyConfig {
     pub phase: String,
     /// More YAML, at the top level.
     pub more: String,
+    /// What else its process has in its environment.
+    pub environment: Vec<(String, String)>,
 }
 
 impl ProxyConfig {
     fn yaml(&self, listen: u16, admin: u16) -> String {
-        let ProxyConfig { old, new, phase, more } = self;
+        let ProxyConfig { old, new, phase, more, .. } = self;
         format!(
             "listen: 127.0.0.1:{listen}\nadmin: 127.0.0.1:{admin}\nold: {old}\nnew: {new}\nphase: {phase}\n{more}\n"
         )
@@ -96,6 +98,7 @@ impl Proxy {
         let child = Command::new(env!("CARGO_BIN_EXE_crossfade"))
             .args(["run", "--config"])
             .arg(self.config_path())
+            .envs(self.config.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a log"))
             .stderr(log)

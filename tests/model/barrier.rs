@@ -1,4 +1,5 @@
-//! A second model: the phase row and the barrier. A mover, two proxies with a transaction each, crashes, a proxy that freezes and wakes up late.
+//! A second model: the phase row and the barrier. A mover or two that want different phases, two proxies with a transaction each, crashes, a proxy that freezes
+//! and wakes up late.
 //!
 //! What the rows say together is decided by the product (`switch::rows::judge`). The rest is written down here once more, as docs/protocols.md has it:
 //! the epoch's tables and who holds them, pointer and claim, withdrawal, who finishes a move that was cut short, and in phases without a mirror the list
@@ -32,9 +33,13 @@ enum Break {
     StirsAnyTime,
     /// B6: a session that is entered does not learn the epoch.
     EntersUntold,
+    /// B5: of two movers, one does not wait for the other's locks.
+    MoversTogether,
+    /// B1: a mover does not look at the row again when it has the authority's lock.
+    RowUnread,
 }
 
-const BREAKS: [Break; 10] = [
+const BREAKS: [Break; 12] = [
     Break::AuthorityUnlocked,
     Break::MirrorUnlocked,
     Break::TableStays,
@@ -45,6 +50,8 @@ const BREAKS: [Break; 10] = [
     Break::NotStill,
     Break::StirsAnyTime,
     Break::EntersUntold,
+    Break::MoversTogether,
+    Break::RowUnread,
 ];
 
 type Epoch = (u8, Phase);
@@ -56,8 +63,8 @@ struct Base {
     taken: bool,
     /// Epochs that have a table here, by bit.
     tables: u8,
-    /// The mover holds this epoch's table alone.
-    alone: bool,
+    /// The mover that holds this epoch's table alone.
+    alone: Option<u8>,
     /// What was written here.
     has: u8,
     /// What is owed, on the side that is authority.
@@ -98,6 +105,8 @@ struct Proxy {
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 enum At {
     Idle,
+    /// It has read the row, and waits for the authority's lock.
+    Waiting,
     /// It has announced, where the phase has no mirror; it holds `migration`.
     Announced,
     /// The list is locked; whoever is not still was ended.
@@ -116,7 +125,7 @@ enum At {
 struct State {
     bases: [Base; 2],
     proxies: [Proxy; 2],
-    mover: At,
+    movers: [At; 2],
     acknowledged: u8,
     faults: u8,
     wrong: Option<&'static str>,
@@ -139,16 +148,17 @@ enum Action {
     Die(usize),
     End(usize),
     Pay,
-    Move,
-    GiveUp,
-    Refuse,
-    Withdraw,
-    Kill,
+    Move(usize),
+    GiveUp(usize),
+    Refuse(usize),
+    Withdraw(usize),
+    Kill(usize),
 }
 
 struct Barrier {
     from: Phase,
-    to: Phase,
+    /// What each mover wants; None: there is one only.
+    to: (Phase, Option<Phase>),
     transactions: u8,
     faults: u8,
     broken: Option<Break>,
@@ -180,8 +190,15 @@ impl State {
     }
 
     /// The locks of a mover whose connections are gone, or that gives up.
-    fn let_go(&mut self) {
-        self.bases.iter_mut().for_each(|base| base.alone = false);
+    fn let_go(&mut self, m: usize) {
+        for base in self.bases.iter_mut().filter(|base| base.alone == Some(m as u8)) {
+            base.alone = None;
+        }
+    }
+
+    /// The list of proxies is locked, or both sides are closed.
+    fn fenced(&self) -> bool {
+        self.movers.iter().any(|at| matches!(at, At::Fenced | At::BothClosed))
     }
 }
 
@@ -190,8 +207,13 @@ impl Barrier {
         self.broken == Some(rule)
     }
 
-    fn epoch(&self) -> Epoch {
-        (2, self.to)
+    /// What a mover would have.
+    fn target(&self, m: usize) -> Phase {
+        if m == 0 { self.to.0 } else { self.to.1.unwrap_or(self.to.0) }
+    }
+
+    fn epoch(&self, m: usize) -> Epoch {
+        (2, self.target(m))
     }
 
     /// Row, tables and locks of one side, in one transaction. False: the row has passed it.
@@ -207,7 +229,7 @@ impl Barrier {
         if epoch.1.mirror().is_some() {
             base.tables |= 1 << epoch.0;
         }
-        base.alone = false;
+        base.alone = None;
         true
     }
 
@@ -217,7 +239,7 @@ impl Barrier {
         let locked = mirrored && !self.is(Break::AuthorityUnlocked);
         let base = s.bases[side];
         let may = if locked {
-            base.tables & 1 << proxy.world.0 != 0 && !base.alone
+            base.tables & 1 << proxy.world.0 != 0 && base.alone.is_none()
         } else {
             mirrored || (proxy.entered && !proxy.still)
         };
@@ -231,7 +253,7 @@ impl Barrier {
         let (here, mirrored) = (authority(running.epoch.1), running.epoch.1.mirror().is_some());
         let there = 1 - here;
         let bit = 1 << (p as u8 * self.transactions + proxy.left);
-        let free = s.bases[there].tables & 1 << running.epoch.0 != 0 && !s.bases[there].alone;
+        let free = s.bases[there].tables & 1 << running.epoch.0 != 0 && s.bases[there].alone.is_none();
         if running.step == Step::Begun && mirrored && (free || self.is(Break::MirrorUnlocked)) {
             let mut n = *s;
             n.proxies[p].running = Some(Running { step: Step::Carried, ..running });
@@ -291,7 +313,9 @@ impl Barrier {
                 out.push((Action::Learn(p), n));
             }
             // Behind the lock of whoever holds the gaining side's.
-            (_, Some(epoch), _) if !s.bases[authority(epoch.1)].alone && !s.held(authority(epoch.1), self.broken) => {
+            (_, Some(epoch), _)
+                if s.bases[authority(epoch.1)].alone.is_none() && !s.held(authority(epoch.1), self.broken) =>
+            {
                 let mut n = *s;
                 self.turn(&mut n.bases[authority(epoch.1)], epoch, false);
                 n.proxies[p].claims = None;
@@ -304,7 +328,7 @@ impl Barrier {
     /// Phases without a mirror: the list of proxies and of their sessions.
     fn list(&self, s: &State, p: usize, out: &mut Vec<(Action, State)>) {
         let proxy = s.proxies[p];
-        let fenced = matches!(s.mover, At::Fenced | At::BothClosed);
+        let fenced = s.fenced();
         let row = s.bases[authority(proxy.world.1)].row;
         if !proxy.entered && proxy.running.is_none() && (!fenced || self.is(Break::EntersUntold)) {
             let mut n = *s;
@@ -313,7 +337,7 @@ impl Barrier {
                 out.push((Action::Enter(p), n));
             }
         }
-        if s.mover == At::Announced && !proxy.still && proxy.running.is_none() && proxy.world.0 == 1 {
+        if s.movers.contains(&At::Announced) && !proxy.still && proxy.running.is_none() && proxy.world.0 == 1 {
             let mut n = *s;
             n.proxies[p].still = true;
             out.push((Action::Still(p), n));
@@ -326,20 +350,25 @@ impl Barrier {
         }
     }
 
-    fn moves(&self, s: &State, out: &mut Vec<(Action, State)>) {
-        let (here, gains) = (authority(self.from), authority(self.to));
+    fn moves(&self, s: &State, m: usize, out: &mut Vec<(Action, State)>) {
+        let (here, gains) = (authority(self.from), authority(self.target(m)));
         let (other, changes) = (1 - here, here != gains);
         let mirrored = self.from.mirror().is_some();
         let mut n = *s;
-        let free = |side: usize| !s.held(side, self.broken);
-        match s.mover {
-            At::Idle if s.bases[here].row.0 == 1 && !mirrored => n.mover = At::Announced,
-            At::Idle if s.bases[here].row.0 == 1 && free(here) => {
-                (n.mover, n.bases[here].alone) = (At::AuthorityClosed, true);
-            }
-            At::Idle if s.bases[here].row.0 > 1 => n.mover = At::Done,
+        let alone = self.is(Break::MoversTogether);
+        let free = |side: usize| !s.held(side, self.broken) && (s.bases[side].alone.is_none() || alone);
+        // One at a time: who announces holds the lock of `migration` for as long as it is at it.
+        let lists = matches!(s.movers[1 - m], At::Announced | At::Fenced | At::BothClosed) && !alone;
+        let row = s.bases[here].row.0;
+        match s.movers[m] {
+            At::Idle if row == 1 && !mirrored && !lists => n.movers[m] = At::Announced,
+            At::Idle if row == 1 && mirrored => n.movers[m] = At::Waiting,
+            At::Idle if row > 1 => n.movers[m] = At::Done,
+            // It is told that the table is gone; or that the row is another.
+            At::Waiting if row > 1 && !self.is(Break::RowUnread) => n.movers[m] = At::Done,
+            At::Waiting if free(here) => (n.movers[m], n.bases[here].alone) = (At::AuthorityClosed, Some(m as u8)),
             At::Announced => {
-                n.mover = At::Fenced;
+                n.movers[m] = At::Fenced;
                 if !self.is(Break::NotStill) {
                     for proxy in n.proxies.iter_mut().filter(|proxy| !proxy.still) {
                         (proxy.entered, proxy.running) = (false, None);
@@ -348,15 +377,17 @@ impl Barrier {
             }
             At::Fenced => {
                 // Whole-table debts of all that is there; repair pays them when clients are released.
-                n.mover = At::BothClosed;
+                n.movers[m] = At::BothClosed;
                 n.bases[here].ledger = n.bases[here].has;
             }
-            At::AuthorityClosed if free(other) => (n.mover, n.bases[other].alone) = (At::BothClosed, true),
+            At::AuthorityClosed if free(other) => {
+                (n.movers[m], n.bases[other].alone) = (At::BothClosed, Some(m as u8));
+            }
             At::BothClosed if !changes || s.bases[here].ledger == 0 || self.is(Break::OwedLeft) => {
                 let first = if self.is(Break::ClaimFirst) { gains } else { here };
-                n.mover = At::Pointed;
-                self.turn(&mut n.bases[first], self.epoch(), false);
-                if self.to.mirror().is_none() {
+                n.movers[m] = At::Pointed;
+                self.turn(&mut n.bases[first], self.epoch(m), false);
+                if self.target(m).mirror().is_none() {
                     n.bases[here].ledger = 0;
                 }
             }
@@ -368,71 +399,77 @@ impl Barrier {
                 } else {
                     other
                 };
-                self.turn(&mut n.bases[second], self.epoch(), false);
-                n.let_go();
-                n.mover = At::Done;
+                self.turn(&mut n.bases[second], self.epoch(m), false);
+                n.let_go(m);
+                n.movers[m] = At::Done;
             }
-            At::Unsure => {
-                let written = [here, gains].map(|side| self.turn(&mut n.bases[side], self.epoch(), false));
+            At::Unsure if free(here) && free(gains) => {
+                let written = [here, gains].map(|side| self.turn(&mut n.bases[side], self.epoch(m), false));
                 if written != [true, true] {
                     return;
                 }
-                n.mover = At::Done;
+                n.movers[m] = At::Done;
             }
             _ => return,
         }
-        out.push((Action::Move, n));
+        out.push((Action::Move(m), n));
     }
 
-    fn fails(&self, s: &State, out: &mut Vec<(Action, State)>) {
+    fn fails(&self, s: &State, m: usize, out: &mut Vec<(Action, State)>) {
         let here = authority(self.from);
-        if s.mover == At::Unsure {
+        let at = s.movers[m];
+        let listed = at == At::BothClosed && self.from.mirror().is_none();
+        if at == At::Unsure {
             let mut n = *s;
             if self.turn(&mut n.bases[here], (3, self.from), true) {
-                n.mover = At::Done;
-                out.push((Action::Withdraw, n));
+                n.movers[m] = At::Done;
+                out.push((Action::Withdraw(m), n));
             }
         }
-        if matches!(s.mover, At::Announced | At::Fenced | At::AuthorityClosed | At::BothClosed) {
-            let mut n = *s;
-            n.let_go();
-            if s.mover == At::BothClosed && self.from.mirror().is_none() {
+        let gives_up = |n: &mut State, to: At| {
+            n.let_go(m);
+            if listed {
                 n.bases[here].ledger = 0;
             }
-            n.mover = At::Done;
-            out.push((Action::GiveUp, n));
+            n.movers[m] = to;
+        };
+        if matches!(at, At::Announced | At::Fenced | At::Waiting | At::AuthorityClosed | At::BothClosed) {
+            let mut n = *s;
+            gives_up(&mut n, At::Done);
+            out.push((Action::GiveUp(m), n));
         }
         if s.faults == 0 {
             return;
         }
         let mut n = *s;
         n.faults -= 1;
-        if s.mover == At::Pointed && here != authority(self.to) && !self.is(Break::ClaimFirst) {
+        if at == At::Pointed && here != authority(self.target(m)) && !self.is(Break::ClaimFirst) {
             let mut n = n;
-            n.let_go();
-            n.mover = At::Unsure;
-            out.push((Action::Refuse, n));
+            n.let_go(m);
+            n.movers[m] = At::Unsure;
+            out.push((Action::Refuse(m), n));
         }
-        if !matches!(s.mover, At::Done | At::Dead) {
-            let mut n = n;
-            n.let_go();
-            if s.mover == At::BothClosed && self.from.mirror().is_none() {
-                n.bases[here].ledger = 0;
-            }
-            n.mover = At::Dead;
-            out.push((Action::Kill, n));
+        if !matches!(at, At::Done | At::Dead) {
+            gives_up(&mut n, At::Dead);
+            out.push((Action::Kill(m), n));
         }
-        for p in 0..2 {
-            if !s.proxies[p].frozen {
-                let mut frozen = n;
-                frozen.proxies[p].frozen = true;
-                out.push((Action::Freeze(p), frozen));
-            }
-            // Started again it knows nothing, and reads the rows.
-            let mut dead = n;
-            dead.proxies[p] = proxy((0, Phase::Old), dead.proxies[p].left);
-            out.push((Action::Die(p), dead));
+    }
+
+    /// What happens to proxies.
+    fn falls(&self, s: &State, p: usize, out: &mut Vec<(Action, State)>) {
+        if s.faults == 0 {
+            return;
         }
+        let mut n = *s;
+        n.faults -= 1;
+        if !s.proxies[p].frozen {
+            let mut frozen = n;
+            frozen.proxies[p].frozen = true;
+            out.push((Action::Freeze(p), frozen));
+        }
+        // Started again it knows nothing, and reads the rows.
+        n.proxies[p] = proxy((0, Phase::Old), n.proxies[p].left);
+        out.push((Action::Die(p), n));
     }
 }
 
@@ -446,9 +483,10 @@ impl Model for Barrier {
 
     fn initial(&self) -> Vec<State> {
         let tables = if self.from.mirror().is_some() { 1 << 1 } else { 0 };
-        let base = Base { row: (1, self.from), taken: false, tables, alone: false, has: 0, ledger: 0 };
+        let base = Base { row: (1, self.from), taken: false, tables, alone: None, has: 0, ledger: 0 };
         let proxies = [proxy((1, self.from), self.transactions); 2];
-        vec![State { bases: [base; 2], proxies, mover: At::Idle, acknowledged: 0, faults: self.faults, wrong: None }]
+        let movers = [At::Idle, if self.to.1.is_some() { At::Idle } else { At::Done }];
+        vec![State { bases: [base; 2], proxies, movers, acknowledged: 0, faults: self.faults, wrong: None }]
     }
 
     fn next(&self, s: &State, out: &mut Vec<(Action, State)>) {
@@ -479,7 +517,7 @@ impl Model for Barrier {
                 .filter(|(_, proxy)| proxy.running.is_some_and(|at| at.step == Step::Committed));
             let flying = flying.fold(0, |bits, (p, proxy)| bits | 1 << (p as u8 * self.transactions + proxy.left));
             let payable = s.bases[side].ledger & !flying;
-            let free = s.mover != At::Fenced && !(s.mover == At::BothClosed && self.from.mirror().is_none());
+            let free = !s.fenced() || (self.from.mirror().is_some() && !s.movers.contains(&At::Fenced));
             if payable != 0 && free && s.bases[side].row.1.mirror().is_some() {
                 let mut n = *s;
                 n.bases[1 - side].has |= payable;
@@ -487,12 +525,15 @@ impl Model for Barrier {
                 out.push((Action::Pay, n));
             }
         }
-        self.moves(s, out);
-        self.fails(s, out);
+        for at in 0..2 {
+            self.moves(s, at, out);
+            self.fails(s, at, out);
+            self.falls(s, at, out);
+        }
     }
 
     fn is_fault(&self, action: &Action) -> bool {
-        matches!(action, Action::Freeze(_) | Action::Die(_) | Action::Kill | Action::Refuse)
+        matches!(action, Action::Freeze(_) | Action::Die(_) | Action::Kill(_) | Action::Refuse(_))
     }
 
     fn wrong(&self, s: &State) -> Option<String> {
@@ -505,13 +546,13 @@ impl Model for Barrier {
             return Some(format!("{} is authority and lacks an acknowledged write", holds.phase.authority()));
         }
         let known = s.bases[there].has | s.bases[here].ledger;
-        let entered = holds.phase.mirror().is_some() && s.mover == At::Done;
+        let entered = holds.phase.mirror().is_some() && s.movers == [At::Done; 2];
         (entered && s.acknowledged & !known != 0).then(|| "the mirror lacks a write, and nothing says so".to_owned())
     }
 
     fn at_rest(&self, s: &State) -> bool {
         let over = |proxy: &Proxy| proxy.running.is_none() && proxy.left == 0 && !proxy.frozen;
-        matches!(s.mover, At::Done | At::Dead) && s.proxies.iter().all(over)
+        s.movers.iter().all(|at| matches!(at, At::Done | At::Dead)) && s.proxies.iter().all(over)
     }
 }
 
@@ -522,30 +563,52 @@ const MOVES: [(Phase, Phase); 4] = [
     (Phase::DualRead, Phase::DualWrite),
 ];
 
+/// Two operators at once, and what each of them wants.
+const DUELS: [(Phase, Phase, Phase); 4] = [
+    (Phase::DualWrite, Phase::NewPrimary, Phase::Old),
+    (Phase::DualWrite, Phase::NewPrimary, Phase::NewPrimary),
+    (Phase::DualRead, Phase::NewPrimary, Phase::DualWrite),
+    (Phase::Old, Phase::DualWrite, Phase::DualWrite),
+];
+
+fn assert_kept(model: &Barrier) {
+    let what = match model.to {
+        (to, None) => format!("{} -> {to}", model.from),
+        (to, Some(other)) => format!("{} -> {to} | {other}", model.from),
+    };
+    let report = check(model, Bounds { states: usize::MAX, progress: true });
+    println!("{what}: {} states, {} transitions, depth {}", report.states, report.transitions, report.depth);
+    if let Some(violation) = report.violation {
+        panic!("{what}: {}\n  {}", violation.what, violation.trace.join("\n  "));
+    }
+    assert!(report.exhausted, "{what}: not all states were looked at");
+}
+
 #[test]
 fn the_barrier_keeps_one_authority() {
     let (transactions, faults) = if super::at_length() { (2, 3) } else { (1, 2) };
     for (from, to) in MOVES {
-        let model = Barrier { from, to, transactions, faults, broken: None };
-        let report = check(&model, Bounds { states: usize::MAX, progress: true });
-        println!(
-            "{from} -> {to}: {} states, {} transitions, depth {}",
-            report.states, report.transitions, report.depth
-        );
-        if let Some(violation) = report.violation {
-            panic!("{from} -> {to}: {}\n  {}", violation.what, violation.trace.join("\n  "));
-        }
-        assert!(report.exhausted, "{from} -> {to}: not all states were looked at");
+        assert_kept(&Barrier { from, to: (to, None), transactions, faults, broken: None });
+    }
+}
+
+#[test]
+fn of_two_movers_one_wins() {
+    let faults = if super::at_length() { 3 } else { 1 };
+    for (from, to, other) in DUELS {
+        assert_kept(&Barrier { from, to: (to, Some(other)), transactions: 1, faults, broken: None });
     }
 }
 
 #[test]
 fn every_rule_of_the_barrier_is_needed() {
+    let alone = MOVES.into_iter().map(|(from, to)| (from, (to, None)));
+    let tried: Vec<_> = alone.chain(DUELS.into_iter().map(|(from, to, other)| (from, (to, Some(other))))).collect();
     for rule in BREAKS {
-        let found = MOVES.into_iter().find_map(|(from, to)| {
+        let found = tried.iter().find_map(|&(from, to)| {
             let model = Barrier { from, to, transactions: 1, faults: 2, broken: Some(rule) };
             let violation = check(&model, Bounds { states: usize::MAX, progress: false }).violation?;
-            Some(format!("{from} -> {to}: {} after {} steps", violation.what, violation.trace.len() - 2))
+            Some(format!("{from} -> {to:?}: {} after {} steps", violation.what, violation.trace.len() - 2))
         });
         println!("without {rule:?}: {}", found.unwrap_or_else(|| panic!("{rule:?} is left out, and nothing is wrong")));
     }

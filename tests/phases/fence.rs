@@ -1,6 +1,9 @@
 //! `fence: true`: writes that go around every proxy are kept out of the side that is not the authority, in each phase and on both ways; those of the
 //! application, through the proxy, go on.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crossfade::cluster::Cluster;
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
@@ -115,6 +118,62 @@ async fn writes_around_the_proxy_are_kept_out_of_the_side_that_is_not_the_author
     let said = String::from_utf8_lossy(&lowered.stdout).into_owned();
     assert!(said.contains("old: the fence is taken from 4 tables") && said.contains("new: the fence"), "{said}");
     on(&pair.databases.new, "INSERT INTO notes VALUES (-1, 'around')").await;
+}
+
+/// Writes directly, one statement after the other, until it is told to stop: how many were taken, and how many the fence kept out.
+async fn stranger(client: Client, stop: Arc<AtomicBool>) -> (u64, u64) {
+    let (mut taken, mut kept_out) = (0, 0);
+    while !stop.load(Ordering::Relaxed) {
+        match client.batch_execute("INSERT INTO strays DEFAULT VALUES").await {
+            Ok(()) => taken += 1,
+            Err(error) => {
+                assert_eq!(error.code(), Some(&SqlState::READ_ONLY_SQL_TRANSACTION), "{error:?}");
+                kept_out += 1;
+            }
+        }
+    }
+    (taken, kept_out)
+}
+
+/// While the authority moves to and fro, strangers write directly on both sides: each row that was taken says, by what its own transaction saw, that its side was the
+/// authority.
+#[tokio::test(flavor = "multi_thread")]
+async fn strangers_who_write_while_the_authority_moves_are_kept_out_of_the_other_side() {
+    let schema = "CREATE TABLE notes (id int PRIMARY KEY, body text);
+        CREATE FUNCTION holder() RETURNS text STABLE SECURITY DEFINER LANGUAGE plpgsql AS $$ BEGIN
+            RETURN (SELECT authority FROM crossfade.migration); END $$;
+        CREATE TABLE strays (id uuid PRIMARY KEY DEFAULT gen_random_uuid(), holder text DEFAULT holder());";
+    let pair = Pair::dual_write(schema, "fence: true").await;
+    let (old, new) = (&pair.databases.old, &pair.databases.new);
+    for side in [old, new] {
+        // As the owner, who may read what holds.
+        on(side, "ALTER FUNCTION holder() OWNER TO postgres").await;
+    }
+    until("the fence stands", async || (fences(old).await, fences(new).await) == ("2".into(), "2".into())).await;
+    let client = pair.client().await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut strangers = Vec::new();
+    for side in [old, new] {
+        strangers.push(tokio::spawn(stranger(side.client(DATABASE).await.expect("connects"), stop.clone())));
+    }
+    let moves = if proof() { 40 } else { 6 };
+    for id in 0..moves {
+        let phase = if id % 2 == 0 { "new-primary" } else { "dual-write" };
+        // The strays are on one side only: no verification finds both sides equal.
+        let moved = pair.proxy.crossfade(&["phase", phase, "--force", "--reason", "strangers write"]).await;
+        assert!(moved.status.success(), "{moved:?}");
+        client.execute("INSERT INTO notes VALUES ($1, 'through the proxy')", &[&id]).await.expect("goes on");
+    }
+    stop.store(true, Ordering::Relaxed);
+    for ((side, name), stranger) in [(old, "old"), (new, "new")].into_iter().zip(strangers) {
+        let (taken, kept_out) = stranger.await.expect("ends");
+        let text = format!("SELECT count(*) || ' ' || count(*) FILTER (WHERE holder = '{name}') FROM strays");
+        let said = on(side, &text).await;
+        assert_eq!(said, format!("{taken} {taken}"), "{name}: of the rows taken, those where it was the authority");
+        assert!(taken > 0 && kept_out > 0, "{name}: {taken} taken, {kept_out} kept out");
+    }
+    let notes = "SELECT count(*) FROM notes";
+    assert_eq!(on(new, notes).await, moves.to_string());
 }
 
 /// The end of the migration takes it away with everything else.

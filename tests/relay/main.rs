@@ -48,6 +48,7 @@ async fn proxy(old: &Cluster, new: &Cluster) -> Proxy {
         new: new.url_as(CONTROL.0, "none", DATABASE),
         phase: "old".to_owned(),
         more: "auth: trust".to_owned(),
+        environment: Vec::new(),
     };
     Proxy::start(config).await
 }
@@ -113,6 +114,7 @@ async fn sessions_that_have_slept_wake_up() {
         new: new.url_as(CONTROL.0, "none", DATABASE),
         phase: "old".to_owned(),
         more: tls,
+        environment: Vec::new(),
     };
     let proxy = Proxy::start(config).await;
     let script = "SELECT 1 AS first; \\! sleep 2\nSELECT length(repeat('x', 200000)) AS second; LISTEN news; \\! sleep 2\nSELECT 3 AS third;\n";
