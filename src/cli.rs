@@ -17,7 +17,7 @@ use std::time::Duration;
 use crate::catalog::{Catalog, Sides, Table};
 use crate::config::{self, Config};
 use crate::migrate::repair::{self, Repair};
-use crate::migrate::{self, Pair, fence, late};
+use crate::migrate::{self, Pair, fence, late, lives};
 use crate::phase::{Phase, Side};
 use crate::server;
 use crate::shared::Shared;
@@ -152,6 +152,13 @@ pub async fn repair(path: &Path, wait: bool, timeout: Duration, tables: &[String
     let first = Shared::database(&config, authority).connect("crossfade repair").await?;
     let second = Shared::database(&config, mirror).connect("crossfade repair").await?;
     let mut pair = Pair::new(authority, first, second, migrate::Settings::default()).await?;
+    let doubt = lives::read(&pair.authority.client, authority).await?.and_then(|life| life.doubt);
+    if let Some(doubt) = doubt.filter(|_| !tables.is_empty()) {
+        return Err(format!(
+            "{doubt}. Rows that only {mirror} has may be those, and a copy would delete them: run `crossfade verify` first, which says what to do"
+        )
+        .into());
+    }
     for name in tables {
         let table = named(&catalog, name)?;
         let copied = migrate::copy::locked(&mut pair, &catalog, table).await?;

@@ -31,6 +31,8 @@ pub struct Metrics {
     pub mirror_failures: IntCounterVec,
     /// Transactions that have written on both sides, are prepared on new and not decided on old.
     pub in_doubt: IntGauge,
+    /// Crashes and promotions of each side that this proxy has noticed.
+    pub new_lives: IntCounterVec,
     /// 0 while the circuit breaker is open.
     pub mirror_up: IntGauge,
     debt_keys: IntGaugeVec,
@@ -128,6 +130,12 @@ impl Metrics {
                 "in_doubt_transactions",
                 "Transactions over both sides that are prepared and not decided",
             )?,
+            new_lives: {
+                let help = "Crashes and promotions of this database that were noticed";
+                let vec = counters(r, "new_lives_total", help, &["side"])?;
+                Side::BOTH.iter().for_each(|side| drop(vec.with_label_values(&[side.name()])));
+                vec
+            },
             mirror_up: gauge(r, "mirror_up", "0 while the mirror is known to be down")?,
             debt_keys: gauges(r, "debt_keys", "Debts owed (a whole-table debt counts as one)", &["table"])?,
             debt_in_flight: gauge(r, "debt_in_flight", "Debts whose mirror transaction is still at work")?,

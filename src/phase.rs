@@ -42,6 +42,19 @@ impl fmt::Display for Side {
     }
 }
 
+/// A word that names no side.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("expected old or new")]
+pub struct UnknownSide;
+
+impl FromStr for Side {
+    type Err = UnknownSide;
+
+    fn from_str(word: &str) -> Result<Side, UnknownSide> {
+        Side::BOTH.into_iter().find(|side| side.name() == word).ok_or(UnknownSide)
+    }
+}
+
 /// Where the migration stands: who is authority, who is written, who is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -30,7 +30,8 @@ fn library() -> Option<PathBuf> {
 
 /// What a process with a shifted clock has in its environment. Time goes by as it does; only what the clock on the wall says is shifted.
 fn shifted(library: &std::path::Path, by: &str) -> Vec<(String, String)> {
-    let pairs = [("LD_PRELOAD", library.to_str().expect("is text")), ("FAKETIME", by), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")];
+    let pairs =
+        [("LD_PRELOAD", library.to_str().expect("is text")), ("FAKETIME", by), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")];
     pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec()
 }
 
@@ -77,7 +78,8 @@ async fn clocks_that_are_off_by_an_hour_decide_nothing() {
     databases.new.psql(DATABASE, "TRUNCATE counters").await.expect("new is empty");
     let environment = |by: &str| shifted(&library, by);
     let mut first =
-        Proxy::start(common::ProxyConfig { environment: environment(BEHIND), ..databases.proxy_config("old", "") }).await;
+        Proxy::start(common::ProxyConfig { environment: environment(BEHIND), ..databases.proxy_config("old", "") })
+            .await;
     let fleet = databases.proxy_config("old", "fleet: true");
     let second = Proxy::start(common::ProxyConfig { environment: environment(AHEAD), ..fleet }).await;
     first.set_more("fleet: true");
@@ -117,9 +119,14 @@ async fn clocks_that_are_off_by_an_hour_decide_nothing() {
             }
             second.settle().await;
         }
-        let pause = "SELECT count(*) FROM crossfade.history WHERE (detail->>'pause_ms')::float8 NOT BETWEEN 0 AND 60000";
+        let pause =
+            "SELECT count(*) FROM crossfade.history WHERE (detail->>'pause_ms')::float8 NOT BETWEEN 0 AND 60000";
         for side in [&databases.old, &databases.new] {
-            assert_eq!(side.psql(DATABASE, pause).await.expect("reads the history").trim(), "0", "a pause is what it took");
+            assert_eq!(
+                side.psql(DATABASE, pause).await.expect("reads the history").trim(),
+                "0",
+                "a pause is what it took"
+            );
         }
         if phase == "dual-write" {
             let verified = second.crossfade(&["verify"]).await;

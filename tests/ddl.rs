@@ -246,6 +246,25 @@ async fn a_new_table_owes_what_older_transactions_write() {
     assert_eq!(on_new(&pair, "SELECT count(*) FROM parts_us").await, "2");
 }
 
+/// A table that migrates by itself, and owes all its rows while an older transaction lasts, becomes a partition: its root owes them.
+#[tokio::test]
+async fn a_table_that_is_owed_becomes_a_partition() {
+    let pair = mirrored(PATIENT).await;
+    let (client, other) = (pair.client().await, pair.client().await);
+    client.batch_execute("BEGIN").await.expect("begins");
+    around_both(&pair, "CREATE TABLE parts_us (id int NOT NULL, region text NOT NULL, body text)").await;
+    around(&pair.databases.old, "INSERT INTO parts_us VALUES (1, 'us', 'came with it')").await;
+    said(&pair, "a new table migrates from now on table=public.parts_us", 1).await;
+    around_both(&pair, "ALTER TABLE parts ATTACH PARTITION parts_us FOR VALUES IN ('us')").await;
+    said(&pair, "table public.parts_us is a partition of public.parts now", 1).await;
+    other.execute("INSERT INTO parts VALUES (2, 'us', 'mirrored')", &[]).await.expect("inserts");
+    assert_ne!(ledger(&pair).await, "0", "the older transaction lasts");
+    client.batch_execute("COMMIT").await.expect("commits");
+    copy(&pair, "public.history").await;
+    pair.settle_and_assert_equal().await;
+    assert_eq!(on_new(&pair, "SELECT count(*) FROM parts_us").await, "2");
+}
+
 /// DDL through the proxy: in transactions with images before and behind it, undone, and refused by the mirror.
 #[tokio::test]
 async fn ddl_through_the_proxy_runs_on_both_sides() {

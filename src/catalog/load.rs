@@ -1,6 +1,6 @@
 //! Reading both servers at once, and what can go wrong with it.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use tokio_postgres::Client;
 
@@ -56,10 +56,11 @@ pub async fn load(
         futures_util::try_join!(side(old, Side::Old), side(new, Side::New))?;
     let servers = Sides { old: old_server, new: new_server };
     let (places, one_sided) = places(&servers, rules, except);
-    let mut gone = HashSet::new();
+    let (mut gone, mut all) = (HashSet::new(), Numbers::new());
     let numbers = if installed(old, Side::Old).await? && installed(new, Side::New).await? {
         let numbers = number(old, new, &places).await?;
-        gone = self::gone(&servers, known(old, Side::Old).await?);
+        all = known(old, Side::Old).await?;
+        gone = self::gone(&servers, &all);
         numbers
     } else {
         places.iter().zip(1..).map(|(place, number)| ((place.0.clone(), place.1.clone()), number)).collect()
@@ -68,6 +69,7 @@ pub async fn load(
     let lazy = lazy::incomplete(new, rules, &numbers).await?;
     let mut catalog = pair::catalog(&servers, &places, &numbers, one_sided, &lazy);
     catalog.stays = Stays::of(&servers, &catalog.by_oid.old, rules.is_some());
+    catalog.attached = attached(&catalog, &all);
     let behind = if lazy.is_empty() { None } else { Some(lazy::behind(new, &catalog).await?) };
     Ok(Catalog { definitions, gone, behind, ..catalog })
 }
@@ -91,14 +93,27 @@ async fn installed(client: &Client, side: Side) -> Result<bool, CatalogError> {
 }
 
 /// Numbered tables that are on neither side any more.
-fn gone(servers: &Sides<Server>, known: Numbers) -> HashSet<u32> {
+fn gone(servers: &Sides<Server>, known: &Numbers) -> HashSet<u32> {
     let there = |side: Side, schema: &str, name: &str| {
         servers.get(side).relations.values().any(|found| found.schema == schema && found.name == name)
     };
-    let gone = known.into_iter().filter(|((old_schema, old_name), (_, new_schema, new_name))| {
+    let gone = known.iter().filter(|((old_schema, old_name), (_, new_schema, new_name))| {
         !there(Side::Old, old_schema, old_name) && !there(Side::New, new_schema, new_name)
     });
-    gone.map(|(_, (number, ..))| number as u32).collect()
+    gone.map(|(_, (number, ..))| *number as u32).collect()
+}
+
+/// Numbered tables that have become partitions of one and the same migrating table on both sides.
+fn attached(catalog: &Catalog, known: &Numbers) -> HashMap<u32, u32> {
+    let root = |side: Side, schema: &String, name: &String| {
+        catalog.by_qualified.get(side).get(&(schema.clone(), name.clone())).map(|table| table.number)
+    };
+    let attached = known.iter().filter_map(|((old_schema, old_name), (number, new_schema, new_name))| {
+        let root =
+            root(Side::Old, old_schema, old_name).filter(|old| root(Side::New, new_schema, new_name) == Some(*old))?;
+        (root != *number as u32).then_some((*number as u32, root))
+    });
+    attached.collect()
 }
 
 /// A table that may migrate: no partition (its root does), and not an extension's own.

@@ -288,6 +288,8 @@ pub struct Catalog {
     pub no_select: Sides<HashSet<(String, u32)>>,
     /// Numbers of tables that are on neither side any more: nothing can be owed there.
     pub gone: HashSet<u32>,
+    /// Numbers of tables that are partitions of a migrating one by now, on both sides, and its number: what they owe it owes.
+    pub attached: HashMap<u32, u32>,
     /// What of new leads to lazy tables without naming them. None: no table is lazy.
     pub behind: Option<Behind>,
     /// This side could not be read: the other's definitions stand for it.

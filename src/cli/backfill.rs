@@ -11,6 +11,7 @@ use crate::catalog::Table;
 use crate::config;
 use crate::migrate;
 use crate::migrate::backfill::{self, Backfill, Event, Options};
+use crate::migrate::lives;
 use crate::phase::{Phase, Side};
 use crate::shared::Shared;
 use crate::switch::mover;
@@ -74,6 +75,12 @@ pub async fn backfill(path: &Path, arguments: BackfillArguments) -> Result<bool,
     for side in Side::BOTH {
         let client = Shared::database(&config, side).connect("crossfade backfill").await?;
         migrate::install(&client, side).await?;
+    }
+    if let Some(doubt) = lives::read(&control, authority).await?.and_then(|life| life.doubt) {
+        return Err(format!(
+            "{doubt}. Rows that only {mirror} has may be those, and a backfill would delete them: run `crossfade verify` first, which says what to do"
+        )
+        .into());
     }
     let mut tables = copyable(arguments.chosen.tables(&catalog)?);
     if authority == Side::Old && !arguments.chosen.any_named() {

@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::{Trouble, what_holds};
 use crate::config::{self, Config};
+use crate::migrate::lives;
 use crate::phase::{Phase, Side};
 use crate::server;
 use crate::shared::Shared;
@@ -16,6 +17,7 @@ use crate::switch::gates::{self, Force, Gate};
 use crate::switch::learn::learn;
 use crate::switch::mover::{self, MoveError, Stays};
 use crate::switch::record::{self, Ask};
+use crate::switch::rows::{self, Holds};
 
 /// What the command is asked for.
 #[derive(clap::Args)]
@@ -38,6 +40,9 @@ pub struct PhaseArguments {
     /// Say that there is a backup of new, and where; kept in the history. Phase new asks for it.
     #[arg(long, value_name = "WHERE", conflicts_with_all = ["name", "dry_run"])]
     backup: Option<String>,
+    /// Say of a side that has crashed or was promoted that its rows count as they are, where the other side is gone for good and a proxy waits for it.
+    #[arg(long, value_name = "SIDE", conflicts_with_all = ["name", "dry_run", "backup"], requires = "reason")]
+    accept: Option<Side>,
     /// One JSON document.
     #[arg(long)]
     json: bool,
@@ -53,6 +58,9 @@ pub async fn phase(path: &Path, arguments: PhaseArguments) -> Result<bool, Troub
     let who = format!("crossfade phase, {} on {}", user(), record::machine());
     if let Some(backup) = &arguments.backup {
         return confirm_backup(&config, &who, backup).await;
+    }
+    if let Some(side) = arguments.accept {
+        return accept(&config, &who, side, arguments.reason.as_deref().unwrap_or_default()).await;
     }
     match arguments.name.filter(|_| !arguments.dry_run) {
         Some(name) => {
@@ -76,6 +84,23 @@ async fn confirm_backup(config: &Config, who: &str, what: &str) -> Result<bool, 
     let client = Shared::database(config, Side::New).connect("crossfade phase").await?;
     record::note(&client, holds.epoch, "backup", &json!({ "who": who, "what": what })).await?;
     println!("noted: a backup of new, {what}");
+    Ok(true)
+}
+
+async fn accept(config: &Config, who: &str, side: Side, why: &str) -> Result<bool, Trouble> {
+    let client = Shared::database(config, side).connect("crossfade phase").await?;
+    let row = rows::read(&client, side).await?.unwrap_or(Holds { epoch: 0, phase: Phase::Old });
+    let Some(holds) = Some(row).filter(|holds| holds.phase.authority() == side) else {
+        println!("{side}: no row there says that it is the authority; nothing is to be accepted");
+        return Ok(false);
+    };
+    let begun = lives::authority(&client, side, holds.epoch, holds.phase.mirror().is_some()).await?;
+    if begun.is_none() {
+        println!("{side}: nothing has begun there that was not looked at");
+        return Ok(false);
+    }
+    record::note(&client, holds.epoch, "life", &json!({ "side": side, "who": who, "accepted": why })).await?;
+    println!("{side}: accepted as it is, phase {} (epoch {})", holds.phase, holds.epoch);
     Ok(true)
 }
 

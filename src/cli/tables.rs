@@ -28,6 +28,11 @@ impl TableArguments {
         !self.tables.is_empty() || !self.more_tables.is_empty()
     }
 
+    /// All tables that migrate.
+    pub fn all(&self) -> bool {
+        !self.any_named()
+    }
+
     /// How many are worked on at once.
     pub fn jobs(&self) -> usize {
         self.jobs.into()

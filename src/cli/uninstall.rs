@@ -1,6 +1,9 @@
 //! `crossfade uninstall`: the end of a migration.
 
 use std::path::Path;
+use std::time::{Duration, Instant};
+
+use tokio_postgres::Client;
 
 use super::{Trouble, what_holds};
 use crate::config;
@@ -8,6 +11,21 @@ use crate::migrate::sweep::slot;
 use crate::migrate::{self, install};
 use crate::phase::Side;
 use crate::shared::Shared;
+
+/// A server needs a moment to end the sessions of a process that has ended.
+const LEAVING: Duration = Duration::from_secs(3);
+
+/// Who still uses the schema there.
+async fn at_work(client: &Client, side: Side) -> Result<Vec<String>, migrate::Error> {
+    let deadline = Instant::now() + LEAVING;
+    loop {
+        let found = install::at_work(client, side).await?;
+        if found.is_empty() || Instant::now() > deadline {
+            return Ok(found);
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
 
 /// `crossfade uninstall`: removes schema crossfade on both sides. False: something still needs it, and `force` is not given.
 pub async fn uninstall(path: &Path, force: bool) -> Result<bool, Trouble> {
@@ -26,7 +44,7 @@ pub async fn uninstall(path: &Path, force: bool) -> Result<bool, Trouble> {
     let mut clients = Vec::new();
     for side in [authority.other(), authority] {
         let client = Shared::database(&config, side).connect("crossfade uninstall").await?;
-        let at_work = install::at_work(&client, side).await?;
+        let at_work = at_work(&client, side).await?;
         if !at_work.is_empty() {
             println!("{side}: in use by {}: end the proxy and its jobs first", at_work.join(", "));
             needed = true;

@@ -13,10 +13,11 @@ use super::{Trouble, what_holds};
 use crate::catalog::Table;
 use crate::config;
 use crate::migrate;
+use crate::migrate::lives;
 use crate::migrate::verify::{self, Event, Found, How, Options, Verify};
 use crate::phase::Side;
 use crate::shared::{Shared, lock};
-use crate::switch::mover;
+use crate::switch::{mover, record};
 
 /// What the command is asked for.
 #[derive(clap::Args)]
@@ -26,6 +27,9 @@ pub struct VerifyArguments {
     /// What differs is made equal to the authority's rows: entered as debts and paid. A table without a key is copied, and its writers wait meanwhile.
     #[arg(long)]
     repair: bool,
+    /// With --repair, where the authority was promoted and may lack what it had acknowledged: what only the other side has is given up, and deleted there.
+    #[arg(long, requires = "repair")]
+    force: bool,
     /// Goes on where an earlier run was ended: what it saw as equal is not compared again, unless something of the table was owed since.
     #[arg(long)]
     resume: bool,
@@ -61,6 +65,20 @@ pub async fn verify(path: &Path, arguments: VerifyArguments) -> Result<bool, Tro
     if !verify::installed(&control).await? {
         migrate::install(&control, authority).await?;
     }
+    let doubt = lives::read(&control, authority).await?.and_then(|life| life.doubt);
+    if let Some(doubt) = doubt.as_ref().filter(|_| arguments.repair) {
+        if !arguments.force {
+            return Err(format!(
+                "{doubt}. Rows that only {mirror} has may be those, and --repair would delete them: look at them (without --repair; --json shows all), bring back to {authority} what must stay, \
+                 and give up the rest by --repair --force"
+            )
+            .into());
+        }
+        lives::believe(&control, authority).await?;
+        let detail = serde_json::json!({ "side": authority, "given_up": doubt });
+        record::note(&control, holds.epoch, "life", &detail).await?;
+    }
+    let all = arguments.chosen.all();
     let (tables, left_out): (Vec<_>, Vec<_>) =
         arguments.chosen.tables(&catalog)?.into_iter().partition(|table| table.opaque.is_none());
     let job = Verify {
@@ -88,6 +106,9 @@ pub async fn verify(path: &Path, arguments: VerifyArguments) -> Result<bool, Tro
     run?;
     let now = what_holds(&config).await?;
     let equal = *lock(&told.equal) && now == holds;
+    if equal && all && left_out.is_empty() && doubt.is_some() {
+        lives::believe(&control, authority).await?;
+    }
     if arguments.json {
         let mut tables = std::mem::take(&mut *lock(&told.documents));
         // They end in any order.

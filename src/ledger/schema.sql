@@ -293,6 +293,15 @@ CREATE TABLE IF NOT EXISTS crossfade.compared (
     PRIMARY KEY (proxy, minute)
 );
 
+-- The life of this side that was last looked at, and why it may lack what it had promised: see src/migrate/lives.rs.
+CREATE TABLE IF NOT EXISTS crossfade.life (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    incarnation uuid NOT NULL,
+    timeline integer NOT NULL,
+    since timestamptz NOT NULL DEFAULT clock_timestamp(),
+    doubt text
+);
+
 -- Columns that came later. ALTER TABLE would wait for whoever moves, and have all others wait behind it, also where there is nothing to add.
 --   migration.definition: what migrates, as the file of the proxy that moved says: proxies of other files refuse to serve while writes are mirrored.
 --   proxies.holding: sessions of the proxy that may have a cursor WITH HOLD, or listen.

@@ -5,10 +5,13 @@
 //! (`crossfade.fence_side`): so nothing is left by a mover that dies, no application's table is touched by a move, and whoever has an older snapshot is
 //! refused all the same, since names are looked up as they are now. Where the side is the authority it costs a look-up in a cache for each statement.
 //!
+//! A server tells its sessions of a new relation a moment after others can read what was committed with it. So who moves locks the tables of the side that loses
+//! authority (SHARE) from before that transaction's last look at debts to its end (`shut`): who then gets a lock has been told.
+//!
 //! A trigger stops superusers, COPY and TRUNCATE, too. Sessions of the mirror and of jobs are replicas (`session_replication_role`), for which an ordinary
 //! trigger does not fire. So are those of logical replication: `crossfade check` names subscriptions that write migrating tables.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
 use tokio_postgres::error::SqlState;
@@ -23,6 +26,8 @@ const MAKE: &str = "FOR EACH STATEMENT WHEN (pg_catalog.to_regclass('crossfade.f
 /// A table's lock is waited for so long: writers wait behind who waits. Then again, so often, after a pause.
 const LOCK: Duration = Duration::from_millis(200);
 const PAUSE: Duration = Duration::from_millis(300);
+/// ... and while clients are held.
+const AGAIN: Duration = Duration::from_millis(10);
 const TRIES: u32 = 30;
 
 /// Makes the triggers that are missing on these tables (their OIDs on that side, with their partitions'). Returns how many were made. Schema crossfade is there.
@@ -51,6 +56,38 @@ pub async fn raise(client: &Client, side: Side, tables: &[u32]) -> Result<u64, E
 pub async fn stand(client: &Client, side: Side, epoch: u64, authority: Side) -> Result<(), Error> {
     let closed = client.execute("SELECT crossfade.fence_side($1, $2)", &[&(epoch as i64), &(side != authority)]).await;
     closed.map(drop).map_err(|error| Error::from_driver(side, "raising the fence", &error))
+}
+
+/// Keeps whoever writes around the proxies from these tables (their OIDs on that side) until the client's open transaction ends, in which the fence goes up. So nobody
+/// writes who has asked for the fence before it was up: that it is there, a server tells its sessions a moment after its row can be read.
+/// Waits until `deadline` for those who are writing, and never for long at once.
+pub async fn shut(client: &Client, side: Side, tables: &[u32], deadline: Instant) -> Result<(), Error> {
+    // With a table its partitions are locked.
+    let text = "SELECT format('%I.%I', n.nspname, c.relname) FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
+        WHERE c.oid = ANY ($1) AND c.relkind IN ('r', 'p') AND NOT c.relispartition ORDER BY 1";
+    let tables = names(client, side, text, &[&tables]).await?.join(", ");
+    if tables.is_empty() {
+        return Ok(());
+    }
+    let failed = |error: tokio_postgres::Error| Error::from_driver(side, "locking tables", &error);
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now()).as_millis().max(1);
+        let text = format!(
+            "SAVEPOINT shut; SET LOCAL lock_timeout = {}; LOCK TABLE {tables} IN SHARE MODE; SET LOCAL lock_timeout = {left}; RELEASE shut",
+            LOCK.as_millis()
+        );
+        let Err(error) = client.batch_execute(&text).await else { return Ok(()) };
+        if error.code() != Some(&SqlState::LOCK_NOT_AVAILABLE) {
+            return Err(failed(error));
+        }
+        client.batch_execute("ROLLBACK TO shut; RELEASE shut").await.map_err(failed)?;
+        if Instant::now() > deadline {
+            return Err(Error::Deadline(format!(
+                "{side}: tables are written around the proxies all the time, and could not be closed within move.pause"
+            )));
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
 }
 
 /// Takes all triggers of the fence away. Returns how many there were.

@@ -19,6 +19,7 @@ pub mod install;
 pub mod late;
 pub mod lazy;
 pub mod link;
+pub mod lives;
 mod locks;
 mod owes;
 pub mod owing;

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use super::error::Error;
 use super::link::Pair;
+use super::lives;
 use super::payable;
 use crate::catalog::Table;
 use crate::ledger::debts::{Debt, Values};
@@ -11,7 +12,7 @@ use crate::ledger::debts::{Debt, Values};
 /// What the ledger holds of one table.
 #[derive(Default)]
 pub(super) struct Owes {
-    /// All of it, or a range, or rows without a key.
+    /// All of it, or a range, or rows without a key; and it will be paid.
     pub whole: bool,
     any: bool,
     keys: HashSet<Values>,
@@ -23,7 +24,7 @@ impl Owes {
         let (mut owes, mut after) = (Owes::default(), 0);
         loop {
             let rows = payable::fetch_debts(pair.authority.at(), after).await?;
-            let Some((last, _)) = rows.last() else { return Ok(owes) };
+            let Some((last, _)) = rows.last() else { break };
             after = *last;
             for debt in rows.into_iter().flat_map(|(_, debts)| debts).filter(|debt| debt.table() == table.number) {
                 match debt {
@@ -35,6 +36,12 @@ impl Owes {
                 }
             }
         }
+        if owes.whole {
+            // Of an authority that may have lost something such a debt is not paid before somebody has seen what.
+            let life = lives::read(&pair.authority.client, pair.authority.side).await?;
+            owes.whole = life.is_none_or(|life| life.doubt.is_none());
+        }
+        Ok(owes)
     }
 
     /// A debt names the key.

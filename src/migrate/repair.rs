@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::backfill;
 use super::error::{Error, Meaning};
 use super::link::Pair;
+use super::lives::{self, Begun};
 use super::locks::{self, Kind};
 use super::payable::{self, Entry, State};
 use super::reconcile::{self, Outcome};
@@ -94,7 +95,7 @@ impl Ledger {
 }
 
 /// What one table owes.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Owes {
     whole: bool,
     keys: HashSet<Values>,
@@ -119,6 +120,8 @@ pub struct Repair {
     /// Taints that a sweep at work will clear are left to it, for a while: it need not walk whole tables.
     pub leaves_taints: Option<Arc<AtWork>>,
     refused: HashMap<i64, (Instant, Duration)>,
+    /// Why the authority may lack what only the mirror has: no walk deletes it.
+    doubt: Option<String>,
 }
 
 impl Repair {
@@ -130,6 +133,7 @@ impl Repair {
             leaves_backfills: None,
             leaves_taints: None,
             refused: HashMap::new(),
+            doubt: None,
         };
         repair.renew(catalog);
         repair
@@ -175,6 +179,14 @@ impl Repair {
     async fn pass_once(&mut self) -> Result<Summary, Error> {
         let mut summary = Summary::default();
         let (mut after, until) = (0, self.last_id().await?);
+        if until > 0 {
+            let life = lives::read(&self.pair.authority.client, self.pair.authority.side).await?;
+            // Nor where nobody has looked at it yet.
+            self.doubt = life.and_then(|life| match life.begun() {
+                Some(Begun::Promoted) => Some(format!("{} was promoted", self.pair.authority.side)),
+                _ => life.doubt,
+            });
+        }
         // Not further: under load there is always a newer row.
         while after < until {
             let incarnation = self.pair.incarnation().await?;
@@ -285,6 +297,14 @@ impl Repair {
                 Debt::Table { .. } | Debt::Taint { .. } | Debt::Row { .. } => owes.whole = true,
             }
         }
+        let attached: Vec<(u32, u32)> =
+            tables.keys().filter_map(|number| Some((*number, *self.catalog.attached.get(number)?))).collect();
+        let mut within = Vec::new();
+        for (number, root) in attached {
+            // Which of the root's rows are its own is not known any more.
+            within.extend(tables.remove(&number).map(|owes| (number, root, owes)));
+            tables.entry(root).or_default().whole = true;
+        }
         let mut ledger = Ledger::default();
         for (number, owes) in tables {
             if self.catalog.gone.contains(&number) {
@@ -306,6 +326,11 @@ impl Repair {
                 self.pair.abandon().await;
                 self.unlock(number).await?;
                 ledger.none_of(number, &owes, &Unpaid::Refused(error.to_string()));
+            }
+        }
+        for (number, root, owes) in within {
+            if let Some(why) = ledger.tables.get(&root).cloned() {
+                ledger.none_of(number, &owes, &why);
             }
         }
         for entry in entries {
@@ -332,13 +357,21 @@ impl Repair {
             ledger.none_of(table.number, owes, &Unpaid::Busy);
             return Ok(());
         }
-        if owes.whole && self.pay_whole(table, owes, ledger).await? {
-            return Ok(());
-        }
-        if owes.keys.is_empty() && owes.ranges.is_empty() {
-            return Ok(());
-        }
         let number = table.number;
+        // Walks delete what only the mirror has.
+        if let Some(doubt) = self.doubt.clone().filter(|_| owes.whole || !owes.ranges.is_empty()) {
+            let why = format!(
+                "{doubt}; rows that only {} has may be those: look with `crossfade verify`, then bring them back by hand, or give them up by `crossfade verify --repair --force`",
+                self.pair.mirror.side
+            );
+            ledger.none_of(number, &Owes { keys: HashSet::new(), ..owes.clone() }, &Unpaid::Refused(why));
+        } else if owes.whole && self.pay_whole(table, owes, ledger).await? {
+            return Ok(());
+        }
+        let ranges = if self.doubt.is_some() { HashSet::new() } else { owes.ranges.clone() };
+        if owes.keys.is_empty() && ranges.is_empty() {
+            return Ok(());
+        }
         if !locks::take(&mut self.pair, Kind::Keys, &[number]).await? {
             ledger.no_keys_of(number, owes, &Unpaid::Busy);
             return Ok(());
@@ -348,7 +381,7 @@ impl Repair {
         let unpaid = ledger.keys.entry(number).or_default();
         unpaid.extend(outcome.locked.into_iter().map(|key| (key, Unpaid::Busy)));
         unpaid.extend(outcome.refused.into_iter().map(|(key, message)| (key, Unpaid::Refused(message))));
-        for bounds in &owes.ranges {
+        for bounds in &ranges {
             let why = match reconcile::range(&mut self.pair, table, bounds).await {
                 Ok(outcome) => {
                     ledger.repaired += outcome.written + outcome.removed;

@@ -91,6 +91,7 @@ pub fn start(shared: &Arc<Shared>) {
     tokio::spawn(super::late::end(shared.clone()));
     tokio::spawn(super::undecided::settle(shared.clone()));
     tokio::spawn(super::deadlocks::watch(shared.clone()));
+    tokio::spawn(super::lives::watch(shared.clone()));
 }
 
 /// The two control connections of a job, opened anew where they were lost or the authority has changed.

@@ -7,6 +7,7 @@ pub mod http;
 mod jobs;
 mod late;
 mod listen;
+mod lives;
 mod logins;
 mod reads;
 mod report;

@@ -41,10 +41,11 @@ const LOOKS_APART: Duration = Duration::from_millis(5);
 const LOOKS_SERVING: Duration = Duration::from_millis(50);
 const LOOKS_COMPARING: Duration = Duration::from_millis(500);
 
-/// Transactions at work on the mirror in this epoch, and its incarnation. None of the first: that epoch is over there.
+/// Transactions at work on the mirror in this epoch, and its incarnation. None of the first: that epoch is over there; of the
+/// second: it has begun a new life, and may lack rows.
 const AT_WORK: &str = "SELECT CASE WHEN to_regclass($1) IS NOT NULL THEN ARRAY(SELECT DISTINCT virtualtransaction FROM pg_locks \
     WHERE locktype = 'relation' AND relation = to_regclass($1) AND pid <> pg_backend_pid() \
-    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) END, (SELECT id::text FROM crossfade.incarnation LIMIT 1)";
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) END, (SELECT i.id::text FROM crossfade.incarnation i JOIN crossfade.life l ON l.incarnation = i.id LIMIT 1)";
 
 /// Keeps what sessions may know of new: looks at the mirror's transactions and at the ledger.
 pub async fn look(shared: Arc<Shared>) {

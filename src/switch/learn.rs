@@ -16,6 +16,7 @@ use super::rows::{self, Holds, Verdict};
 use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::migrate;
+use crate::migrate::lives::{self, Begun};
 use crate::phase::{Phase, Side};
 use crate::shared::{Shared, World, lock};
 
@@ -32,11 +33,19 @@ const SILENT: Duration = Duration::from_secs(10);
 pub async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
     let config = shared.config.load_full();
     let world = shared.world.load_full();
-    let holds = believed(&config).await?;
+    let (holds, both) = believed(&config).await?;
+    let authority = holds.phase.authority();
+    if both {
+        // Before debts are numbered, and before the row is believed without the other side.
+        let client = Shared::database(&config, authority).connect("crossfade").await?;
+        let begun = lives::authority(&client, authority, holds.epoch, holds.phase.mirror().is_some()).await?;
+        if begun.is_some_and(|begun| begun != Begun::First) {
+            shared.metrics.new_lives.with_label_values(&[authority.name()]).inc();
+        }
+    }
     if world.generation > 0 && holds.epoch <= world.epoch {
         return Ok(());
     }
-    let authority = holds.phase.authority();
     let client = Shared::database(&config, authority).connect("crossfade").await?;
     let catalog = if holds.phase.mirror().is_some() {
         migrate::install(&client, authority).await?;
@@ -57,21 +66,27 @@ pub async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
     Ok(())
 }
 
-async fn believed(config: &Config) -> Result<Holds, MoveError> {
+/// What holds, and whether both sides have said so.
+async fn believed(config: &Config) -> Result<(Holds, bool), MoveError> {
     let (old, new) = tokio::join!(config.old.connect("crossfade"), config.new.connect("crossfade"));
     let row = async |client: &Result<Client, _>, side| match client {
         Ok(client) => rows::read(client, side).await.map(Some),
         Err(_) => Ok(None),
     };
     let (old_row, new_row) = (row(&old, Side::Old).await?, row(&new, Side::New).await?);
+    let both = old_row.is_some() && new_row.is_some();
     match rows::judge(old_row.flatten(), new_row.flatten()) {
         // Without a word from old nothing is known: a row there may point anywhere.
         Verdict::Fresh if old_row.is_none() => Err(match old {
             Err(error) => error.into(),
             Ok(_) => MoveError::Closed("old cannot be reached".into()),
         }),
-        Verdict::Fresh => Ok(Holds { epoch: 0, phase: Phase::Old }),
-        Verdict::Holds(holds) => Ok(holds),
+        Verdict::Fresh if both => Ok((Holds { epoch: 0, phase: Phase::Old }, true)),
+        Verdict::Fresh => alone(Holds { epoch: 0, phase: Phase::Old }, old.ok()).await,
+        Verdict::Holds(holds) if both => Ok((holds, true)),
+        Verdict::Holds(holds) => {
+            alone(holds, if holds.phase.authority() == Side::Old { old.ok() } else { new.ok() }).await
+        }
         Verdict::Unclaimed(holds) => {
             let side = holds.phase.authority();
             let losing = Shared::database(config, side.other()).connect("crossfade").await?;
@@ -80,14 +95,32 @@ async fn believed(config: &Config) -> Result<Holds, MoveError> {
                 return Err(MoveError::Overtaken { epoch: holds.epoch });
             }
             let client = Shared::database(config, side).connect("crossfade").await?;
+            // One that was promoted may be older than the schema.
+            migrate::install(&client, side).await?;
             let detail = json!({ "who": format!("the proxy on {} ({})", config.listen, record::machine()), "why": "its mover has not written the claim" });
             // Where the mover is still alive this waits for it, and then changes nothing.
             let pause = config.moves.pause.as_millis();
             client.batch_execute(&format!("SET lock_timeout = {pause}; SET client_min_messages = error")).await?;
             epoch::turn(&client, side, (&config.name, None), holds, ("claim", &detail)).await?;
-            Ok(holds)
+            Ok((holds, true))
         }
     }
+}
+
+/// What the authority alone says, where the other side cannot be reached. Not where it may have lost a later row (B1).
+async fn alone(holds: Holds, client: Option<Client>) -> Result<(Holds, bool), MoveError> {
+    let side = holds.phase.authority();
+    if let Some(client) = client
+        && let Some(life) = lives::read(&client, side).await?
+        && life.begun().is_some_and(|begun| begun != Begun::First)
+    {
+        return Err(MoveError::Closed(format!(
+            "{side} has crashed or was promoted since anybody looked, and {} cannot be reached: the phase row there may be a later one. Clients are served when it answers; \
+             if it is gone for good: `crossfade phase --accept {side} --reason TEXT`",
+            side.other()
+        )));
+    }
+    Ok((holds, false))
 }
 
 /// Definitions of a phase with a mirror. From one such phase to another they stay what they are: clients wait meanwhile.

@@ -372,6 +372,11 @@ impl Move<'_> {
         if let Some(side) = writers_on(from, to) {
             writers::gone(self.hands.on(side)?, catalog, side, deadline, self.terminate).await?;
         }
+        if self.config.fence && from.authority() != to.authority() {
+            let side = from.authority();
+            let tables: Vec<u32> = catalog.tables.values().map(|table| *table.oid.get(side)).collect();
+            migrate::fence::shut(self.hands.on(side)?, side, &tables, deadline).await?;
+        }
         let mut copies = None;
         if from.mirror().is_none() && to.mirror().is_some() {
             // Nobody else owes anything yet.

@@ -125,6 +125,9 @@ pub async fn renew_staying(shared: &Arc<Shared>) -> Result<(), MoveError> {
 }
 
 fn missing(table: &Table, after: &Catalog) -> String {
+    if let Some(root) = after.attached.get(&table.number).and_then(|root| after.tables.get(root)) {
+        return format!("table {} is a partition of {} now, which owes what it owes", table.label(), root.label());
+    }
     let name = |side: Side| format!("{}.{}", table.schema.get(side), table.name.get(side));
     let lacking = Side::BOTH.into_iter().find(|side| after.one_sided.get(side.other()).contains(&name(side.other())));
     match lacking {

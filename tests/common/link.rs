@@ -4,7 +4,7 @@
 
 use std::io;
 use std::net::Ipv4Addr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -63,7 +63,7 @@ struct Tripwire {
 }
 
 struct Shared {
-    server_port: u16,
+    server_port: AtomicU16,
     to_server: watch::Sender<Flow>,
     to_client: watch::Sender<Flow>,
     /// Counts the cuts: a connection ends when it changes.
@@ -95,7 +95,7 @@ impl Link {
     /// Listens on a port of its own and forwards to a server on 127.0.0.1.
     pub async fn to(server_port: u16) -> Link {
         let shared = Shared {
-            server_port,
+            server_port: AtomicU16::new(server_port),
             to_server: watch::Sender::new(Flow::Pass),
             to_client: watch::Sender::new(Flow::Pass),
             cuts: watch::Sender::new(0),
@@ -123,6 +123,12 @@ impl Link {
     pub fn set_both(&self, flow: Flow) {
         self.set(Way::ToServer, flow);
         self.set(Way::ToClient, flow);
+    }
+
+    /// New connections go to another server from now on; present ones are reset.
+    pub fn turn_to(&self, server_port: u16) {
+        self.shared.server_port.store(server_port, Ordering::Relaxed);
+        self.cut();
     }
 
     /// Resets every connection.
@@ -188,7 +194,8 @@ impl Drop for Link {
 
 async fn carry(client: TcpStream, shared: Arc<Shared>) {
     let mut cuts = shared.cuts.subscribe();
-    let Ok(server) = TcpStream::connect((Ipv4Addr::LOCALHOST, shared.server_port)).await else {
+    let port = shared.server_port.load(Ordering::Relaxed);
+    let Ok(server) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await else {
         reset_on_close(&client);
         return;
     };

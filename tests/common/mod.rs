@@ -14,6 +14,7 @@ pub mod pair;
 pub mod pgbench;
 pub mod proxy;
 pub mod raw;
+pub mod standby;
 
 use std::time::{Duration, Instant};
 

@@ -303,7 +303,13 @@ async fn both_databases_on_tls() {
             root_file.display()
         )
     };
-    let config = common::ProxyConfig { old: url(&old), new: url(&new), phase: "old".to_owned(), more: String::new(), environment: Vec::new() };
+    let config = common::ProxyConfig {
+        old: url(&old),
+        new: url(&new),
+        phase: "old".to_owned(),
+        more: String::new(),
+        environment: Vec::new(),
+    };
     let mut proxy = Proxy::start(config).await;
     let (client, connection) =
         tokio_postgres::connect(&proxy.url_as(APP.0, APP.1, DATABASE), NoTls).await.expect("connects");

@@ -160,8 +160,9 @@ async fn strangers_who_write_while_the_authority_moves_are_kept_out_of_the_other
     for id in 0..moves {
         let phase = if id % 2 == 0 { "new-primary" } else { "dual-write" };
         // The strays are on one side only: no verification finds both sides equal.
-        let moved = pair.proxy.crossfade(&["phase", phase, "--force", "--reason", "strangers write"]).await;
-        assert!(moved.status.success(), "{moved:?}");
+        let arguments = ["phase", phase, "--force", "--reason", "strangers write"];
+        // Now and then one of them is seen at work by the gate.
+        until("the move goes through", async || pair.proxy.crossfade(&arguments).await.status.success()).await;
         client.execute("INSERT INTO notes VALUES ($1, 'through the proxy')", &[&id]).await.expect("goes on");
     }
     stop.store(true, Ordering::Relaxed);

@@ -14,6 +14,7 @@ use crate::check::{self, Finding};
 use crate::config::{Config, ConnectError};
 use crate::migrate;
 use crate::migrate::debt::TableDebt;
+use crate::migrate::lives::{self, Begun, Life};
 use crate::migrate::sequences::Ahead;
 use crate::phase::Side;
 use crate::reads::tally::Recent;
@@ -37,6 +38,10 @@ pub struct Answer {
     pub may_install: bool,
     /// Of its definitions; None: no event trigger keeps it.
     version: Option<i64>,
+    /// A crash or a promotion that nobody has looked at.
+    pub begun: Option<Begun>,
+    /// Why it may lack what it had acknowledged.
+    pub doubt: Option<String>,
 }
 
 /// What is known of one migrating table.
@@ -178,7 +183,7 @@ impl Eyes {
 
     async fn answers(&self) -> Result<Sides<Result<Answer, String>>, MoveError> {
         let answer = async |side| match self.clients.get(side) {
-            Ok(client) => look_at(client).await.map(Ok),
+            Ok(client) => look_at(client, side).await.map(Ok),
             Err(error) => Ok(Err(error.clone())),
         };
         let (old, new) = tokio::try_join!(answer(Side::Old), answer(Side::New))?;
@@ -186,13 +191,15 @@ impl Eyes {
     }
 }
 
-async fn look_at(client: &Client) -> Result<Answer, tokio_postgres::Error> {
+async fn look_at(client: &Client, side: Side) -> Result<Answer, MoveError> {
     let text = "SELECT pg_catalog.to_regclass('crossfade.history') IS NOT NULL AND pg_catalog.to_regclass('crossfade.owings') IS NOT NULL, \
         pg_catalog.has_database_privilege(pg_catalog.current_database(), 'CREATE')";
     let row = client.query_one(text, &[]).await?;
     let installed: bool = row.get(0);
     let version = if installed { catalog::version(client).await? } else { None };
-    Ok(Answer { installed, may_install: row.get(1), version })
+    let life = lives::read(client, side).await?;
+    let begun = life.as_ref().and_then(Life::begun).filter(|begun| *begun != Begun::First);
+    Ok(Answer { installed, may_install: row.get(1), version, begun, doubt: life.and_then(|life| life.doubt) })
 }
 
 /// What is asked about.

@@ -22,6 +22,8 @@ pub enum Name {
     Reachable,
     /// Schema crossfade is there.
     Installed,
+    /// No crash and no promotion that nobody has looked at.
+    Life,
     /// `crossfade check` finds no error.
     Check,
     /// Tables have keys and can be mirrored.
@@ -57,9 +59,10 @@ pub enum Name {
 }
 
 /// All of them, in the order in which they are shown.
-pub const NAMES: [Name; 18] = [
+pub const NAMES: [Name; 19] = [
     Name::Reachable,
     Name::Installed,
+    Name::Life,
     Name::Check,
     Name::Keys,
     Name::Backfill,
@@ -84,6 +87,7 @@ impl Name {
         match self {
             Name::Reachable => "reachable",
             Name::Installed => "installed",
+            Name::Life => "life",
             Name::Check => "check",
             Name::Keys => "keys",
             Name::Backfill => "backfill",
@@ -109,6 +113,7 @@ impl Name {
             self,
             Name::Reachable
                 | Name::Installed
+                | Name::Life
                 | Name::Backfill
                 | Name::Lazy
                 | Name::Debt

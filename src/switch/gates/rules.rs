@@ -62,6 +62,7 @@ pub fn judge(step: Step, config: &crate::config::Move, facts: &Facts) -> Vec<Gat
     let mut gates = Vec::new();
     reachable(step, facts, &mut gates);
     installed(step, facts, &mut gates);
+    lives(step, facts, &mut gates);
     check(step, facts, &mut gates);
     tables(step, facts, &mut gates);
     lazy(step, facts, &mut gates);
@@ -114,6 +115,34 @@ fn installed(step: Step, facts: &Facts, gates: &mut Vec<Gate>) {
                 gate(Name::Installed, Standing::Closed, evidence, about, next)
             }
         });
+    }
+}
+
+/// What a side may have lost since it was last looked at nobody knows yet; what it may have lost by then must have been looked at.
+fn lives(step: Step, facts: &Facts, gates: &mut Vec<Gate>) {
+    if step.gains().is_none() && !step.enters_mirror() {
+        return;
+    }
+    let before = gates.len();
+    for side in Side::BOTH.into_iter().filter(|side| step.needs(*side)) {
+        let Ok(answer) = facts.sides.get(side) else { continue };
+        let about = json!({ "side": side, "doubt": answer.doubt });
+        let (evidence, next) = match (answer.begun, &answer.doubt) {
+            (Some(_), _) => (
+                format!("{side} has crashed or was promoted, and nobody has looked at it since"),
+                "a proxy looks within a second of both sides' being there; without one: `crossfade phase --accept` with its name",
+            ),
+            (None, Some(doubt)) if step.from.mirror().is_some() => (
+                doubt.clone(),
+                "run `crossfade verify`: what only the other side has may be what is missing. `crossfade verify --repair --force` gives it up",
+            ),
+            (None, _) => continue,
+        };
+        gates.push(gate(Name::Life, Standing::Closed, evidence, about, next));
+    }
+    if gates.len() == before {
+        let evidence = "no crash and no promotion that nobody has looked at".to_owned();
+        gates.push(gate(Name::Life, Standing::Met, evidence, Value::Null, ""));
     }
 }
 
