@@ -121,11 +121,13 @@ async fn a_mirror_that_was_promoted_is_owed_all_tables() {
     let ledger = "SELECT count(*) FROM crossfade.ledger";
     assert_eq!(stage.databases.old.psql(DATABASE, ledger).await.expect("reads").trim(), "0", "nothing is owed");
     assert_eq!(all(&stage.databases.old).await, all(&stage.databases.new).await);
+    // Whoever would enter the debts waits, and new can be read meanwhile.
+    let ledger = stage.databases.old.client(DATABASE).await.expect("connects");
+    ledger.batch_execute("BEGIN; LOCK TABLE crossfade.ledger IN SHARE MODE").await.expect("locks");
     stage.fail_over(&standby).await;
     assert_eq!(standby.says(DATABASE, "SELECT count(*) FROM notes").await, "10", "it is behind");
-    // Reads that new may answer: never without the rows.
     let client = stage.client().await;
-    until("all is paid, and no read has missed a row", async || {
+    let no_read_misses_a_row = async || {
         for _ in 0..20 {
             let row = client
                 .query_one("SELECT count(*), min(id) FILTER (WHERE id > 1) FROM notes", &[])
@@ -133,6 +135,20 @@ async fn a_mirror_that_was_promoted_is_owed_all_tables() {
                 .expect("reads");
             assert_eq!((row.get::<_, i64>(0), row.get::<_, i32>(1)), (19, 3), "a read that lacks a row was answered");
         }
+    };
+    let incarnation = "SELECT count(*) FROM crossfade.incarnation";
+    until("its new life has a name", async || {
+        no_read_misses_a_row().await;
+        standby.says(DATABASE, incarnation).await == "1"
+    })
+    .await;
+    let begun = std::time::Instant::now();
+    while begun.elapsed() < std::time::Duration::from_secs(2) {
+        no_read_misses_a_row().await;
+    }
+    ledger.batch_execute("COMMIT").await.expect("lets go");
+    until("all is paid, and no read has missed a row", async || {
+        no_read_misses_a_row().await;
         standby.says(DATABASE, ALL).await == all(&stage.databases.old).await
     })
     .await;
