@@ -215,6 +215,30 @@ async fn where_new_is_slower_its_missing_index_is_named() {
     assert!(told.contains("new: Seq Scan on photos") && told.contains("using photos_owner"), "{told}");
 }
 
+/// Whom to ask about a shape that is in the way (R6).
+#[tokio::test]
+async fn shapes_say_which_applications_send_them() {
+    let pair = Pair::dual_write(SCHEMA, "").await;
+    let url = format!("{}?application_name=web", pair.url());
+    let (web, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.expect("connects");
+    tokio::spawn(async move { drop(connection.await) });
+    web.batch_execute("SELECT title FROM photos WHERE id = 1").await.expect("reads");
+    web.batch_execute("SELECT title FROM photos WHERE id = 2").await.expect("reads");
+    let job = pair.client().await;
+    job.batch_execute("SET application_name = 'nightly job'").await.expect("sets");
+    job.query("SELECT title FROM photos WHERE id = 3", &[]).await.expect("reads");
+    job.batch_execute("UPDATE photos SET title = 'x'").await.expect("writes");
+    let both = found(&pair, "SELECT title FROM photos").await;
+    assert_eq!(
+        (both["count"].as_u64(), both["applications"].to_string()),
+        (Some(3), r#"["nightly job","web"]"#.into())
+    );
+    assert_eq!(found(&pair, "UPDATE photos").await["applications"][0], "nightly job");
+    let output = pair.proxy.crossfade(&["report"]).await;
+    let told = String::from_utf8_lossy(&output.stdout);
+    assert!(told.contains("; by nightly job, web"), "{told}");
+}
+
 /// The mirror's COMMIT is late: the first look sees what was there before on new, and the second one what the authority has. That is no difference.
 #[tokio::test]
 async fn a_mirror_that_is_a_moment_late_is_no_difference() {

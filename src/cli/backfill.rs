@@ -76,12 +76,7 @@ pub async fn backfill(path: &Path, arguments: BackfillArguments) -> Result<bool,
         let client = Shared::database(&config, side).connect("crossfade backfill").await?;
         migrate::install(&client, side).await?;
     }
-    if let Some(doubt) = lives::read(&control, authority).await?.and_then(|life| life.doubt) {
-        return Err(format!(
-            "{doubt}. Rows that only {mirror} has may be those, and a backfill would delete them: run `crossfade verify` first, which says what to do"
-        )
-        .into());
-    }
+    lives::sure(&control, authority).await?;
     let mut tables = copyable(arguments.chosen.tables(&catalog)?);
     if authority == Side::Old && !arguments.chosen.any_named() {
         // Their rows come over when they are written; by name they are filled now.

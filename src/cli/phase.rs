@@ -94,7 +94,11 @@ async fn accept(config: &Config, who: &str, side: Side, why: &str) -> Result<boo
         println!("{side}: no row there says that it is the authority; nothing is to be accepted");
         return Ok(false);
     };
-    let begun = lives::authority(&client, side, holds.epoch, holds.phase.mirror().is_some()).await?;
+    let life = lives::read(&client, side).await?;
+    let begun = match &life {
+        Some(life) => lives::authority(&client, side, life, holds.epoch, holds.phase.mirror().is_some()).await?,
+        None => None,
+    };
     if begun.is_none() {
         println!("{side}: nothing has begun there that was not looked at");
         return Ok(false);

@@ -46,6 +46,10 @@ fn for_people(document: &Value) -> String {
             Some(why) => notes.push(format!("stays on the authority: {why}")),
             None => notes.push("may be served by new".to_owned()),
         }
+        let by: Vec<&str> = shape["applications"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        if !by.is_empty() {
+            notes.push(format!("by {}", by.join(", ")));
+        }
         out += &format!("            {}\n", notes.join("; "));
         let found = &shape["compared"];
         if found.is_object() {

@@ -68,11 +68,7 @@ pub async fn verify(path: &Path, arguments: VerifyArguments) -> Result<bool, Tro
     let doubt = lives::read(&control, authority).await?.and_then(|life| life.doubt);
     if let Some(doubt) = doubt.as_ref().filter(|_| arguments.repair) {
         if !arguments.force {
-            return Err(format!(
-                "{doubt}. Rows that only {mirror} has may be those, and --repair would delete them: look at them (without --repair; --json shows all), bring back to {authority} what must stay, \
-                 and give up the rest by --repair --force"
-            )
-            .into());
+            lives::sure(&control, authority).await?;
         }
         lives::believe(&control, authority).await?;
         let detail = serde_json::json!({ "side": authority, "given_up": doubt });

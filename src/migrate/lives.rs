@@ -44,6 +44,11 @@ pub struct Life {
 }
 
 impl Life {
+    /// The same, of a side of which it is known that it has lost something.
+    pub fn lost(self) -> Life {
+        Life { known: Some((String::new(), 0)), ..self }
+    }
+
     /// None: it is the one that was looked at.
     pub fn begun(&self) -> Option<Begun> {
         match &self.known {
@@ -78,9 +83,15 @@ pub async fn read(client: &Client, side: Side) -> Result<Option<Life>, Error> {
     Ok(Some(Life { now: (row.get(0), row.get(1)), known, doubt: row.get(4) }))
 }
 
-/// Looks at the authority, with both sides' phase rows read behind its new life. `mirrored`: writes are. Returns what has begun there.
-pub async fn authority(client: &Client, side: Side, epoch: u64, mirrored: bool) -> Result<Option<Begun>, Error> {
-    let Some(life) = read(client, side).await? else { return Ok(None) };
+/// Looks at the authority in a life that was read before both sides' phase rows: another one that has begun since is looked at the next time. `mirrored`: writes
+/// are. Returns what has begun there.
+pub async fn authority(
+    client: &Client,
+    side: Side,
+    life: &Life,
+    epoch: u64,
+    mirrored: bool,
+) -> Result<Option<Begun>, Error> {
     let Some(begun) = life.begun() else { return Ok(None) };
     let doubt = (begun == Begun::Promoted && mirrored).then(|| {
         format!(
@@ -95,7 +106,7 @@ pub async fn authority(client: &Client, side: Side, epoch: u64, mirrored: bool) 
             client.query(DRAWN, &[]).await?;
             client.batch_execute("UPDATE crossfade.verified SET equal_owings = NULL").await?;
         }
-        note(client, side, &life, begun, epoch, doubt.as_deref()).await?;
+        note(client, side, life, begun, epoch, doubt.as_deref()).await?;
         client.batch_execute("COMMIT").await
     };
     finish(client, side, write.await).await?;
@@ -134,6 +145,22 @@ pub async fn mirror(
     finish(mirror, side, write.await).await?;
     tell(side, begun, (begun == Begun::Promoted).then_some("it may lack rows: all tables are owed"));
     Ok(Some(begun))
+}
+
+/// Err: the authority may lack what it had acknowledged, so that nothing that only the mirror has may be deleted there.
+pub async fn sure(client: &Client, side: Side) -> Result<(), Error> {
+    let Some(life) = read(client, side).await? else { return Ok(()) };
+    let doubt = match life.begun() {
+        Some(Begun::Promoted) => Some(format!("{side} was promoted or restored, and nobody has looked at it yet")),
+        _ => life.doubt,
+    };
+    doubt.map_or(Ok(()), |doubt| {
+        Err(Error::Unfit(format!(
+            "{doubt}. Rows that only {} has may be those, and would be deleted there: look with `crossfade verify`, bring back to {side} what must stay, and give up the rest by \
+             `crossfade verify --repair --force`",
+            side.other()
+        )))
+    })
 }
 
 /// Somebody has looked at what the authority may lack, and says that it counts as it is.

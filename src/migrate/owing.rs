@@ -22,7 +22,9 @@ const READ: &str = "SELECT id, carrier_xid, carrier_incarnation::text, (extract(
     FROM crossfade.ledger ORDER BY id LIMIT $1";
 
 /// Tables that a proxy keeps from being served: it is adding to what is owed.
-const BLOCKED: &str = "SELECT number FROM crossfade.blocked WHERE until > clock_timestamp()";
+/// NULL: of an authority that may lack what it had acknowledged, or that nobody has looked at since a crash, nothing is read elsewhere.
+const BLOCKED: &str = "SELECT number FROM crossfade.blocked WHERE until > clock_timestamp() UNION ALL SELECT NULL FROM crossfade.life \
+    WHERE doubt IS NOT NULL OR incarnation IS DISTINCT FROM (SELECT id FROM crossfade.incarnation LIMIT 1)";
 
 /// $2 in milliseconds. Two proxies may want the same tables.
 const BLOCK: &str = "INSERT INTO crossfade.blocked AS b (number, until) \
@@ -50,7 +52,9 @@ pub async fn owing(
     let authority = At { side: side.other(), client: authority, patience: PATIENCE };
     // Before the ledger: who finds that a block has ended finds the debts that were acknowledged under it.
     let blocked = authority.rows("reading what is blocked", BLOCKED, &[]).await?;
-    let mut tables: HashSet<u32> = blocked.iter().map(|row| row.get::<_, i32>(0) as u32).collect();
+    let blocked: Option<HashSet<u32>> =
+        blocked.iter().map(|row| row.get::<_, Option<i32>>(0).map(|number| number as u32)).collect();
+    let Some(mut tables) = blocked else { return Ok(None) };
     let rows = authority.rows("reading the ledger", READ, &[&(ROWS + 1)]).await?;
     if rows.len() as i64 > ROWS {
         return Ok(None);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::backfill;
 use super::error::{Error, Meaning};
 use super::link::Pair;
-use super::lives::{self, Begun};
+use super::lives;
 use super::locks::{self, Kind};
 use super::payable::{self, Entry, State};
 use super::reconcile::{self, Outcome};
@@ -180,12 +180,11 @@ impl Repair {
         let mut summary = Summary::default();
         let (mut after, until) = (0, self.last_id().await?);
         if until > 0 {
-            let life = lives::read(&self.pair.authority.client, self.pair.authority.side).await?;
-            // Nor where nobody has looked at it yet.
-            self.doubt = life.and_then(|life| match life.begun() {
-                Some(Begun::Promoted) => Some(format!("{} was promoted", self.pair.authority.side)),
-                _ => life.doubt,
-            });
+            self.doubt = match lives::sure(&self.pair.authority.client, self.pair.authority.side).await {
+                Ok(()) => None,
+                Err(Error::Unfit(doubt)) => Some(doubt),
+                Err(error) => return Err(error),
+            };
         }
         // Not further: under load there is always a newer row.
         while after < until {
@@ -360,11 +359,7 @@ impl Repair {
         let number = table.number;
         // Walks delete what only the mirror has.
         if let Some(doubt) = self.doubt.clone().filter(|_| owes.whole || !owes.ranges.is_empty()) {
-            let why = format!(
-                "{doubt}; rows that only {} has may be those: look with `crossfade verify`, then bring them back by hand, or give them up by `crossfade verify --repair --force`",
-                self.pair.mirror.side
-            );
-            ledger.none_of(number, &Owes { keys: HashSet::new(), ..owes.clone() }, &Unpaid::Refused(why));
+            ledger.none_of(number, &Owes { keys: HashSet::new(), ..owes.clone() }, &Unpaid::Refused(doubt));
         } else if owes.whole && self.pay_whole(table, owes, ledger).await? {
             return Ok(());
         }

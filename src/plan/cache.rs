@@ -1,7 +1,8 @@
 //! Plans by shape, bounded by bytes.
 
-use std::sync::Arc;
+use std::hash::{Hash, Hasher};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use quick_cache::sync::Cache;
@@ -12,6 +13,64 @@ use super::lazy::Lazy;
 use super::read::Read;
 use super::route::Route;
 use crate::sql::facts::{Facts, Verb};
+
+/// A client's application_name.
+#[derive(Clone, Debug)]
+pub struct Application {
+    name: Arc<str>,
+    /// One of 64, by its hash: whether a statement knows it is seen without a lock.
+    bit: u64,
+}
+
+impl Default for Application {
+    fn default() -> Application {
+        Application::new("")
+    }
+}
+
+impl Application {
+    /// Of this name; empty: it has none.
+    pub fn new(name: &str) -> Application {
+        let mut hasher = std::hash::DefaultHasher::new();
+        name.hash(&mut hasher);
+        Application { name: name.into(), bit: 1 << (hasher.finish() % 64) }
+    }
+}
+
+/// Names of applications that are kept of one statement, at most.
+const APPLICATIONS: usize = 8;
+
+/// How often a statement was about to run, and by whom.
+#[derive(Debug, Default)]
+pub struct Seen {
+    count: AtomicU64,
+    known: AtomicU64,
+    names: Mutex<Vec<Arc<str>>>,
+}
+
+impl Seen {
+    /// How often.
+    pub fn count(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+
+    /// By whom: some of them, where there are many.
+    pub fn applications(&self) -> Vec<Arc<str>> {
+        self.names.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    fn note(&self, by: &Application) {
+        self.count.fetch_add(1, Ordering::Relaxed);
+        if self.known.load(Ordering::Relaxed) & by.bit == 0
+            && self.known.fetch_or(by.bit, Ordering::Relaxed) & by.bit == 0
+        {
+            let mut names = self.names.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            if names.len() < APPLICATIONS && !by.name.is_empty() {
+                names.push(by.name.clone());
+            }
+        }
+    }
+}
 
 /// A statement's facts and plan. `facts.end` is that of the text it was first read from, and of no other.
 #[derive(Clone, Debug)]
@@ -28,8 +87,8 @@ pub struct Planned {
     pub lazy: Lazy,
     /// It may change what the session's later statements see beside rows: settings, role, temporary tables.
     pub alters: bool,
-    /// How often it was about to run.
-    pub seen: Arc<AtomicU64>,
+    /// How often it was about to run, and by whom.
+    pub seen: Arc<Seen>,
     /// See `refuse`.
     pub refused: Arc<AtomicBool>,
 }
@@ -69,8 +128,8 @@ impl Planned {
     }
 
     /// It was about to run once more.
-    pub fn see(&self) {
-        self.seen.fetch_add(1, Ordering::Relaxed);
+    pub fn see(&self, by: &Application) {
+        self.seen.note(by);
     }
 
     /// The plan of DO with this body: one that cannot end its transaction may run in a block of ours, where the audit sees what it writes.
@@ -157,7 +216,7 @@ impl Plans {
     /// Shapes that were seen and that neither side can answer alone where some tables stay on old, at most 100.
     pub fn split(&self) -> Vec<String> {
         let split = |planned: &Planned| matches!(planned.route, Route::Both { .. } | Route::Ambiguous(_));
-        let seen = |planned: &Planned| planned.seen.load(Ordering::Relaxed) > 0;
+        let seen = |planned: &Planned| planned.seen.count() > 0;
         let found = self.cache.iter().filter(|(_, planned)| split(planned) && seen(planned));
         let mut shapes: Vec<String> =
             found.map(|(key, _)| String::from_utf8_lossy(&key.shape).into_owned()).take(100).collect();

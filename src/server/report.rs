@@ -1,6 +1,7 @@
 //! What `crossfade report` shows: the statements that this proxy has planned, by shape, with what becomes of each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 
@@ -10,23 +11,30 @@ use crate::plan::read::{Read, stays_because};
 use crate::plan::route::Route;
 use crate::shared::Shared;
 
+/// Of one shape: how often it was seen, by whom, and what was last planned for it.
+type Shape = (u64, BTreeSet<Arc<str>>, Arc<Planned>);
+
 /// One document: totals, and the shapes, those seen most often first. Shapes hold no values.
 pub fn report(shared: &Shared) -> Value {
     let world = shared.world.load();
-    let mut shapes: BTreeMap<Vec<u8>, (u64, std::sync::Arc<Planned>)> = BTreeMap::new();
+    let mut shapes: BTreeMap<Vec<u8>, Shape> = BTreeMap::new();
     let of_this_world = |generation: u64| generation == world.generation;
     for (key, planned) in shared.plans.all() {
-        let seen = planned.seen.load(std::sync::atomic::Ordering::Relaxed);
-        let entry = shapes.entry(key.shape.to_vec()).or_insert_with(|| (0, planned.clone()));
-        entry.0 += seen;
+        let entry = shapes.entry(key.shape.to_vec()).or_insert_with(|| (0, BTreeSet::new(), planned.clone()));
+        entry.0 += planned.seen.count();
+        entry.1.extend(planned.seen.applications());
         if of_this_world(key.generation) {
-            entry.1 = planned;
+            entry.2 = planned;
         }
     }
-    let mut shapes: Vec<_> = shapes.into_iter().filter(|(_, (seen, _))| *seen > 0).collect();
-    shapes.sort_by_key(|(_, (seen, _))| std::cmp::Reverse(*seen));
-    let shapes: Vec<Value> =
-        shapes.into_iter().map(|(shape, (seen, planned))| of_shape(shared, shape, seen, &planned)).collect();
+    let mut shapes: Vec<_> = shapes.into_iter().filter(|(_, (seen, ..))| *seen > 0).collect();
+    shapes.sort_by_key(|(_, (seen, ..))| std::cmp::Reverse(*seen));
+    let told = shapes.into_iter().map(|(shape, (seen, by, planned))| {
+        let mut told = of_shape(shared, shape, seen, &planned);
+        told["applications"] = by.iter().map(|name| &**name).collect();
+        told
+    });
+    let shapes: Vec<Value> = told.collect();
     json!({ "phase": world.phase, "epoch": world.epoch, "reads": shared.reads.tally.totals(), "shapes": shapes })
 }
 

@@ -8,7 +8,7 @@ use bytes::Bytes;
 
 use super::moved::Bound;
 use crate::plan::Splice;
-use crate::plan::cache::Planned;
+use crate::plan::cache::{Application, Planned};
 
 /// What a plan depends on beside its text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +73,8 @@ pub struct Settings {
     pub custom: BTreeSet<String>,
     /// client_encoding, as ParameterStatus last said.
     pub client_encoding: String,
+    /// application_name, as ParameterStatus last said.
+    pub application: Application,
     /// standard_conforming_strings is off: backslashes escape, and our lexer does not read such text.
     pub escapes: bool,
     /// A statement under way may change how texts are read. The server says so only with its next ReadyForQuery.

@@ -449,7 +449,7 @@ impl Session {
             Plan::Capture(_) | Plan::Truncate(_) | Plan::Copy(_) => "write",
             Plan::Opaque(_) => "opaque",
         };
-        planned.see();
+        planned.see(&self.settings.application);
         self.note_for_serving(planned);
         self.shared.metrics.statements.with_label_values(&[class, self.side.name()]).inc();
         if let Plan::Opaque(opaque) = &planned.plan {

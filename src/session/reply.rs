@@ -9,6 +9,7 @@ use super::expect::{Cut, Done, Entered, Fit, Kind, Look, To, Told, Written, fit}
 use super::{End, Session, whole};
 use crate::catalog::Table;
 use crate::mirror::writes::{Op, RolledBack};
+use crate::plan::cache::Application;
 use crate::plan::weave::Positions;
 use crate::plan::{Effect, image};
 use crate::shared::lock;
@@ -226,6 +227,7 @@ impl Session {
         if let (Ok(name), Ok(value)) = (fields.string(), fields.string()) {
             match name {
                 b"client_encoding" => self.settings.client_encoding = String::from_utf8_lossy(value).into_owned(),
+                b"application_name" => self.settings.application = Application::new(&String::from_utf8_lossy(value)),
                 b"standard_conforming_strings" => self.settings.escapes = value == b"off",
                 _ => {}
             }

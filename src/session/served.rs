@@ -450,7 +450,7 @@ impl Session {
 
     /// What a read that new has answered leaves in our books.
     fn note_served(&mut self, asked: &Asked, planned: &Arc<Planned>) {
-        planned.see();
+        planned.see(&self.settings.application);
         self.shared.metrics.statements.with_label_values(&["pass", Side::New.name()]).inc();
         self.portals.remove(&b""[..]);
         let Some(piped) = &asked.piped else {

@@ -364,7 +364,7 @@ impl Session {
         }
         if self.is_away() {
             let class = if planned.facts.targets.is_empty() { "pass" } else { "write" };
-            planned.see();
+            planned.see(&self.settings.application);
             self.shared.metrics.statements.with_label_values(&[class, self.side.name()]).inc();
         } else if planned.alters {
             self.legs.alters();

@@ -13,10 +13,10 @@ use super::fleet::{self, Seen};
 use super::mover::{self, MoveError, next};
 use super::record;
 use super::rows::{self, Holds, Verdict};
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, Sides};
 use crate::config::Config;
 use crate::migrate;
-use crate::migrate::lives::{self, Begun};
+use crate::migrate::lives::{self, Begun, Life};
 use crate::phase::{Phase, Side};
 use crate::shared::{Shared, World, lock};
 
@@ -33,12 +33,13 @@ const SILENT: Duration = Duration::from_secs(10);
 pub async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
     let config = shared.config.load_full();
     let world = shared.world.load_full();
-    let (holds, both) = believed(&config).await?;
+    let Believed { holds, life } = believed(&config).await?;
     let authority = holds.phase.authority();
-    if both {
+    if let Some(life) = life {
         // Before debts are numbered, and before the row is believed without the other side.
         let client = Shared::database(&config, authority).connect("crossfade").await?;
-        let begun = lives::authority(&client, authority, holds.epoch, holds.phase.mirror().is_some()).await?;
+        let mirrored = holds.phase.mirror().is_some();
+        let begun = lives::authority(&client, authority, &life, holds.epoch, mirrored).await?;
         if begun.is_some_and(|begun| begun != Begun::First) {
             shared.metrics.new_lives.with_label_values(&[authority.name()]).inc();
         }
@@ -66,26 +67,39 @@ pub async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
     Ok(())
 }
 
-/// What holds, and whether both sides have said so.
-async fn believed(config: &Config) -> Result<(Holds, bool), MoveError> {
+/// What holds.
+struct Believed {
+    holds: Holds,
+    /// The life of the authority in which both sides have said so; None: one of them was not heard, or its schema has no place for it.
+    life: Option<Life>,
+}
+
+async fn believed(config: &Config) -> Result<Believed, MoveError> {
     let (old, new) = tokio::join!(config.old.connect("crossfade"), config.new.connect("crossfade"));
-    let row = async |client: &Result<Client, _>, side| match client {
-        Ok(client) => rows::read(client, side).await.map(Some),
+    // The life first: the row is no older.
+    let read = async |client: &Result<Client, _>, side| match client {
+        Ok(client) => Ok::<_, MoveError>(Some((lives::read(client, side).await?, rows::read(client, side).await?))),
         Err(_) => Ok(None),
     };
-    let (old_row, new_row) = (row(&old, Side::Old).await?, row(&new, Side::New).await?);
-    let both = old_row.is_some() && new_row.is_some();
-    match rows::judge(old_row.flatten(), new_row.flatten()) {
+    let heard = Sides { old: read(&old, Side::Old).await?, new: read(&new, Side::New).await? };
+    let both = heard.old.is_some() && heard.new.is_some();
+    let row = |side: Side| heard.get(side).as_ref().and_then(|(_, row)| *row);
+    let life = |side: Side| heard.get(side).as_ref().filter(|_| both).and_then(|(life, _)| life.clone());
+    match rows::judge(row(Side::Old), row(Side::New)) {
         // Without a word from old nothing is known: a row there may point anywhere.
-        Verdict::Fresh if old_row.is_none() => Err(match old {
+        Verdict::Fresh if heard.old.is_none() => Err(match old {
             Err(error) => error.into(),
             Ok(_) => MoveError::Closed("old cannot be reached".into()),
         }),
-        Verdict::Fresh if both => Ok((Holds { epoch: 0, phase: Phase::Old }, true)),
-        Verdict::Fresh => alone(Holds { epoch: 0, phase: Phase::Old }, old.ok()).await,
-        Verdict::Holds(holds) if both => Ok((holds, true)),
+        Verdict::Fresh => {
+            let holds = Holds { epoch: 0, phase: Phase::Old };
+            alone(holds, heard.old.clone().filter(|_| !both).and_then(|(life, _)| life))?;
+            Ok(Believed { holds, life: life(Side::Old) })
+        }
         Verdict::Holds(holds) => {
-            alone(holds, if holds.phase.authority() == Side::Old { old.ok() } else { new.ok() }).await
+            let side = holds.phase.authority();
+            alone(holds, heard.get(side).as_ref().filter(|_| !both).and_then(|(life, _)| life.clone()))?;
+            Ok(Believed { holds, life: life(side) })
         }
         Verdict::Unclaimed(holds) => {
             let side = holds.phase.authority();
@@ -102,25 +116,27 @@ async fn believed(config: &Config) -> Result<(Holds, bool), MoveError> {
             let pause = config.moves.pause.as_millis();
             client.batch_execute(&format!("SET lock_timeout = {pause}; SET client_min_messages = error")).await?;
             epoch::turn(&client, side, (&config.name, None), holds, ("claim", &detail)).await?;
-            Ok((holds, true))
+            let life = match life(side) {
+                Some(life) => Some(life),
+                // It had no schema, and must have had one: it has lost more than a row.
+                None => lives::read(&client, side).await?.map(Life::lost),
+            };
+            Ok(Believed { holds, life })
         }
     }
 }
 
-/// What the authority alone says, where the other side cannot be reached. Not where it may have lost a later row (B1).
-async fn alone(holds: Holds, client: Option<Client>) -> Result<(Holds, bool), MoveError> {
+/// What the authority alone says, in this life, where the other side cannot be reached: not where it may have lost a later row (B1).
+fn alone(holds: Holds, life: Option<Life>) -> Result<(), MoveError> {
     let side = holds.phase.authority();
-    if let Some(client) = client
-        && let Some(life) = lives::read(&client, side).await?
-        && life.begun().is_some_and(|begun| begun != Begun::First)
-    {
-        return Err(MoveError::Closed(format!(
+    match life.as_ref().and_then(Life::begun) {
+        None | Some(Begun::First) => Ok(()),
+        Some(_) => Err(MoveError::Closed(format!(
             "{side} has crashed or was promoted since anybody looked, and {} cannot be reached: the phase row there may be a later one. Clients are served when it answers; \
              if it is gone for good: `crossfade phase --accept {side} --reason TEXT`",
             side.other()
-        )));
+        ))),
     }
-    Ok((holds, false))
 }
 
 /// Definitions of a phase with a mirror. From one such phase to another they stay what they are: clients wait meanwhile.

@@ -3,7 +3,7 @@
 
 use crate::common::raw;
 use crate::stage::{Stage, ask, held, pipeline};
-use crate::within::same_answers;
+use crate::within::{all_answered_alike, all_exact, same_answers};
 
 const SCHEMA: &str = r#"
     CREATE TABLE a (id int PRIMARY KEY, v text, n int NOT NULL DEFAULT 7);
@@ -76,16 +76,7 @@ const ERRORS: &[&str] = &[
 ];
 
 async fn exact(stage: &Stage, statements: &[&'static str]) {
-    let client = stage.client().await;
-    for sql in statements {
-        for extended in [false, true] {
-            client.batch_execute(ROWS).await.expect("fills");
-            let story = stage.story(sql).await;
-            same_answers(stage, sql, extended).await;
-            let rows = held(stage.sides().0, ALL).await;
-            story.exact(&[(ALL, &rows.iter().map(String::as_str).collect::<Vec<_>>())]).await;
-        }
-    }
+    all_exact(stage, ROWS, ALL, statements).await;
 }
 
 #[tokio::test]
@@ -104,11 +95,7 @@ async fn merge_is_captured_from_17_on_and_the_client_sees_nothing_of_it() {
     let client = stage.client().await;
     client.batch_execute(ROWS).await.expect("fills");
     let story = stage.story("errors").await;
-    for sql in ERRORS {
-        for extended in [false, true] {
-            same_answers(&stage, sql, extended).await;
-        }
-    }
+    all_answered_alike(&stage, ERRORS).await;
     story.exact_after_failures(&[("a", &["(1,one,7)", "(2,two,7)", "(3,,7)", "(4,four,7)"])]).await;
     blocks(&stage).await;
     left_to_the_audit(&stage).await;

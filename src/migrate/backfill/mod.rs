@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use super::error::{Error, Meaning};
 use super::link::{Link, Pair, Settings, connect};
+use super::lives;
 use super::lock;
 use super::pace::Pace;
 use super::queue::Queue;
@@ -209,7 +210,10 @@ impl<'a> Worker<'a> {
         let (authority, mirror) = (&self.backfill.authority, &self.backfill.mirror);
         let settings = Settings { patience: self.options.patience, ..Settings::default() };
         let reader = Link::new(side, connect(authority, side, NAME).await?, settings.patience);
-        Lane::new(Pair::open(side, (authority, mirror), NAME, settings).await?, reader, self.common).await
+        let pair = Pair::open(side, (authority, mirror), NAME, settings).await?;
+        // Also where the connection was lost meanwhile: what is found in work is made equal by deleting, too.
+        lives::sure(&pair.authority.client, side).await?;
+        Lane::new(pair, reader, self.common).await
     }
 
     /// Does one piece; gives what is to be done because of it.
