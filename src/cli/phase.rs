@@ -156,6 +156,7 @@ async fn carry_out(config: Config, want: Phase, ask: &Ask, json: bool) -> Result
     let (name, file) = (config.name.clone(), config.phase);
     let shared = Arc::new(server::share(config)?);
     learn(&shared).await?;
+    server::lives::look_once(&shared).await;
     let mut steps = Vec::new();
     let stays = loop {
         let holds = shared.world.load().phase;

@@ -7,7 +7,7 @@ pub mod http;
 mod jobs;
 mod late;
 mod listen;
-mod lives;
+pub mod lives;
 mod logins;
 mod reads;
 mod report;

@@ -116,10 +116,12 @@ async fn believed(config: &Config) -> Result<Believed, MoveError> {
             let pause = config.moves.pause.as_millis();
             client.batch_execute(&format!("SET lock_timeout = {pause}; SET client_min_messages = error")).await?;
             epoch::turn(&client, side, (&config.name, None), holds, ("claim", &detail)).await?;
-            let life = match life(side) {
-                Some(life) => Some(life),
-                // It had no schema, and must have had one: it has lost more than a row.
-                None => lives::read(&client, side).await?.map(Life::lost),
+            let life = match heard.get(side) {
+                // It has no schema, and must have had one: it has lost more than a row.
+                Some((None, None)) => lives::read(&client, side).await?.map(Life::lost),
+                Some(_) => life(side),
+                // It was not heard in time, so that nothing is known of its row.
+                None => None,
             };
             Ok(Believed { holds, life })
         }
