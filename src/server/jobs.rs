@@ -18,6 +18,7 @@ use crate::migrate::repair::Repair;
 use crate::migrate::{self, Pair};
 use crate::phase::Side;
 use crate::shared::{Paid, Shared, World, lock};
+use crate::switch::learn::Follower;
 use crate::switch::mover::{self, Stays};
 use crate::switch::record::Ask;
 use crate::switch::renew::{renew, renew_if_other, renew_staying};
@@ -70,7 +71,7 @@ fn further(stop: &watch::Sender<Stop>) {
 }
 
 /// Starts all jobs.
-pub fn start(shared: &Arc<Shared>) {
+pub fn start(shared: &Arc<Shared>, follower: Follower) {
     tokio::spawn(clear(shared.clone()));
     tokio::spawn(repair(shared.clone()));
     for side in Side::BOTH {
@@ -82,7 +83,7 @@ pub fn start(shared: &Arc<Shared>) {
     tokio::spawn(super::reads::block(shared.clone()));
     tokio::spawn(super::reads::keep(shared.clone()));
     tokio::spawn(observe(shared.clone()));
-    tokio::spawn(crate::switch::learn::follow(shared.clone()));
+    tokio::spawn(crate::switch::learn::follow(shared.clone(), follower));
     tokio::spawn(move_phase(shared.clone()));
     tokio::spawn(super::sweep::follow(shared.clone()));
     tokio::spawn(super::sweep::watch(shared.clone()));

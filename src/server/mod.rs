@@ -32,7 +32,7 @@ use crate::phase::Phase;
 use crate::plan::cache::Plans;
 use crate::shared::{Cancels, PaidQueue, Shared, World, lock};
 use crate::switch::gate::Gate;
-use crate::switch::learn::learn;
+use crate::switch::learn::{Follower, learn};
 
 /// Why the proxy could not run.
 #[derive(Debug, thiserror::Error)]
@@ -92,7 +92,7 @@ pub async fn run(path: &Path) -> Result<(), RunError> {
     if !settle_phase(&shared, stopping.clone()).await {
         return Ok(());
     }
-    jobs::start(&shared);
+    jobs::start(&shared, Follower::appear(&shared).await);
     listen::serve(listener, shared, stopping).await
 }
 

@@ -197,7 +197,7 @@ async fn draw_debt_numbers(shared: &Shared, authority: &Client, side: Side) {
 
 /// Looks at the side that is authority, now and then and whenever a session was overtaken.
 #[derive(Default)]
-struct Follower {
+pub struct Follower {
     eye: Option<(Side, Client)>,
     /// The gate is closed: another proxy has announced the end of this epoch.
     still: Option<u64>,
@@ -206,8 +206,7 @@ struct Follower {
 }
 
 /// Follows other proxies for as long as this one runs.
-pub async fn follow(shared: Arc<Shared>) {
-    let mut follower = Follower::default();
+pub async fn follow(shared: Arc<Shared>, mut follower: Follower) {
     loop {
         tokio::select! {
             () = shared.overtaken.notified() => {}
@@ -242,6 +241,16 @@ pub async fn follow(shared: Arc<Shared>) {
 }
 
 impl Follower {
+    /// Whoever moves must know of this proxy before it serves clients: one that is on no list is taken for dead, and its sessions are ended.
+    pub async fn appear(shared: &Shared) -> Follower {
+        let mut follower = Follower::default();
+        if let Err(error) = follower.look(shared).await {
+            debug!(%error, "the other proxies do not know of this one yet");
+            follower.eye = None;
+        }
+        follower
+    }
+
     async fn look(&mut self, shared: &Shared) -> Result<Option<Seen>, MoveError> {
         let side = shared.world.load().phase.authority();
         if self.eye.as_ref().is_none_or(|(known, client)| *known != side || client.is_closed()) {
