@@ -75,14 +75,16 @@ struct Fleet {
 impl Fleet {
     /// Three proxies in `old`; the first is the one whose file is edited.
     async fn start() -> Fleet {
-        let databases = Databases::start(&[]).await;
+        // Of 48 clients each has up to three sessions on a side, and each proxy its jobs.
+        let databases = Databases::start(&[("max_connections", "400")]).await;
         for side in [&databases.old, &databases.new] {
             side.psql(DATABASE, HOLDS).await.expect("makes the function");
         }
         databases.run_on_both(SCHEMA).await;
         for side in [&databases.old, &databases.new] {
             let url = side.url_as(APP.0, APP.1, DATABASE);
-            pgbench(&databases.old.program("pgbench"), &url, &["-i", "-q", "-s", "1"]).await;
+            let scale = if proof() { "8" } else { "1" };
+            pgbench(&databases.old.program("pgbench"), &url, &["-i", "-q", "-s", scale]).await;
         }
         if !proof() {
             databases
