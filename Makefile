@@ -47,13 +47,13 @@ test-only:
 versions: setup
 	scripts/versions $(PAIRS)
 
-# The same programs as in `make test`, so that nothing is built anew.
+# Full counts want optimised programs, with the debug build's checks: some minutes to build.
 proof: setup
 	@export CROSSFADE_PROOF=1 CROSSFADE_LARGE_MB=1000; \
 	if $(CARGO) nextest --version >/dev/null 2>&1; then \
-		set -x; $(CARGO) nextest run --locked --no-fail-fast --profile proof --test-threads $$(nproc); \
+		set -x; $(CARGO) nextest run --locked --no-fail-fast --cargo-profile proof --profile proof --test-threads $$(nproc); \
 	else \
-		set -x; $(CARGO) test --locked --no-fail-fast; \
+		set -x; $(CARGO) test --locked --profile proof --no-fail-fast; \
 	fi
 
 mutants: setup

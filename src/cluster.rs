@@ -170,7 +170,13 @@ impl Builder {
             server: None,
             watchdog,
         };
-        let defaults = [("fsync", "off"), ("listen_addresses", "127.0.0.1"), ("log_line_prefix", "%m [%p] %q%u@%d ")];
+        // What a server that is killed leaves in shared memory must go with its directory.
+        let defaults = [
+            ("fsync", "off"),
+            ("listen_addresses", "127.0.0.1"),
+            ("log_line_prefix", "%m [%p] %q%u@%d "),
+            ("dynamic_shared_memory_type", "mmap"),
+        ];
         cluster.configure(&defaults)?;
         for (key, value) in &self.settings {
             cluster.configure(&[(key, value)])?;

@@ -17,7 +17,7 @@ use super::tokens;
 use super::walk;
 use crate::catalog::{Catalog, Sides, Table};
 use crate::ledger::clear::{ClearError, Clearing, flush_and_clear};
-use crate::ledger::debts::{Debt, Values};
+use crate::ledger::debts::{Debt, Values, decode};
 use crate::phase::Side;
 
 /// What one pass did. Counts are of ledger rows, but for `repaired_rows`.
@@ -97,9 +97,24 @@ impl Ledger {
 /// What one table owes.
 #[derive(Clone, Default)]
 struct Owes {
-    whole: bool,
+    /// All of it, by these debts of these ledger rows.
+    whole: Vec<(i64, Debt)>,
     keys: HashSet<Values>,
     ranges: HashSet<Bounds>,
+}
+
+impl Owes {
+    fn add(&mut self, id: i64, debt: &Debt) {
+        match debt {
+            Debt::Key { key, .. } => drop(self.keys.insert(key.clone())),
+            Debt::Range { after, upto, .. } => {
+                self.ranges.insert(Bounds { after: after.clone(), upto: upto.clone() });
+            }
+            Debt::Table { .. } | Debt::Taint { .. } => self.whole.push((id, debt.clone())),
+            // Paid by their tokens.
+            Debt::Row { .. } => {}
+        }
+    }
 }
 
 /// The first wait before a refused debt is tried again; doubled each time.
@@ -283,26 +298,20 @@ impl Repair {
     /// Pays what can be paid. Debts of one table, whichever rows they stand in, are paid together.
     async fn pay(&mut self, entries: &[Entry]) -> Result<Ledger, Error> {
         let mut tables: BTreeMap<u32, Owes> = BTreeMap::new();
-        for debt in entries.iter().flat_map(|entry| &entry.debts) {
+        let mut within: BTreeMap<u32, Owes> = BTreeMap::new();
+        for (id, debt) in entries.iter().flat_map(|entry| entry.debts.iter().map(|debt| (entry.id, debt))) {
             if matches!(debt, Debt::Row { .. }) {
                 continue;
             }
-            let owes = tables.entry(debt.table()).or_default();
-            match debt {
-                Debt::Key { key, .. } => drop(owes.keys.insert(key.clone())),
-                Debt::Range { after, upto, .. } => {
-                    owes.ranges.insert(Bounds { after: after.clone(), upto: upto.clone() });
+            let number = debt.table();
+            match self.catalog.attached.get(&number) {
+                None => tables.entry(number).or_default().add(id, debt),
+                // Which of the root's rows are its own is not known any more.
+                Some(root) => {
+                    within.entry(number).or_default().add(id, debt);
+                    tables.entry(*root).or_default().whole.push((id, debt.clone()));
                 }
-                Debt::Table { .. } | Debt::Taint { .. } | Debt::Row { .. } => owes.whole = true,
             }
-        }
-        let attached: Vec<(u32, u32)> =
-            tables.keys().filter_map(|number| Some((*number, *self.catalog.attached.get(number)?))).collect();
-        let mut within = Vec::new();
-        for (number, root) in attached {
-            // Which of the root's rows are its own is not known any more.
-            within.extend(tables.remove(&number).map(|owes| (number, root, owes)));
-            tables.entry(root).or_default().whole = true;
         }
         let mut ledger = Ledger::default();
         for (number, owes) in tables {
@@ -327,8 +336,9 @@ impl Repair {
                 ledger.none_of(number, &owes, &Unpaid::Refused(error.to_string()));
             }
         }
-        for (number, root, owes) in within {
-            if let Some(why) = ledger.tables.get(&root).cloned() {
+        for (number, owes) in within {
+            let root = self.catalog.attached.get(&number);
+            if let Some(why) = root.and_then(|root| ledger.tables.get(root)).cloned() {
                 ledger.none_of(number, &owes, &why);
             }
         }
@@ -358,9 +368,9 @@ impl Repair {
         }
         let number = table.number;
         // Walks delete what only the mirror has.
-        if let Some(doubt) = self.doubt.clone().filter(|_| owes.whole || !owes.ranges.is_empty()) {
+        if let Some(doubt) = self.doubt.clone().filter(|_| !owes.whole.is_empty() || !owes.ranges.is_empty()) {
             ledger.none_of(number, &Owes { keys: HashSet::new(), ..owes.clone() }, &Unpaid::Refused(doubt));
-        } else if owes.whole && self.pay_whole(table, owes, ledger).await? {
+        } else if !owes.whole.is_empty() && self.pay_whole(table, owes, ledger).await? {
             return Ok(());
         }
         let ranges = if self.doubt.is_some() { HashSet::new() } else { owes.ranges.clone() };
@@ -410,6 +420,11 @@ impl Repair {
             ledger.tables.insert(number, Unpaid::Busy);
             return Ok(false);
         }
+        if !self.is_still_owed(&owes.whole).await? {
+            // Paid by another job since the ledger was read: that of a large table is not walked for nothing.
+            locks::release(&mut self.pair, Kind::Table, &[number]).await?;
+            return Ok(false);
+        }
         let outcome = match reconcile::table(&mut self.pair, table, &mut |_| {}).await {
             Ok(outcome) => outcome,
             Err(error @ (Error::Unfit(_) | Error::Deadline(_))) => {
@@ -429,13 +444,26 @@ impl Repair {
         };
         ledger.repaired += outcome.written + outcome.removed;
         if let Some(why) = why_unpaid(&outcome) {
-            ledger.none_of(number, &Owes { keys: HashSet::new(), whole: true, ranges: owes.ranges.clone() }, &why);
+            ledger.none_of(number, &Owes { ranges: owes.ranges.clone(), ..Owes::default() }, &why);
         }
         let unpaid = ledger.keys.entry(number).or_default();
         unpaid.extend(outcome.locked.into_iter().map(|key| (key, Unpaid::Busy)));
         unpaid.extend(outcome.refused.into_iter().map(|(key, message)| (key, Unpaid::Refused(message))));
         locks::release(&mut self.pair, Kind::Table, &[number]).await?;
         Ok(true)
+    }
+
+    /// The ledger still holds one of these debts.
+    async fn is_still_owed(&mut self, debts: &[(i64, Debt)]) -> Result<bool, Error> {
+        let ids: Vec<i64> = debts.iter().map(|(id, _)| *id).collect();
+        let text = "SELECT id, debts FROM crossfade.ledger WHERE id = ANY ($1)";
+        let rows = self.pair.authority.rows("reading the ledger again", text, &[&ids]).await?;
+        // What cannot be read is owed.
+        Ok(rows.iter().any(|row| {
+            let id: i64 = row.get(0);
+            let Ok(held) = decode(row.get::<_, Vec<u8>>(1)) else { return true };
+            debts.iter().any(|(of, debt)| *of == id && held.contains(debt))
+        }))
     }
 
     /// A backfill is at this table, and repair leaves it to that.

@@ -190,7 +190,7 @@ async fn pass(port: u16, bytes: usize) {
             assert!(tag != b'D' || buffer[..read].iter().all(|byte| *byte == b'x'), "the row arrived whole");
             left -= read;
         }
-        assert_ne!(tag, b'E', "an error");
+        assert_ne!(tag, b'E', "{}", String::from_utf8_lossy(&buffer).trim_end_matches('\0'));
         if tag == b'Z' {
             break;
         }
