@@ -52,6 +52,11 @@ impl World {
     pub fn splits(&self) -> bool {
         self.phase.authority() == Side::New && !self.catalog.stays.is_empty()
     }
+
+    /// New is the authority, and lacks rows of some tables.
+    pub fn merges(&self) -> bool {
+        self.phase.authority() == Side::New && self.catalog.behind.is_some()
+    }
 }
 
 /// A debt whose mirror transaction has answered COMMIT: cleared after the next flush there.

@@ -436,7 +436,7 @@ async fn a_table_that_was_paid_meanwhile_is_not_walked() {
     exec(&m1, &format!("BEGIN; INSERT INTO {first} VALUES (1, 1)")).await;
     world.owe(&[Debt::Table { table: world.table(first).await.number }]).await;
     let (whole, cut) = (Debt::Table { table: last.number }, key(&last, 7));
-    let (cleared, cut_down) = (world.owe(&[whole.clone()]).await, world.owe(&[whole, cut.clone()]).await);
+    let (cleared, cut_down) = (world.owe(std::slice::from_ref(&whole)).await, world.owe(&[whole, cut.clone()]).await);
     let mut repair = world.repair().await;
     let paying = tokio::spawn(async move { repair.pass().await.expect("passes") });
     // The walk over the first waits for the insert.

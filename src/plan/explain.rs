@@ -83,7 +83,10 @@ fn lazily(out: &mut String, text: &str, facts: &Facts, catalog: &Catalog, phase:
     let planned = plan(facts, catalog, phase.authority(), None, true);
     let _ = match lazy(text.as_bytes(), facts, &planned, catalog, phase.authority()) {
         Lazy::Whole => Ok(()),
-        Lazy::Merged(_) => write!(out, ", over merged views (`backfill: lazy`), which read from old what only old has"),
+        Lazy::Merged(merged) => {
+            let point = if merged.point.is_some() { ", by its key from both sides at once; in a block" } else { "" };
+            write!(out, "{point}, over merged views (`backfill: lazy`), which read from old what only old has")
+        }
         Lazy::Brings(brings) => {
             write!(out, ", behind a statement that brings the rows over which only old has of {}", brings.table.label())
         }

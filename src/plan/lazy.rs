@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::point::Point;
 use super::weave::{Renamed, Splice};
 use super::{Effect, Plan};
 use crate::catalog::{Behind, Catalog, Resolution, Table, quote};
@@ -34,6 +35,8 @@ pub struct Merged {
     pub splice: Splice,
     /// Runs before it, in its transaction.
     pub touch: String,
+    /// It may be answered by either side instead, outside a block.
+    pub point: Option<Point>,
 }
 
 /// A statement before which rows are brought over.
@@ -193,6 +196,7 @@ impl View<'_> {
             .collect();
         let mut names = Vec::new();
         let mut means = BTreeSet::new();
+        let mut point = None;
         for relation in &relations.named {
             let Some(table) = self.lazy_table(&relation.name)? else { continue };
             if relation.name.schema.is_none() && relations.ctes.contains(&relation.name.name) {
@@ -206,6 +210,9 @@ impl View<'_> {
             let called = self.called(&tokens, relation, alias).ok_or("form")?;
             self.by_columns_only(&tokens, &namings, &called)?;
             means.extend(means_table(&relation.name, &table));
+            if relations.named.len() == 1 && self.plan == &Plan::Pass && self.facts.inner.is_none() {
+                point = super::point::point(self.text, self.facts, self.catalog, relation, called.clone());
+            }
             let view = crate::ledger::lazy("merged", table.number);
             let text = if alias { view } else { format!("{view} AS {}", name::spell(&called)) };
             names.push(Renamed { tokens: relation.tokens.clone(), text });
@@ -216,7 +223,8 @@ impl View<'_> {
         if OF_TABLES.iter().any(|column| words.contains(*column)) {
             return Err("system-column");
         }
-        Ok(Lazy::Merged(Arc::new(Merged { splice: Splice { names, ..Splice::default() }, touch: touch(&means) })))
+        let splice = Splice { names, ..Splice::default() };
+        Ok(Lazy::Merged(Arc::new(Merged { splice, touch: touch(&means), point })))
     }
 
     /// By which name the statement knows the relation.

@@ -9,6 +9,7 @@ mod decide;
 mod explain;
 pub mod image;
 pub mod lazy;
+pub mod point;
 pub mod read;
 pub mod route;
 mod splice;

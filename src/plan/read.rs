@@ -90,12 +90,19 @@ pub(super) const GRAMMAR: &[&str] = &["coalesce", "exists", "greatest", "groupin
 /// The verdict on a statement of these facts, where `authority` answers otherwise.
 pub fn read(text: &[u8], facts: &Facts, catalog: &Catalog, authority: Side) -> Read {
     match eligible(text, facts, catalog, authority) {
+        Ok(eligible) if eligible.tables.iter().any(|table| table.lazy) => Read::Stays("lazy"),
         Ok(eligible) => Read::Eligible(Arc::new(eligible)),
         Err(reason) => Read::Stays(reason),
     }
 }
 
-fn eligible(text: &[u8], facts: &Facts, catalog: &Catalog, authority: Side) -> Result<Eligible, &'static str> {
+/// Either side may answer it, as far as the statement goes; of lazy tables one side alone may not have all rows.
+pub(super) fn eligible(
+    text: &[u8],
+    facts: &Facts,
+    catalog: &Catalog,
+    authority: Side,
+) -> Result<Eligible, &'static str> {
     match facts.verb {
         Verb::Select => {}
         Verb::Other => return Err("unparsed"),
@@ -161,9 +168,6 @@ fn table(name: &Name, catalog: &Catalog, authority: Side) -> Result<Arc<Table>, 
     }
     if Side::BOTH.iter().any(|&side| *table.row_security.get(side)) {
         return Err("row-security");
-    }
-    if table.lazy {
-        return Err("lazy");
     }
     if table.opaque.is_some() || catalog.heirs.contains_key(&table.number) || !same_form(&table) {
         return Err("definition");

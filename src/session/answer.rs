@@ -1,5 +1,5 @@
-//! New's answer to a read that it serves, passed on to the client as it comes. Until its first row, or its end, the client knows of nothing: then the
-//! authority may still be asked.
+//! The answer to a read of a session for reads, passed on to the client as it comes. Until its first row, or its end, the client knows of nothing: then the
+//! authority's own session may still be asked.
 
 use std::task::Poll;
 
@@ -35,17 +35,17 @@ pub(super) enum Ended {
 
 impl Session {
     /// Waits for the first row or the end, for `mirror.timeout` at most. `swallowed`: answers to messages of ours in front of it.
-    pub(super) async fn answer_begins(&mut self, swallowed: &[u8]) -> Begun {
+    pub(super) async fn answer_begins(&mut self, side: Side, swallowed: &[u8]) -> Begun {
         let limit = self.shared.config.load().mirror.timeout;
         let clock = self.worker.clock.clone();
-        clock.limit(limit, self.first_part(swallowed)).await.unwrap_or(Begun::Late)
+        clock.limit(limit, self.first_part(side, swallowed)).await.unwrap_or(Begun::Late)
     }
 
-    async fn first_part(&mut self, mut swallowed: &[u8]) -> Begun {
+    async fn first_part(&mut self, side: Side, mut swallowed: &[u8]) -> Begun {
         let mut held = BytesMut::new();
         let mut refused = None;
         loop {
-            let Some(seat) = self.seat() else { return Begun::Broken };
+            let Some(seat) = self.seat(side) else { return Begun::Broken };
             let head = match frame::head(&seat.conn.inb) {
                 Ok(Some(head)) if head.fits_server() => head,
                 Ok(None) => match seat.conn.fill().await {
@@ -82,7 +82,7 @@ impl Session {
                 tag if swallowed.first() == Some(&tag) => swallowed = &swallowed[1..],
                 b'T' => {
                     let mut frame = frame;
-                    self.rename_tables(&mut frame);
+                    self.rename_tables(side, &mut frame);
                     held.extend_from_slice(&frame);
                 }
                 _ => held.extend_from_slice(&frame),
@@ -91,7 +91,7 @@ impl Session {
     }
 
     /// RowDescription names tables by the numbers that they have on its server: the client knows the authority's.
-    fn rename_tables(&self, frame: &mut BytesMut) {
+    fn rename_tables(&self, side: Side, frame: &mut BytesMut) {
         let catalog = &self.world.catalog;
         let Ok(count) = frame::Fields::new(&frame[HEAD..]).count() else { return };
         let mut at = HEAD + 2;
@@ -99,7 +99,7 @@ impl Session {
             let Some(end) = memchr::memchr(0, frame.get(at..).unwrap_or_default()) else { return };
             let Some(oid) = frame.get_mut(at + end + 1..at + end + 5) else { return };
             let number = u32::from_be_bytes([oid[0], oid[1], oid[2], oid[3]]);
-            if let Some(table) = catalog.by_oid.get(Side::New).get(&number) {
+            if let Some(table) = catalog.by_oid.get(side).get(&number) {
                 oid.copy_from_slice(&table.oid.get(self.side).to_be_bytes());
             }
             at += end + 19;
@@ -107,13 +107,13 @@ impl Session {
     }
 
     /// Passes the rest on.
-    pub(super) async fn answer_ends(&mut self) -> Ended {
+    pub(super) async fn answer_ends(&mut self, side: Side) -> Ended {
         // Of a frame that is passed on as it comes.
         let mut left = 0;
         loop {
             let limit = self.limit;
             let out = &mut self.client.out;
-            let Some(seat) = super::served::taken(&mut self.serving) else { return Ended::Broken };
+            let Some(seat) = super::served::taken(&mut self.serving, side) else { return Ended::Broken };
             if left > 0 {
                 let count = left.min(seat.conn.inb.len());
                 pass(&mut seat.conn.inb, out, count);
@@ -131,21 +131,21 @@ impl Session {
                     }
                     Ok(Step::Ready) => return Ended::Whole,
                     Ok(Step::More) => {}
-                    Ok(Step::Dismissed) => return self.broke_off(),
+                    Ok(Step::Dismissed) => return self.broke_off(side),
                     Err(why) => return Ended::Gone(End::Mismatch(why)),
                 }
             }
-            if let Err(ended) = self.more(left > 0).await {
+            if let Err(ended) = self.more(side, left > 0).await {
                 return ended;
             }
         }
     }
 
-    /// Moves bytes until some came from new.
-    async fn more(&mut self, within: bool) -> Result<(), Ended> {
+    /// Moves bytes until some came from the server.
+    async fn more(&mut self, side: Side, within: bool) -> Result<(), Ended> {
         let limit = self.limit;
         let client = &mut self.client;
-        let Some(seat) = super::served::taken(&mut self.serving) else { return Err(Ended::Broken) };
+        let Some(seat) = super::served::taken(&mut self.serving, side) else { return Err(Ended::Broken) };
         let moved = std::future::poll_fn(|cx| {
             let crowded = client.out.len() >= limit;
             if let Poll::Ready(Err(error)) = client.poll_flush(cx) {
@@ -163,19 +163,19 @@ impl Session {
         .await;
         match moved {
             Err(Ended::Broken) if within => {
-                Err(Ended::Gone(End::ServerBroke("new broke off in the middle of a row".to_owned())))
+                Err(Ended::Gone(End::ServerBroke(format!("{side} broke off in the middle of a row"))))
             }
-            Err(Ended::Broken) => Err(self.broke_off()),
+            Err(Ended::Broken) => Err(self.broke_off(side)),
             moved => moved,
         }
     }
 
-    /// New ended the session between two frames of its answer.
-    fn broke_off(&mut self) -> Ended {
+    /// The server ended the session between two frames of its answer.
+    fn broke_off(&mut self, side: Side) -> Ended {
         let report = Report::error(
             "08006",
-            "the connection to the new database broke in the middle of its answer",
-            "Repeat the statement: it only reads, and the old database answers it.",
+            format!("the connection to the {side} database broke in the middle of its answer"),
+            "Repeat the statement: it only reads.",
         );
         report.put(&mut self.client.out);
         Ended::Broken
@@ -189,7 +189,7 @@ enum Step {
     Ready,
     /// More bytes are needed.
     More,
-    /// New ends the session.
+    /// The server ends the session.
     Dismissed,
 }
 
@@ -197,7 +197,9 @@ fn step(seat: &mut Seat, out: &mut BytesMut) -> Result<Step, String> {
     let inb = &mut seat.conn.inb;
     let head: Head = match frame::head(inb).map_err(|error| error.to_string())? {
         Some(head) if head.fits_server() => head,
-        Some(head) => return Err(format!("{:?} of {} bytes from new", char::from(head.tag), head.total)),
+        Some(head) => {
+            return Err(format!("{:?} of {} bytes from a session for reads", char::from(head.tag), head.total));
+        }
         None => return Ok(Step::More),
     };
     if head.tag == b'D' {
@@ -212,7 +214,7 @@ fn step(seat: &mut Seat, out: &mut BytesMut) -> Result<Step, String> {
         b'E' if frame::server_error(&inb[HEAD..head.total]).fatal => return Ok(Step::Dismissed),
         b'S' | b'A' => inb.advance(head.total),
         b'C' | b'E' | b'N' | b'I' | b'Z' => pass(inb, out, head.total),
-        tag => return Err(format!("{:?} in the middle of new's answer", char::from(tag))),
+        tag => return Err(format!("{:?} in the middle of the answer to a read", char::from(tag))),
     }
     Ok(if head.tag == b'Z' { Step::Ready } else { Step::Passed(0) })
 }

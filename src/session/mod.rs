@@ -25,6 +25,7 @@ mod legs;
 mod mirrored;
 mod moved;
 mod named;
+mod point;
 mod prove;
 mod reading;
 mod relay;

@@ -68,6 +68,9 @@ impl Session {
             if self.world.phase.serves() && self.serve_read(head).await? {
                 continue;
             }
+            if self.world.merges() && self.read_point(head).await? {
+                continue;
+            }
             if self.world.splits() {
                 match self.turn(head).await {
                     Ok(Turned::Go) => {}

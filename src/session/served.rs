@@ -1,5 +1,5 @@
 //! Reads that new answers although it is not the authority (R1 to R3): over a login of the client of its own, which cannot write, and only while new has all
-//! that this session, or anybody to whom something was acknowledged, can know of. Whatever is in the way, the authority answers.
+//! that this session, or anybody to whom something was acknowledged, can know of. Whatever is in the way, the authority answers. `point` asks both sides so.
 //!
 //! A read comes as a whole: one Query, or Parse, Bind, Describe, Execute, Sync in one piece, outside any block. Its frames stay in the client's buffer until new has
 //! begun to answer, so that nothing has happened where it does not.
@@ -17,6 +17,7 @@ use super::books::{Prepared, Settings, There};
 use super::carry::{greeted, literal};
 use super::{End, Session};
 use crate::backend::connect::{self, Address, read_only, to_database};
+use crate::catalog::Sides;
 use crate::config::{Commit, ServeBy};
 use crate::phase::Side;
 use crate::plan::Plan;
@@ -51,27 +52,31 @@ const STATE: &[u8] = b"SELECT '', CASE WHEN EXISTS (SELECT FROM pg_catalog.pg_cl
     AND name NOT IN ('transaction_isolation', 'transaction_read_only', 'transaction_deferrable', 'default_transaction_read_only', \
     'default_transaction_isolation', 'default_transaction_deferrable', 'session_authorization', 'role', 'is_superuser')";
 
-/// The session on new.
+/// A session for reads.
 pub(super) struct Seat {
     pub(super) conn: Conn<Stream>,
     address: Address,
     key: Bytes,
     /// Texts by the names that they are prepared under.
-    prepared: HashMap<Bytes, Bytes>,
+    pub(super) prepared: HashMap<Bytes, Bytes>,
+    /// So many answers are still to come that nobody wants.
+    pub(super) unwanted: usize,
     counted: prometheus::IntGauge,
 }
 
-/// What a session has on new.
+/// What a session has for reads on one side.
+#[derive(Default)]
 enum Place {
     /// Nothing yet.
+    #[default]
     Empty,
     /// A session.
     Taken(Box<Seat>),
-    /// New did not answer; not before this moment again.
+    /// The server did not answer; not before this moment again.
     Shunned(Instant),
 }
 
-/// Whether new's session has the settings that the authority's has.
+/// Whether the sessions for reads have the settings that the authority's has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// They must be asked for.
@@ -82,9 +87,9 @@ enum State {
     Unfit,
 }
 
-/// What a session needs in order to be served by new.
+/// What a session needs in order to be served by another one than its own.
 pub(super) struct Serving {
-    place: Place,
+    places: Sides<Place>,
     state: State,
     /// When the authority last answered in a phase in which new serves.
     contact: Option<Instant>,
@@ -99,7 +104,7 @@ pub(super) struct Serving {
 impl Serving {
     pub(super) fn new() -> Serving {
         let lot = f64::from(rand::random::<u32>()) / f64::from(u32::MAX);
-        Serving { place: Place::Empty, state: State::Unknown, contact: None, streak: 0, rested: None, lot }
+        Serving { places: Sides::default(), state: State::Unknown, contact: None, streak: 0, rested: None, lot }
     }
 
     /// The authority has answered.
@@ -117,29 +122,29 @@ impl Serving {
     pub(super) fn renew(&mut self, moved: bool) {
         self.state = State::Unknown;
         if moved {
-            (self.contact, self.place) = (None, Place::Empty);
+            (self.contact, self.places) = (None, Sides::default());
         }
     }
 }
 
 /// A read, as it lies in the client's buffer.
 pub(super) struct Asked {
-    text: Bytes,
+    pub(super) text: Bytes,
     /// Of the extended protocol.
-    piped: Option<Piped>,
+    pub(super) piped: Option<Piped>,
     /// Bytes of all its frames.
     pub(super) total: usize,
     /// Of its text, as its plan has it.
     end: usize,
 }
 
-struct Piped {
-    statement: Bytes,
-    types: Bytes,
+pub(super) struct Piped {
+    pub(super) statement: Bytes,
+    pub(super) types: Bytes,
     /// The client has sent Parse itself.
     parses: bool,
     /// Bind's payload.
-    bind: Bytes,
+    pub(super) bind: Bytes,
     /// What lies behind Parse.
     rest: usize,
 }
@@ -147,9 +152,6 @@ struct Piped {
 impl Session {
     /// Serves the read that begins the client's buffer from new, where that is proven right. False: nothing has happened, and the authority is asked.
     pub(super) async fn serve_read(&mut self, head: Head) -> Result<bool, End> {
-        if !matches!(head.tag, b'Q' | b'P' | b'B') || !self.is_between() || head.total > LONGEST {
-            return Ok(false);
-        }
         let config = self.shared.config.load_full();
         if config.most.serve <= 0.0 || config.mirror.commit == Commit::BestEffort {
             return Ok(false);
@@ -197,7 +199,7 @@ impl Session {
     }
 
     /// A statement that was prepared before is not read again.
-    fn plan_of(&mut self, asked: &mut Asked) -> Arc<Planned> {
+    pub(super) fn plan_of(&mut self, asked: &mut Asked) -> Arc<Planned> {
         let terms = self.terms();
         let before = asked.piped.as_ref().filter(|piped| !piped.parses).map(|piped| &piped.statement);
         let known = before.and_then(|name| self.prepared.get(name)?.planned.clone());
@@ -220,10 +222,11 @@ impl Session {
             && self.copying.is_none()
     }
 
-    /// None: it has not come whole, or has another form.
-    fn asked(&self, head: Head) -> Result<Option<Asked>, End> {
+    /// A read outside any block. None: it has not come whole, or has another form.
+    pub(super) fn asked(&self, head: Head) -> Result<Option<Asked>, End> {
         let inb = &self.client.inb;
-        if inb.len() < head.total {
+        let form = matches!(head.tag, b'Q' | b'P' | b'B') && head.total <= LONGEST;
+        if !form || inb.len() < head.total || !self.is_between() {
             return Ok(None);
         }
         if head.tag == b'Q' {
@@ -285,13 +288,10 @@ impl Session {
             Says::Owed => return Ok(Some(Kept::Owed)),
             _ => {}
         }
-        if !self.take_place().await {
+        if !self.take_place(Side::New).await {
             return Ok(Some(Kept::Failed));
         }
-        if self.serving.state == State::Unknown {
-            self.bring_state().await?;
-        }
-        if self.serving.state != State::Same {
+        if !self.have_state().await? {
             return Ok(Some(Kept::State));
         }
         debug_assert!(asked.total <= self.client.inb.len());
@@ -327,42 +327,55 @@ impl Session {
         found
     }
 
-    /// Logs in to new as the client, once. False: new does not let it.
-    async fn take_place(&mut self) -> bool {
-        match &self.serving.place {
+    /// Logs in to a side as the client, once. False: it does not let it.
+    pub(super) async fn take_place(&mut self, side: Side) -> bool {
+        match self.serving.places.get(side) {
             Place::Taken(_) => return true,
             Place::Shunned(until) if Instant::now() < *until => return false,
             _ => {}
         }
         let config = self.shared.config.load_full();
-        let open = open(Shared::database(&config, Side::New), &self.login.credentials, &self.parameters, self.minor);
+        let open = open(Shared::database(&config, side), &self.login.credentials, &self.parameters, self.minor);
         match self.worker.clock.limit(config.mirror.timeout, open).await {
             Ok(Ok((conn, address, key))) => {
-                let counted = self.shared.metrics.servers(Side::New);
+                let counted = self.shared.metrics.servers(side);
                 counted.inc();
-                let seat = Seat { conn, address, key, prepared: HashMap::new(), counted };
-                self.serving.place = Place::Taken(Box::new(seat));
+                let seat = Seat { conn, address, key, prepared: HashMap::new(), unwanted: 0, counted };
+                *self.serving.places.get_mut(side) = Place::Taken(Box::new(seat));
                 self.serving.state = State::Unknown;
                 true
             }
             failed => {
                 let why = failed.map_or("no answer".to_owned(), |open| open.err().unwrap_or_default());
-                debug!(user = %self.user(), %why, "new does not serve this session's reads");
-                self.shun();
+                debug!(user = %self.user(), %side, %why, "this session's reads are not served there");
+                self.shun(side);
                 false
             }
         }
     }
 
-    pub(super) fn shun(&mut self) {
-        self.serving.place = Place::Shunned(Instant::now() + SHUNNED);
+    fn shun(&mut self, side: Side) {
+        *self.serving.places.get_mut(side) = Place::Shunned(Instant::now() + SHUNNED);
     }
 
-    pub(super) fn seat(&mut self) -> Option<&mut Seat> {
-        taken(&mut self.serving)
+    /// The session there is over: the next read logs in again.
+    pub(super) fn leave_place(&mut self, side: Side) {
+        *self.serving.places.get_mut(side) = Place::Empty;
     }
 
-    /// The settings of the authority's session for new's. It reads no rows: it is no contact.
+    pub(super) fn seat(&mut self, side: Side) -> Option<&mut Seat> {
+        taken(&mut self.serving, side)
+    }
+
+    /// The places that are taken have this session's settings. False: they cannot have.
+    pub(super) async fn have_state(&mut self) -> Result<bool, End> {
+        if self.serving.state == State::Unknown {
+            self.bring_state().await?;
+        }
+        Ok(self.serving.state == State::Same)
+    }
+
+    /// It reads no rows: it is no contact.
     async fn bring_state(&mut self) -> Result<(), End> {
         let contact = self.serving.contact;
         if let Some(unnamed) = self.prepared.get_mut(&b""[..]) {
@@ -389,58 +402,76 @@ impl Session {
         }
         let limit = self.shared.config.load().mirror.timeout;
         let clock = self.worker.clock.clone();
-        let Some(seat) = self.seat() else { return Ok(()) };
-        match clock.limit(limit, seat.query(set.as_bytes())).await {
-            Ok(Ok(None)) => self.serving.state = State::Same,
-            Ok(Ok(Some(why))) => debug!(%why, "new cannot have this session's settings"),
-            // Of the settings it says nothing: the next login asks again.
-            Ok(Err(_)) | Err(_) => {
-                self.serving.state = State::Unknown;
-                self.shun();
+        for side in Side::BOTH {
+            let Some(seat) = self.seat(side) else { continue };
+            match clock.limit(limit, seat.query(set.as_bytes())).await {
+                Ok(Ok(None)) => {}
+                Ok(Ok(Some(why))) => {
+                    debug!(%side, %why, "this session's settings cannot be had there");
+                    return Ok(());
+                }
+                // Of the settings it says nothing: the next login asks again.
+                Ok(Err(_)) | Err(_) => {
+                    self.serving.state = State::Unknown;
+                    self.shun(side);
+                    return Ok(());
+                }
             }
         }
+        self.serving.state = State::Same;
         Ok(())
     }
 
     /// Asks new, and passes its answer on. False: it has not begun to answer, and the client knows of nothing.
     async fn answered_by_new(&mut self, planned: &Arc<Planned>, asked: &Asked) -> Result<bool, End> {
-        let started = Instant::now();
         let inb = self.client.inb[..asked.total].to_vec();
-        let Some(seat) = self.seat() else { return Ok(false) };
+        let Some(seat) = self.seat(Side::New) else { return Ok(false) };
         let swallowed = seat.put(asked, &inb);
-        let usual = self.cancel_at_new();
-        let begun = self.answer_begins(&swallowed).await;
-        let ended = match begun {
+        let usual = self.cancel_at_seat(Side::New);
+        let passed = self.pass_answer(Side::New, planned, asked, &swallowed).await;
+        self.cancel_at(usual);
+        passed
+    }
+
+    /// Passes the answer of a side on to which the read was put. `swallowed`: what comes first, by its tags. False: it has not begun to answer, and the client
+    /// knows of nothing.
+    pub(super) async fn pass_answer(
+        &mut self,
+        side: Side,
+        planned: &Arc<Planned>,
+        asked: &Asked,
+        swallowed: &[u8],
+    ) -> Result<bool, End> {
+        let started = Instant::now();
+        let ended = match self.answer_begins(side, swallowed).await {
             Begun::Answer => {
                 self.client.inb.advance(asked.total);
-                Some(self.answer_ends().await)
+                self.answer_ends(side).await
             }
             Begun::Refused { shape } => {
                 if shape {
                     planned.refuse();
                 }
-                if let (Some(seat), Some(piped)) = (self.seat(), &asked.piped) {
+                if let (Some(seat), Some(piped)) = (self.seat(side), &asked.piped) {
                     seat.prepared.remove(&piped.statement);
                 }
-                None
+                return Ok(false);
             }
             Begun::Broken => {
-                // A session that new has ended since it was last used: the next read logs in again.
-                self.serving.place = Place::Empty;
-                None
+                // The server may have ended the session since it was last used.
+                self.leave_place(side);
+                return Ok(false);
             }
             Begun::Late => {
-                self.abandon();
-                None
+                self.abandon(side);
+                return Ok(false);
             }
         };
-        self.cancel_at(usual);
-        let Some(ended) = ended else { return Ok(false) };
-        self.note_served(asked, planned);
+        self.note_served(side, asked, planned);
         match ended {
-            Ended::Whole => self.shared.metrics.observe_statement(Side::New, started.elapsed().as_secs_f64()),
+            Ended::Whole => self.shared.metrics.observe_statement(side, started.elapsed().as_secs_f64()),
             Ended::Broken => {
-                self.serving.place = Place::Empty;
+                self.leave_place(side);
                 frame::ready(&mut self.client.out, b'I');
             }
             Ended::Gone(end) => return Err(end),
@@ -448,10 +479,10 @@ impl Session {
         Ok(true)
     }
 
-    /// What a read that new has answered leaves in our books.
-    fn note_served(&mut self, asked: &Asked, planned: &Arc<Planned>) {
+    /// What a read that was answered leaves in our books.
+    fn note_served(&mut self, side: Side, asked: &Asked, planned: &Arc<Planned>) {
         planned.see(&self.settings.application);
-        self.shared.metrics.statements.with_label_values(&["pass", Side::New.name()]).inc();
+        self.shared.metrics.statements.with_label_values(&["pass", side.name()]).inc();
         self.portals.remove(&b""[..]);
         let Some(piped) = &asked.piped else {
             self.prepared.remove(&b""[..]);
@@ -472,34 +503,33 @@ impl Session {
         }
     }
 
-    /// A CancelRequest of the client goes to new from now on: where it went before.
-    fn cancel_at_new(&mut self) -> Option<(Side, Address, Bytes)> {
+    /// A CancelRequest of the client goes to the session for reads on that side from now on: where it went before.
+    pub(super) fn cancel_at_seat(&mut self, side: Side) -> Option<(Side, Address, Bytes)> {
         let client = self.cancel_key.clone()?;
         let usual = self.shared.cancels.get(&client);
         let shared = self.shared.clone();
-        let seat = self.seat()?;
-        shared.cancels.set(client, Side::New, seat.address.clone(), seat.key.clone());
+        let seat = self.seat(side)?;
+        shared.cancels.set(client, side, seat.address.clone(), seat.key.clone());
         usual
     }
 
-    fn cancel_at(&self, usual: Option<(Side, Address, Bytes)>) {
+    pub(super) fn cancel_at(&self, usual: Option<(Side, Address, Bytes)>) {
         if let (Some(client), Some((side, address, key))) = (&self.cancel_key, usual) {
             self.shared.cancels.set(client.clone(), side, address, key);
         }
     }
 
-    /// New has not begun to answer in time: it is told to stop, and not asked again for a while.
-    fn abandon(&mut self) {
-        if let Place::Taken(seat) = std::mem::replace(&mut self.serving.place, Place::Empty) {
+    /// The server has not answered in time: it is told to stop, and not asked again for a while.
+    pub(super) fn abandon(&mut self, side: Side) {
+        if let Place::Taken(seat) = std::mem::take(self.serving.places.get_mut(side)) {
             let config = self.shared.config.load_full();
             tokio::task::spawn_local(async move {
-                let new = Shared::database(&config, Side::New);
-                if let Err(error) = connect::cancel(new, &seat.address, &seat.key).await {
-                    debug!(%error, "a read on new could not be cancelled");
+                if let Err(error) = connect::cancel(Shared::database(&config, side), &seat.address, &seat.key).await {
+                    debug!(%side, %error, "a read could not be cancelled");
                 }
             });
         }
-        self.shun();
+        self.shun(side);
     }
 
     /// A statement is about to run on the authority.
@@ -510,9 +540,9 @@ impl Session {
     }
 }
 
-/// The session on new, if there is one.
-pub(super) fn taken(serving: &mut Serving) -> Option<&mut Seat> {
-    match &mut serving.place {
+/// The session for reads on that side, if there is one.
+pub(super) fn taken(serving: &mut Serving, side: Side) -> Option<&mut Seat> {
+    match serving.places.get_mut(side) {
         Place::Taken(seat) => Some(seat),
         _ => None,
     }
@@ -536,7 +566,7 @@ fn whole<'b>(inb: &'b [u8], at: &mut usize, tag: u8) -> Result<Option<&'b [u8]>,
     Ok(Some(payload))
 }
 
-/// Logs in to new as the client; whatever it begins there is READ ONLY, whatever it resets.
+/// Logs in as the client; whatever it begins there is READ ONLY, whatever it resets.
 async fn open(
     db: &crate::config::Database,
     credentials: &crate::auth::Credentials,
@@ -551,7 +581,7 @@ async fn open(
 }
 
 impl Seat {
-    /// Runs statements of ours. Returns what new refused, if it did; an error where it was cut off.
+    /// Runs statements of ours. Returns what the server refused, if it did; an error where it was cut off.
     async fn query(&mut self, text: &[u8]) -> io::Result<Option<String>> {
         frame::query(&mut self.conn.out, text);
         let mut refused = None;
@@ -566,7 +596,7 @@ impl Seat {
     }
 
     /// Sends a read; says which answers to messages of ours come first, by their tags.
-    fn put(&mut self, asked: &Asked, inb: &[u8]) -> Vec<u8> {
+    pub(super) fn put(&mut self, asked: &Asked, inb: &[u8]) -> Vec<u8> {
         let mut ours = Vec::new();
         let out: &mut BytesMut = &mut self.conn.out;
         let Some(piped) = &asked.piped else {

@@ -8,6 +8,7 @@
 
 pub mod compare;
 pub mod copy;
+pub mod lazily;
 pub mod link;
 pub mod load;
 pub mod pair;

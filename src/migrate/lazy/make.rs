@@ -200,16 +200,17 @@ async fn readers(new: &Client, table: &Table) -> Result<Vec<String>, Error> {
         SELECT t.attname::text, CASE WHEN a.grantee = 0 THEN 'PUBLIC' ELSE pg_catalog.quote_ident(pg_catalog.pg_get_userbyid(a.grantee)) END \
         FROM pg_catalog.pg_attribute t, pg_catalog.aclexplode(t.attacl) a WHERE t.attrelid = $1 AND a.privilege_type = 'SELECT'";
     let rows = new.query(text, &[&table.oid.new]).await.map_err(failed("reading who may read a lazy table"))?;
-    let grant = |row: &tokio_postgres::Row| {
-        let column =
-            row.get::<_, Option<String>>(0).map_or_else(String::new, |column| format!(" ({})", quote(&column)));
-        format!(
-            "GRANT SELECT{column} ON {} TO {}",
-            crate::ledger::lazy("missing", table.number),
-            row.get::<_, String>(1)
-        )
+    let key = table.key.iter().flat_map(|key| &key.columns).map(|&at| &table.columns[at].name.new);
+    let key: Vec<&String> = key.collect();
+    let grants = |row: &tokio_postgres::Row| {
+        let (column, role): (Option<String>, String) = (row.get(0), row.get(1));
+        let of = column.as_ref().map_or_else(String::new, |column| format!(" ({})", quote(column)));
+        let grant = |what: &str| format!("GRANT SELECT{of} ON {} TO {role}", crate::ledger::lazy(what, table.number));
+        // Who reads by key asks of which keys new speaks.
+        let gone = column.as_ref().is_none_or(|column| key.contains(&column)).then(|| grant("gone"));
+        [Some(grant("missing")), gone].into_iter().flatten().collect::<Vec<_>>()
     };
-    Ok(rows.iter().map(grant).collect())
+    Ok(rows.iter().flat_map(grants).collect())
 }
 
 /// Where new becomes the authority, no other tables are lazy than those that the file names now and that are not complete.
