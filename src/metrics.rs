@@ -56,6 +56,8 @@ pub struct Metrics {
     pub read_dropped: IntCounter,
     /// In dual-read, eligible reads by the side that answered them.
     pub read_served: IntCounterVec,
+    /// Reads of lazy tables where new is the authority, by who answered: one side for its key, or both merged.
+    pub lazy_reads: IntCounterVec,
     /// In dual-read, eligible reads that the authority answered, by reason.
     pub read_kept: IntCounterVec,
     backfill_rows: IntCounterVec,
@@ -153,6 +155,12 @@ impl Metrics {
             read_different: counters(r, "read_different_total", "Reads whose answers differ", &["table"])?,
             read_dropped: counter(r, "read_dropped_total", "Reads that were not compared because too many waited")?,
             read_served: counters(r, "read_served_total", "Eligible reads in dual-read, by who answered", &["side"])?,
+            lazy_reads: counters(
+                r,
+                "lazy_reads_total",
+                "Reads of lazy tables: answered by old or by new for their key, or merged",
+                &["by"],
+            )?,
             read_kept: counters(r, "read_kept_total", "Eligible reads that the authority answered", &["reason"])?,
             backfill_rows: counters(
                 r,

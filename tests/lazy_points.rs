@@ -15,14 +15,10 @@ use rand::{Rng, SeedableRng};
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, NoTls};
 
-/// How many statements each side has answered by itself: old, new.
-async fn answered(proxy: &Proxy) -> (u64, u64) {
-    let of = async |side: &str| {
-        let (_, text) = proxy.http("/metrics").await.expect("the proxy answers HTTP");
-        let series = format!("crossfade_statements_total{{class=\"pass\",side=\"{side}\"}} ");
-        text.lines().find_map(|line| line.strip_prefix(&series)?.parse::<f64>().ok()).unwrap_or(0.0) as u64
-    };
-    (of("old").await, of("new").await)
+/// How many reads were answered: by old, by new, merged.
+async fn answered(proxy: &Proxy) -> [u64; 3] {
+    let of = async |by: &str| proxy.metrics(&format!("crossfade_lazy_reads_total{{by=\"{by}\"}}")).await as u64;
+    [of("old").await, of("new").await, of("merged").await]
 }
 
 /// The rows, and which side has answered.
@@ -30,10 +26,10 @@ async fn whose(pair: &Pair, client: &Client, sql: &str) -> (Vec<String>, &'stati
     let before = answered(&pair.proxy).await;
     let found = rows(client, sql).await;
     let after = answered(&pair.proxy).await;
-    let side = match (after.0 - before.0, after.1 - before.1) {
-        (1, 0) => "old",
-        (0, 1) => "new",
-        (0, 0) => "merged",
+    let side = match [0, 1, 2].map(|at| after[at] - before[at]) {
+        [1, 0, 0] => "old",
+        [0, 1, 0] => "new",
+        [0, 0, 1] => "merged",
         other => panic!("{sql}: {other:?}"),
     };
     (found, side)
@@ -264,8 +260,8 @@ async fn reads_by_key_never_go_back() {
     for worker in at_work {
         done.push(worker.await.expect("ends"));
     }
-    let (old, new) = answered(&pair.proxy).await;
-    println!("{done:?} writes and reads, {old} reads answered by old, {new} by new");
+    let [old, new, merged] = answered(&pair.proxy).await;
+    println!("{done:?} writes and reads; answered by old {old}, by new {new}, merged {merged}");
     assert!(old > 50 && new > 50, "both sides have answered: {old}, {new}");
     pair.proxy.settle().await;
     let filled = pair.proxy.crossfade(&["backfill"]).await;

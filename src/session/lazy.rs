@@ -58,7 +58,10 @@ impl Session {
         }
         self.kept = Kept::default();
         match &planned.lazy {
-            Lazy::Merged(merged) => self.put_once(TOUCH_NAME, merged.touch.as_bytes(), &[], NONE, To::Us),
+            Lazy::Merged(merged) => {
+                self.shared.metrics.lazy_reads.with_label_values(&["merged"]).inc();
+                self.put_once(TOUCH_NAME, merged.touch.as_bytes(), &[], NONE, To::Us);
+            }
             Lazy::Brings(brings) => {
                 self.put_once(TOUCH_NAME, brings.touch.as_bytes(), &[], NONE, To::Us);
                 let bring = self.bring(brings, text);
@@ -85,7 +88,10 @@ impl Session {
         head: Head,
     ) -> Result<(), End> {
         match &planned.lazy {
-            Lazy::Merged(merged) => self.put_once(TOUCH_NAME, merged.touch.as_bytes(), &[], NONE, To::Nobody),
+            Lazy::Merged(merged) => {
+                self.shared.metrics.lazy_reads.with_label_values(&["merged"]).inc();
+                self.put_once(TOUCH_NAME, merged.touch.as_bytes(), &[], NONE, To::Nobody);
+            }
             Lazy::Brings(brings) => {
                 let text = self.prepared.get(statement).and_then(|prepared| prepared.text.clone()).unwrap_or_default();
                 let payload = Bytes::copy_from_slice(&self.client.inb[HEAD..head.total]);

@@ -69,6 +69,7 @@ impl Session {
         let answered = match (self.speaks().await, on_old) {
             (Speaks::Yes, on_old) => {
                 let answered = self.pass_answer(Side::New, &planned, &asked, &on_new).await;
+                self.count_answer(Side::New, &answered);
                 if on_old.is_some() {
                     self.unwanted(Side::Old);
                     self.is_quiet(Side::Old).await;
@@ -78,7 +79,9 @@ impl Session {
             (Speaks::No, Some(on_old)) => {
                 self.unwanted(Side::New);
                 self.cancel_at_seat(Side::Old);
-                self.pass_answer(Side::Old, &planned, &asked, &on_old).await
+                let answered = self.pass_answer(Side::Old, &planned, &asked, &on_old).await;
+                self.count_answer(Side::Old, &answered);
+                answered
             }
             (speaks, on_old) => {
                 if matches!(speaks, Speaks::Refused) {
@@ -93,6 +96,12 @@ impl Session {
         };
         self.cancel_at(usual);
         answered
+    }
+
+    fn count_answer(&self, side: Side, answered: &Result<bool, End>) {
+        if matches!(answered, Ok(true)) {
+            self.shared.metrics.lazy_reads.with_label_values(&[side.name()]).inc();
+        }
     }
 
     /// What new says of the key.
