@@ -84,11 +84,6 @@ async fn a_row_comes_from_the_side_that_has_it() {
     assert_eq!(whose(&pair, &client, "SELECT size FROM photo WHERE id = 5").await, (one("51"), "merged"));
     client.batch_execute("ROLLBACK").await.expect("rolls back");
     assert_eq!(whose(&pair, &client, "SELECT size FROM photo WHERE id = 5").await, (one("50"), "old"));
-    // A temporary table of that name is this session's alone.
-    client.batch_execute("CREATE TEMPORARY TABLE photo (id int, size int)").await.expect("creates");
-    client.batch_execute("SELECT size FROM photo WHERE id = 5").await.expect_err("is told that it means another table");
-    client.batch_execute("DROP TABLE pg_temp.photo").await.expect("drops");
-    assert_eq!(rows(&client, "SELECT size FROM photo WHERE id = 5").await, ["50"]);
     assert_eq!(on_new(&pair, "SELECT string_agg(id::text, ',' ORDER BY id) FROM photo").await, "3,7");
 }
 

@@ -411,11 +411,7 @@ impl Session {
                     return Ok(());
                 }
                 // Of the settings it says nothing: the next login asks again.
-                Ok(Err(_)) | Err(_) => {
-                    self.serving.state = State::Unknown;
-                    self.shun(side);
-                    return Ok(());
-                }
+                Ok(Err(_)) | Err(_) => self.shun(side),
             }
         }
         self.serving.state = State::Same;
