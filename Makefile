@@ -15,7 +15,7 @@ help:
 	@echo "make test             set-up, check and all tests"
 	@echo "make check            fmt, clippy, rustdoc, cargo-deny"
 	@echo "make versions         the tests between servers of different major versions, which it fetches (an hour; PAIRS='14:18 15:17' chooses some)"
-	@echo "make proof            the tests at full length: more kills, larger values, the model's states (an hour or so)"
+	@echo "make proof            the tests at full length: more kills, larger values, the model's states (hours on two cores)"
 	@echo "make mutants          takes safeguards out one at a time: the tests named in tests/mutants.json must fail (WORDS='...' chooses some)"
 	@echo "make bench            throughput and memory beside PgBouncer and Pgpool-II; backfill, verify, moves, reads (two hours)"
 	@echo "make fuzz             the property tests with FUZZ_CASES=$(FUZZ_CASES) cases each"
