@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use common::lazily::{TEN, lazily, new_primary, on_new, rows, until_one_waits};
 use common::pair::DATABASE;
-use common::{Pair, Proxy};
+use common::{Databases, Pair, Proxy};
 use crossfade::cluster::Stop;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -158,17 +158,81 @@ async fn a_row_that_is_brought_between_the_two_answers_is_news() {
     assert_eq!(tokio::join!(read, write).0, ["61"]);
 }
 
+/// Old is held while new answers: what old says later, to questions that nobody waits for any more, is no answer to the next one.
+#[tokio::test]
+async fn late_answers_of_old_are_passed_over() {
+    let mut pair = lazily(TEN).await;
+    new_primary(&mut pair).await;
+    let client = pair.client().await;
+    let prepared = client.prepare("SELECT size FROM photo WHERE id = $1").await.expect("prepares");
+    let read = async |key: i64| client.query_one(&prepared, &[&key]).await.expect("reads").get::<_, i32>(0);
+    client.batch_execute("UPDATE photo SET size = 11 WHERE id = 1").await.expect("writes");
+    pair.proxy.settle().await;
+    assert_eq!((read(1).await, read(2).await), (11, 20));
+    let holder = direct(&pair, true).await;
+    holder.batch_execute("BEGIN; LOCK TABLE photo IN ACCESS EXCLUSIVE MODE").await.expect("locks");
+    let before = answered(&pair.proxy).await;
+    for _ in 0..3 {
+        assert_eq!(read(1).await, 11);
+        assert_eq!(rows(&client, "SELECT size FROM photo WHERE id = 1").await, ["11"]);
+    }
+    let after = answered(&pair.proxy).await;
+    assert_eq!([0, 1, 2].map(|at| after[at] - before[at]), [0, 6, 0]);
+    holder.batch_execute("ROLLBACK").await.expect("lets go");
+    for key in 2..=10 {
+        assert_eq!((read(key).await, read(1).await), (key as i32 * 10, 11));
+    }
+}
+
+/// A text that the session's server reads otherwise than our lexer holds no key that could be asked for.
+#[tokio::test]
+async fn a_text_with_escapes_is_merged() {
+    let mut pair = lazily(TEN).await;
+    new_primary(&mut pair).await;
+    let client = pair.client().await;
+    let by_key = "SELECT id FROM photo WHERE id = 7";
+    client.batch_execute("SET standard_conforming_strings = off").await.expect("sets");
+    assert_eq!(whose(&pair, &client, by_key).await, (one("7"), "merged"));
+    client.batch_execute("SET standard_conforming_strings = on").await.expect("sets");
+    assert_eq!(whose(&pair, &client, by_key).await, (one("7"), "old"));
+    client.batch_execute("SET client_encoding = 'SJIS'").await.expect("sets");
+    assert_eq!(whose(&pair, &client, by_key).await, (one("7"), "old"));
+}
+
+/// What a literal of such a type says may be another thing for each of the two sides.
+#[tokio::test]
+async fn keys_that_the_clock_may_change_are_merged() {
+    let databases = Databases::start(&[]).await;
+    databases
+        .run_on_both("CREATE TABLE day (d date PRIMARY KEY); CREATE TABLE word (w text, u uuid, PRIMARY KEY (w, u))")
+        .await;
+    let file =
+        "federate: true\ntables:\n  - { name: public.day, backfill: lazy }\n  - { name: public.word, backfill: lazy }";
+    let proxy = Proxy::start(databases.proxy_config("old", file)).await;
+    for (sql, point) in [
+        ("SELECT * FROM day WHERE d = 'today'", false),
+        ("SELECT * FROM day WHERE d = $1", false),
+        ("SELECT * FROM word WHERE w = 'a' AND u = '00000000-0000-0000-0000-000000000000'::uuid", true),
+        ("SELECT * FROM word WHERE w = $1::varchar AND u = $2", true),
+        ("SELECT * FROM word WHERE w = $1", false),
+    ] {
+        assert_eq!(is_point(&proxy, sql).await, point, "{sql}");
+    }
+}
+
+/// By `crossfade explain`.
+async fn is_point(proxy: &Proxy, sql: &str) -> bool {
+    let told = proxy.crossfade(&["explain", sql]).await;
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    let line = told.lines().find(|line| line.starts_with("new-primary")).unwrap_or_else(|| panic!("{sql}: {told}"));
+    line.contains("from both sides at once")
+}
+
 /// What may not be read so: more than one key, or another's.
 #[tokio::test]
 async fn only_reads_of_one_key_are_points() {
     let mut pair = lazily(TEN).await;
     new_primary(&mut pair).await;
-    let is_point = async |sql: &str| {
-        let told = pair.proxy.crossfade(&["explain", sql]).await;
-        let told = String::from_utf8_lossy(&told.stdout).into_owned();
-        let line = told.lines().find(|line| line.starts_with("new-primary")).unwrap_or_else(|| panic!("{sql}: {told}"));
-        line.contains("from both sides at once")
-    };
     for sql in [
         "SELECT * FROM photo WHERE id = 1",
         "SELECT * FROM photo WHERE owner = 'x' AND (size = 1 OR size = 2) AND photo.id = $1 ORDER BY size LIMIT 1",
@@ -176,7 +240,7 @@ async fn only_reads_of_one_key_are_points() {
         "SELECT CASE WHEN size > 1 THEN 1 END FROM photo p WHERE id = -5",
         "SELECT size, (SELECT 1 WHERE true) FROM photo WHERE id = $1::int8",
     ] {
-        assert!(is_point(sql).await, "{sql}");
+        assert!(is_point(&pair.proxy, sql).await, "{sql}");
     }
     for sql in [
         "SELECT * FROM photo",
@@ -203,7 +267,7 @@ async fn only_reads_of_one_key_are_points() {
         "SELECT now(), size FROM photo WHERE id = 1",
         "SELECT random() FROM photo WHERE id = 1",
     ] {
-        assert!(!is_point(sql).await, "{sql}");
+        assert!(!is_point(&pair.proxy, sql).await, "{sql}");
     }
 }
 

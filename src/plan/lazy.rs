@@ -210,7 +210,7 @@ impl View<'_> {
             let called = self.called(&tokens, relation, alias).ok_or("form")?;
             self.by_columns_only(&tokens, &namings, &called)?;
             means.extend(means_table(&relation.name, &table));
-            if relations.named.len() == 1 && self.plan == &Plan::Pass && self.facts.inner.is_none() {
+            if relations.named.len() == 1 && self.plan == &Plan::Pass {
                 point = super::point::point(self.text, self.facts, self.catalog, relation, called.clone());
             }
             let view = crate::ledger::lazy("merged", table.number);

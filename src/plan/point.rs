@@ -8,13 +8,12 @@ use crate::ledger::lazy as named;
 use crate::phase::Side;
 use crate::sql::facts::Facts;
 use crate::sql::lex::{Kind, Token, lex};
-use crate::sql::{Naming, Relation, name};
+use crate::sql::{Relation, name};
 
 /// A read of what belongs to one key.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Point {
-    /// The table.
-    pub table: Arc<Table>,
+    table: Arc<Table>,
     /// By which name the statement knows it.
     called: String,
 }
@@ -29,18 +28,18 @@ pub struct Spoken {
 }
 
 /// Behind the condition of a SELECT.
-const BEHIND: &[&str] =
-    &["group", "having", "window", "order", "limit", "offset", "fetch", "for", "union", "intersect", "except"];
+const BEHIND: &[&str] = &["group", "having", "window", "order", "limit", "offset", "fetch"];
+/// With any of these the condition may be another SELECT's.
+const SEVERAL: &[&str] = &["union", "intersect", "except"];
 /// With any of these a condition is no plain list of what must all hold.
 const TANGLED: &[&str] = &["or", "between", "case"];
 
 const INTEGERS: &[u32] = &[20, 21, 23];
-const NUMERIC: u32 = 1700;
 const TEXTS: &[u32] = &[25, 1043];
 const UNKNOWN: u32 = 705;
 const UUID: u32 = 2950;
-/// Types of users begin here.
-const USERS: u32 = 16384;
+/// Types whose texts mean the same whenever they are read (a date may be 'today').
+const STEADY: &[&[u32]] = &[INTEGERS, TEXTS, &[UUID]];
 
 /// Whether a SELECT of one table, known by that name, gives what depends on one of its rows alone, the one with a key that it names.
 pub(super) fn point(
@@ -53,16 +52,16 @@ pub(super) fn point(
     let eligible = super::read::eligible(text, facts, catalog, Side::New).ok()?;
     let [table] = &eligible.tables[..] else { return None };
     let key = table.key.as_ref().filter(|key| table.lazy && key.bytewise)?;
-    let plain = |&at: &usize| table.columns[at].type_oid.new < USERS;
+    let steady = |&at: &usize| STEADY.iter().any(|types| types.contains(&table.columns[at].type_oid.new));
     let tokens: Vec<Token> = lex(text).filter(|token| !token.kind.is_gap()).collect();
     // In a subquery, or behind the condition of another SELECT, the condition would not be about the table.
     let from = tokens.get(..relation.tokens.start)?;
     let count = |byte: u8| from.iter().filter(|token| token.is_punct(text, byte)).count();
     let outside = count(b'(') == count(b')') && conjuncts(text, from).is_none();
-    let one = tokens.iter().all(|token| !["union", "intersect", "except"].iter().any(|word| token.is_word(text, word)));
+    let several = tokens.iter().any(|token| SEVERAL.iter().any(|word| token.is_word(text, word)));
+    let steady = key.columns.iter().all(steady);
     let point = Point { table: table.clone(), called };
-    let plain = matches!(relation.naming, Naming::From { .. }) && key.columns.iter().all(plain);
-    (plain && outside && one && point.spoken(text, &[]).is_some()).then_some(point)
+    (steady && outside && !several && point.spoken(text, &[]).is_some()).then_some(point)
 }
 
 impl Point {
@@ -156,7 +155,7 @@ fn written(
         value => (value, None),
     };
     let bytes = |token: &Token| std::str::from_utf8(token.bytes(text)).ok();
-    let whole = |oid: u32| INTEGERS.contains(&oid) || oid == NUMERIC;
+    let whole = INTEGERS.contains(&oid);
     let mut out = match value {
         [one] if one.kind == Kind::Param => {
             let number: usize = bytes(one)?.strip_prefix('$')?.parse().ok()?;
@@ -169,8 +168,8 @@ fn written(
             parameters.push(number);
             format!("${}", parameters.len())
         }
-        [one] if one.kind == Kind::Number && whole(oid) => bytes(one)?.to_owned(),
-        [minus, one] if minus.bytes(text) == b"-" && one.kind == Kind::Number && whole(oid) => {
+        [one] if one.kind == Kind::Number && whole => bytes(one)?.to_owned(),
+        [minus, one] if minus.bytes(text) == b"-" && one.kind == Kind::Number && whole => {
             format!("-{}", bytes(one)?)
         }
         [one] if one.kind == Kind::Text && one.bytes(text).first() == Some(&b'\'') => bytes(one)?.to_owned(),

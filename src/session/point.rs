@@ -1,6 +1,7 @@
 //! Reads of one row of a lazy table by its key (`plan::point`): both sides are asked at once, and whether new speaks for the key says which answer holds.
 //! Over sessions for reads, as in `served`. docs/protocols.md, *Lazy*.
 
+use std::borrow::Cow;
 use std::task::Poll;
 
 use bytes::{Buf, Bytes};
@@ -8,7 +9,6 @@ use bytes::{Buf, Bytes};
 use super::served::{Asked, Seat};
 use super::{End, Session};
 use crate::phase::Side;
-use crate::plan::Plan;
 use crate::plan::lazy::Lazy;
 use crate::plan::point::Spoken;
 use crate::wire::conn::Conn;
@@ -35,12 +35,14 @@ impl Session {
         let Some(mut asked) = self.asked(head)? else { return Ok(false) };
         let planned = self.plan_of(&mut asked);
         let Lazy::Merged(merged) = &planned.lazy else { return Ok(false) };
-        let Some(point) = merged.point.as_ref().filter(|_| planned.plan == Plan::Pass) else { return Ok(false) };
-        if planned.is_refused() || self.settings.escapes || self.settings.role_changed {
+        let Some(point) = &merged.point else { return Ok(false) };
+        // The question takes the key from the text: one that is masked is not what the client has written.
+        let Cow::Borrowed(text) = self.legible(&asked.text) else { return Ok(false) };
+        if planned.is_refused() || self.settings.role_changed {
             return Ok(false);
         }
         let types = asked.piped.as_ref().map(|piped| declared(&piped.types)).unwrap_or_default();
-        let Some(spoken) = point.spoken(&self.legible(&asked.text), &types) else { return Ok(false) };
+        let Some(spoken) = point.spoken(text, &types) else { return Ok(false) };
         if !self.shared.health.get(Side::New).up() || !self.take_place(Side::New).await {
             return Ok(false);
         }
@@ -236,11 +238,11 @@ fn ask_for(seat: &mut Seat, spoken: &Spoken, asked: &Asked) -> Option<()> {
             values.push(*bound.values.get(at)?);
         }
     }
-    if asked.piped.is_none() && !spoken.parameters.is_empty() {
+    if types.len() < spoken.parameters.len() {
         return None;
     }
     // With literals in it a text is seldom asked twice.
-    let name = if asked.piped.is_some() && !types.is_empty() { SPOKEN_NAME } else { b"" };
+    let name = if types.is_empty() { b"" } else { SPOKEN_NAME };
     let out = &mut seat.conn.out;
     let known = !name.is_empty() && seat.prepared.get(name).is_some_and(|known| *known == spoken.text.as_bytes());
     if !known {
