@@ -1,6 +1,8 @@
 //! A backfill on a stage: both databases, a proxy beside them, and lines from the backfill to each that a test can stall.
 #![allow(dead_code, reason = "each test binary uses a part of this")]
 
+pub mod shop;
+
 use std::io::Read;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
@@ -70,7 +72,13 @@ impl Stage {
     /// Starts `crossfade backfill` over the two lines.
     pub fn backfill(&self, arguments: &[&str]) -> Running {
         // A line that a test stalls is no server that is gone.
-        let arguments = [arguments, &["--patience", "60"]].concat();
+        self.backfill_so_patient(60, arguments)
+    }
+
+    /// The same, which gives up a server that says nothing for so many seconds.
+    pub fn backfill_so_patient(&self, seconds: u32, arguments: &[&str]) -> Running {
+        let patience = seconds.to_string();
+        let arguments = [arguments, &["--patience", &patience]].concat();
         Running::start(&self.dir.path().join("crossfade.yaml"), &arguments)
     }
 
@@ -97,6 +105,11 @@ impl Stage {
             "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = {kind} AND objid = {number} AND NOT granted"
         );
         self.databases.new.psql(DATABASE, &sql).await.expect("reads").trim() != "0"
+    }
+
+    /// Keeps the proxy's repair from the table's keys and ranges, as soon as it has done with them.
+    pub async fn keep_keys(&self, number: i32) {
+        lock(&self.guard, "pg_advisory_lock", KEYS, number).await;
     }
 
     /// From now on the proxy's repair may pay the table's keys and ranges.
