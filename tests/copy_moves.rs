@@ -9,7 +9,8 @@ use std::time::Duration;
 use common::copy::copy;
 use common::pair::TRUST;
 use common::raw::{self, RawClient, tags};
-use common::{Pair, proof};
+use common::{Pair, proof, until};
+use tokio::net::TcpStream;
 
 const SCHEMA: &str = "CREATE TABLE plain (id int PRIMARY KEY, n int)";
 
@@ -59,7 +60,9 @@ async fn play(client: &mut RawClient, steps: Vec<Step>, gap: usize, wait: impl F
     for step in steps {
         match step {
             Step::Send(bytes) => {
-                if sent == gap && let Some(wait) = wait.take() {
+                if sent == gap
+                    && let Some(wait) = wait.take()
+                {
                     wait.await;
                 }
                 client.send(&bytes).await;
@@ -80,16 +83,15 @@ async fn the_authority_changes_between_two_messages_of_a_copy() {
     let mut client = pair.raw().await;
     for steps in [by_parts, simple] {
         let messages = steps("").iter().filter(|step| matches!(step, Step::Send(_))).count();
-        for gap in 0..messages {
+        for gap in (0..messages).step_by(if proof() { 1 } else { 3 }) {
             row += 1;
             pair.proxy.request_phase(phase);
             let steps = steps(&format!("{row}\t{gap}\n"));
             let asked = async {
                 pair.proxy.request_phase(other(phase));
-                // Not while a transaction is open.
+                // Not while a transaction is open: then it is asked for only.
                 let moves = pair.proxy.reaches(other(phase));
-                let moved = tokio::time::timeout(Duration::from_secs(10), moves).await.is_ok();
-                eprintln!("gap {gap}: {moved}");
+                drop(tokio::time::timeout(Duration::from_secs(1), moves).await);
             };
             play(&mut client, steps, gap, asked).await;
             phase = other(phase);
@@ -97,6 +99,38 @@ async fn the_authority_changes_between_two_messages_of_a_copy() {
             assert_eq!(pair.settle_and_assert_equal().await, row);
         }
     }
+}
+
+/// All sessions are called when the proxy is told to end. One that is in the middle of a COPY cannot answer, and must not keep its thread busy with that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_under_way_and_its_thread_outlive_a_call() {
+    let mut pair = Pair::dual_write(SCHEMA, TRUST).await;
+    // As many as there are threads, and more.
+    let mut copying = Vec::new();
+    for _ in 0..8 {
+        let mut client = pair.raw().await;
+        client.send(&raw::query("COPY plain FROM STDIN")).await;
+        client.until(b'G', 1).await;
+        copying.push(client);
+    }
+    let mut open = pair.raw().await;
+    open.send(&raw::query("BEGIN; INSERT INTO plain VALUES (1000, 0)")).await;
+    open.until_ready(1).await;
+    let port = pair.proxy.port();
+    let go_on = async {
+        until("the proxy listens no more", async || TcpStream::connect(("127.0.0.1", port)).await.is_err()).await;
+        // Until the sessions have been called.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        for (row, client) in copying.iter_mut().enumerate() {
+            client.send(&[raw::copy_data(format!("{row}\t0\n").as_bytes()), raw::copy_done()].concat()).await;
+            assert_eq!(tags(&client.until(b'Z', 1).await), "CZ");
+        }
+        open.send(&raw::query("COMMIT")).await;
+        assert_eq!(tags(&open.until_ready(1).await), "CZ");
+    };
+    tokio::join!(pair.proxy.terminate(), go_on);
+    pair.proxy.run().await;
+    assert_eq!(pair.settle_and_assert_equal().await, 9);
 }
 
 #[tokio::test(flavor = "multi_thread")]

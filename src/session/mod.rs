@@ -346,7 +346,9 @@ impl Session {
         self.server.shrink();
         std::future::poll_fn(|cx| {
             let readable = self.client.poll_readable(cx).is_ready() | self.server.poll_readable(cx).is_ready();
-            if readable | self.bell.poll(cx) { Poll::Ready(()) } else { Poll::Pending }
+            let rung = self.bell.hear(cx);
+            self.called |= rung;
+            if readable | rung { Poll::Ready(()) } else { Poll::Pending }
         })
         .await;
         Ok(())
@@ -397,10 +399,11 @@ impl Session {
         )))
     }
 
-    /// Moves bytes both ways until some came in, or a full buffer has emptied.
+    /// Moves bytes both ways until some came in, a full buffer has emptied, or the bell has rung: for each ring once, since in the middle of a statement
+    /// nobody answers it.
     async fn drive(&mut self) -> Result<(), End> {
         let limit = self.limit;
-        let Session { client, server, needed, bell, .. } = self;
+        let Session { client, server, needed, bell, called, .. } = self;
         std::future::poll_fn(|cx| {
             let crowded = client.out.len() >= limit || server.out.len() >= limit;
             if let Poll::Ready(Err(error)) = client.poll_flush(cx) {
@@ -427,7 +430,9 @@ impl Session {
                     Poll::Pending => {}
                 }
             }
-            if moved || bell.poll(cx) { Poll::Ready(Ok(())) } else { Poll::Pending }
+            let rung = bell.hear(cx);
+            *called |= rung;
+            if moved || rung { Poll::Ready(Ok(())) } else { Poll::Pending }
         })
         .await
     }

@@ -21,9 +21,9 @@ impl Bell {
         }
     }
 
-    /// It has rung; if not, this task is woken when it does.
-    pub fn poll(&self, cx: &Context<'_>) -> bool {
-        if self.rung.get() {
+    /// It has rung since this was last asked; if not, this task is woken when it does.
+    pub fn hear(&self, cx: &Context<'_>) -> bool {
+        if self.take() {
             return true;
         }
         let mut waker = self.waker.borrow_mut();
@@ -77,8 +77,8 @@ mod tests {
         assert!(bells.all.borrow().len() < 20, "bells of sessions that are gone pile up");
         assert_eq!(bells.hanging().len(), 1);
         let cx = Context::from_waker(Waker::noop());
-        assert!(!bell.poll(&cx));
+        assert!(!bell.hear(&cx));
         bells.hanging()[0].ring();
-        assert!(bell.poll(&cx) && bell.take() && !bell.take());
+        assert!(bell.hear(&cx) && !bell.hear(&cx) && !bell.take());
     }
 }
