@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use backfill_support::{Stage, signal};
 use common::link::{Flow, Trip, Way};
+use common::pair::DATABASE;
 use common::until;
 
 const T: &str = "CREATE TABLE t (k int PRIMARY KEY, v text)";
@@ -185,5 +186,53 @@ async fn a_worker_is_killed_at_each_step() {
         let there = stage.on_new(&format!("{untouched}{now}")).await;
         assert_eq!(stage.finish().await, 3000 - 30 + 50, "{step}");
         assert_eq!(stage.on_new(&format!("{untouched}{now}")).await, there, "{step}: rows were written again");
+    }
+}
+
+/// What a worker sent to the authority is carried out when it is long dead, and another has cut the table anew: a step that keeps a position, and the
+/// beginning itself. Both are about another cut, whose parts have other keys.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_dead_worker_has_sent_does_not_touch_another_cut() {
+    for late in ["UPDATE crossfade.backfill SET position", "DELETE FROM crossfade.backfill b WHERE"] {
+        let schema = "CREATE TABLE t (k int PRIMARY KEY, v char(200))";
+        let mut stage = Stage::new(schema, "INSERT INTO t SELECT n, 'row' FROM generate_series(1, 20000) n", 1).await;
+        let held = stage.authority.trip(Way::ToServer, late.as_bytes(), Trip::HoldBefore);
+        let first = stage.backfill(&["--jobs", "1"]);
+        stage.asks(1).await;
+        stage.free_all().await;
+        held.await.expect("it is sent");
+        first.kill();
+        let sessions = "SELECT string_agg(pid::text, ',') FROM pg_stat_activity WHERE application_name = 'crossfade backfill' AND backend_type = 'client backend'";
+        until("one session is left", async || !stage.on_old(sessions).await.contains(',')).await;
+        let dead = stage.on_old(sessions).await;
+        assert!(!dead.is_empty(), "the line holds it");
+        stage.proxy.set_phase("old").await;
+        let client = stage.client().await;
+        let more = "INSERT INTO t SELECT -n, 'more' FROM generate_series(1, 40000) n; DELETE FROM t WHERE k > 10000";
+        client.batch_execute(more).await.expect("writes, unmirrored");
+        stage.keep_table(1).await;
+        stage.proxy.set_phase("dual-write").await;
+        // Nobody gets at any of the table's parts.
+        let parts = stage.databases.new.client(DATABASE).await.expect("connects");
+        parts
+            .batch_execute("SELECT pg_advisory_lock(1128681556, 64 + n) FROM generate_series(0, 63) n")
+            .await
+            .expect("locks");
+        let second = stage.backfill_straight();
+        stage.asks(1).await;
+        stage.free_all().await;
+        let cut = "SELECT string_agg(format('%s %s %s %s %s %s', part, debts, after_key, upto_key, position, done), ';' ORDER BY part) FROM crossfade.backfill \
+            WHERE debts <@ (SELECT array_agg(id) FROM crossfade.ledger)";
+        until("it has cut the table", async || !stage.on_old(cut).await.is_empty()).await;
+        let before = stage.on_old(cut).await;
+        assert!(before.contains(';'), "{before}");
+        stage.authority.release();
+        let gone = format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {dead}");
+        until("the dead worker's session is gone", async || stage.on_old(&gone).await == "0").await;
+        assert_eq!(stage.on_old(cut).await, before, "{late}");
+        drop(parts);
+        let (status, said) = second.end().await;
+        assert!(status.success(), "{said}");
+        assert_eq!(stage.settle().await, 50_000);
     }
 }

@@ -101,7 +101,23 @@ async fn no_row_is_lost_in_a_storm() {
     }
     eprintln!("{weathers:?}; {} rows in the ledger", stage.debts().await);
     worker.kill();
-    until("a backfill comes to its end", async || stage.backfill(&["--jobs", "2"]).end().await.0.success()).await;
+    let ends = until("a backfill comes to its end", async || stage.backfill(&["--jobs", "2"]).end().await.0.success());
+    if tokio::time::timeout(Duration::from_secs(240), ends).await.is_err() {
+        for (n, side) in [("old", &stage.databases.old), ("new", &stage.databases.new)] {
+            let q = "SELECT pid, application_name, state, wait_event_type, wait_event, backend_xid, now()-state_change, now()-query_start, pg_blocking_pids(pid), left(query, 120) FROM pg_stat_activity WHERE datname = 'shop' ORDER BY state, query_start";
+            eprintln!("{n}\n{}", side.psql(DATABASE, q).await.unwrap());
+            eprintln!("{n}\n{}", side.psql(DATABASE, "SELECT pid, locktype, relation::regclass, classid, objid, objsubid, mode, granted FROM pg_locks WHERE locktype = 'advisory' OR relation > 16384 ORDER BY 1").await.unwrap());
+        }
+        eprintln!(
+            "{}",
+            stage.on_old("SELECT number, part, done, work, rows, changed FROM crossfade.backfill ORDER BY 1, 2").await
+        );
+        eprintln!("{}", stage.on_old("SELECT id, at, carrier_pid, reason, error, length(debts) FROM crossfade.ledger ORDER BY 1 LIMIT 100").await);
+        if std::env::var("S_SLEEP").is_ok() {
+            tokio::time::sleep(Duration::from_secs(3000)).await;
+        }
+        panic!("it hangs");
+    }
     assert!(load.end().await > 50);
     assert!(stage.settle().await > rows);
 }

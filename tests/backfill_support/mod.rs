@@ -107,6 +107,11 @@ impl Stage {
         self.databases.new.psql(DATABASE, &sql).await.expect("reads").trim() != "0"
     }
 
+    /// Keeps jobs from the table, as soon as the one that has it has done with it.
+    pub async fn keep_table(&self, number: i32) {
+        lock(&self.guard, "pg_advisory_lock", TABLE, number).await;
+    }
+
     /// Keeps the proxy's repair from the table's keys and ranges, as soon as it has done with them.
     pub async fn keep_keys(&self, number: i32) {
         lock(&self.guard, "pg_advisory_lock", KEYS, number).await;

@@ -84,6 +84,12 @@ pub(super) async fn owed(authority: &mut Link, debts: &[i64]) -> Result<bool, Er
     Ok(!debts.is_empty() && rows[0].get::<_, i64>(0) == debts.len() as i64)
 }
 
+/// Numbers of ledger rows as an array.
+fn list(debts: &[i64]) -> String {
+    let numbers = debts.iter().map(i64::to_string).collect::<Vec<_>>().join(",");
+    format!("'{{{numbers}}}'::bigint[]")
+}
+
 fn hex(bytes: &[u8]) -> String {
     let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     format!("pg_catalog.decode('{digits}', 'hex')")
@@ -93,7 +99,8 @@ fn key(key: &Option<Values>) -> String {
     key.as_ref().map_or_else(|| "NULL".to_owned(), |key| hex(&packed(key)))
 }
 
-/// Begins anew: these parts, and nothing of earlier ones.
+/// Begins anew: these parts, and nothing of earlier ones. One whose statement comes late, when another has begun since, changes nothing: parts whose debts are
+/// still owed stay, and stand in the way of its own.
 pub(super) async fn begin(
     authority: &mut Link,
     number: u32,
@@ -101,12 +108,14 @@ pub(super) async fn begin(
     parts: &[Bounds],
     keys: Option<KeyDebts>,
 ) -> Result<(), Error> {
-    let list = debts.iter().map(i64::to_string).collect::<Vec<_>>().join(",");
-    let mut sql =
-        format!("BEGIN; SET LOCAL synchronous_commit = on; DELETE FROM crossfade.backfill WHERE number = {number};");
+    let list = list(debts);
+    let mut sql = format!(
+        "BEGIN; SET LOCAL synchronous_commit = on; DELETE FROM crossfade.backfill b WHERE number = {number} \
+         AND (SELECT count(*) FROM crossfade.ledger WHERE id = ANY (b.debts)) < cardinality(b.debts);"
+    );
     for (part, bounds) in parts.iter().enumerate() {
         sql += &format!(
-            "INSERT INTO crossfade.backfill (number, part, debts, after_key, upto_key) VALUES ({number}, {part}, '{{{list}}}', {}, {});",
+            "INSERT INTO crossfade.backfill (number, part, debts, after_key, upto_key) VALUES ({number}, {part}, {list}, {}, {});",
             key(&bounds.after),
             key(&bounds.upto)
         );
@@ -173,13 +182,16 @@ pub(super) struct Next<'a> {
 
 /// One step, one commit with a flush: the chunk before is cleared and its position kept, the next one is owed. Without a next one the part is done.
 /// False: the whole-table debts are gone, and with them the reason to go on; nothing was taken into work.
+///
+/// Whoever sent it may be gone when it is carried out: then it says what was so when it was sent. It is about a part of its own cut (which the whole-table
+/// debts name), and of no other: its keys are other ones there.
 pub(super) async fn step(
     pair: &mut Pair,
     part: &Part,
     done: Option<&Done>,
     next: Option<&Next<'_>>,
 ) -> Result<bool, Error> {
-    let at = format!("WHERE number = {} AND part = {}", part.number, part.part);
+    let at = format!("WHERE number = {} AND part = {} AND debts = {}", part.number, part.part, list(&part.debts));
     let mut sql = String::from("BEGIN; SET LOCAL synchronous_commit = on;");
     if let Some(done) = done {
         sql += &done.keys.as_ref().map_or_else(String::new, KeyDebts::insertion);
@@ -215,14 +227,14 @@ fn taking(part: &Part, next: &Next<'_>, at: &str) -> String {
     let mut debt = BytesMut::new();
     let Bounds { after, upto } = next.bounds.clone();
     encode(&Debt::Range { table: part.number, after, upto }, &mut debt);
-    let list = part.debts.iter().map(i64::to_string).collect::<Vec<_>>().join(",");
     let (pid, start) = next.backend;
     format!(
         "INSERT INTO crossfade.ledger (id, carrier_pid, carrier_start, debts, reason) SELECT {id}, {pid}, {start}, {debt}, 'backfill' \
-         WHERE (SELECT count(*) FROM crossfade.ledger WHERE id = ANY ('{{{list}}}')) = {count};\
+         WHERE (SELECT count(*) FROM crossfade.ledger WHERE id = ANY ({list})) = {count};\
          UPDATE crossfade.backfill SET work = {id}, work_key = {last} {at} AND EXISTS (SELECT FROM crossfade.ledger WHERE id = {id});",
         id = next.debt,
         debt = hex(&debt),
+        list = list(&part.debts),
         count = part.debts.len(),
         last = key(&next.bounds.upto)
     )
