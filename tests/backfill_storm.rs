@@ -10,7 +10,7 @@ use backfill_support::Stage;
 use backfill_support::shop::{Load, SHOP, years};
 use common::link::{Flow, Way};
 use common::pair::DATABASE;
-use common::until;
+use common::{proof, until};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -26,24 +26,34 @@ enum Weather {
     Slow,
     Cut,
     Kill,
+    /// Killed, and what it has sent arrives late.
+    LateWords,
     /// The mirror's tables are locked: the proxy gives it up, and owes.
     Lock,
     /// Repair has to wait for keys and ranges.
     Late,
 }
 
-const WEATHER: &[Weather] =
-    &[Weather::Stall, Weather::Stall, Weather::Slow, Weather::Cut, Weather::Kill, Weather::Lock, Weather::Late];
+const WEATHER: &[Weather] = &[
+    Weather::Stall,
+    Weather::Slow,
+    Weather::Cut,
+    Weather::Kill,
+    Weather::LateWords,
+    Weather::LateWords,
+    Weather::LateWords,
+    Weather::Lock,
+    Weather::Late,
+];
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_row_is_lost_in_a_storm() {
-    let env = |name: &str, or: u64| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(or);
-    let (rows, lasts) = (env("S_ROWS", 60_000), env("S_SECS", 20));
+    let (rows, lasts) = if proof() { (1_000_000, 600) } else { (20_000, 20) };
     let seed = std::env::var("STORM").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(rand::random::<u32>);
     eprintln!("STORM={seed}");
     let mut random = StdRng::seed_from_u64(seed.into());
     let stage = Stage::new(SHOP, &years(rows), 3).await;
-    let load = Load::start(&stage.proxy, env("S_CLIENTS", 4), rows);
+    let load = Load::start(&stage.proxy, if proof() { 16 } else { 4 }, rows);
     let rate = (rows / lasts).to_string();
     let start = || stage.backfill_so_patient(PATIENCE, &["--jobs", "2", "--rate", &rate]);
     let mut worker = start();
@@ -74,6 +84,16 @@ async fn no_row_is_lost_in_a_storm() {
                 worker.kill();
                 worker = start();
             }
+            Weather::LateWords => {
+                let lines = [&stage.authority, &stage.mirror];
+                let lines = &lines[[0..1, 1..2, 0..2][random.random_range(0..3)].clone()];
+                lines.iter().for_each(|line| line.freeze());
+                tokio::time::sleep(Duration::from_millis(random.random_range(0..100))).await;
+                worker.kill();
+                worker = start();
+                tokio::time::sleep(lasts).await;
+                lines.iter().for_each(|line| line.thaw());
+            }
             Weather::Lock => {
                 let client = stage.databases.new.client(DATABASE).await.expect("connects");
                 // Where somebody is at work on them all the time, another time.
@@ -101,23 +121,7 @@ async fn no_row_is_lost_in_a_storm() {
     }
     eprintln!("{weathers:?}; {} rows in the ledger", stage.debts().await);
     worker.kill();
-    let ends = until("a backfill comes to its end", async || stage.backfill(&["--jobs", "2"]).end().await.0.success());
-    if tokio::time::timeout(Duration::from_secs(240), ends).await.is_err() {
-        for (n, side) in [("old", &stage.databases.old), ("new", &stage.databases.new)] {
-            let q = "SELECT pid, application_name, state, wait_event_type, wait_event, backend_xid, now()-state_change, now()-query_start, pg_blocking_pids(pid), left(query, 120) FROM pg_stat_activity WHERE datname = 'shop' ORDER BY state, query_start";
-            eprintln!("{n}\n{}", side.psql(DATABASE, q).await.unwrap());
-            eprintln!("{n}\n{}", side.psql(DATABASE, "SELECT pid, locktype, relation::regclass, classid, objid, objsubid, mode, granted FROM pg_locks WHERE locktype = 'advisory' OR relation > 16384 ORDER BY 1").await.unwrap());
-        }
-        eprintln!(
-            "{}",
-            stage.on_old("SELECT number, part, done, work, rows, changed FROM crossfade.backfill ORDER BY 1, 2").await
-        );
-        eprintln!("{}", stage.on_old("SELECT id, at, carrier_pid, reason, error, length(debts) FROM crossfade.ledger ORDER BY 1 LIMIT 100").await);
-        if std::env::var("S_SLEEP").is_ok() {
-            tokio::time::sleep(Duration::from_secs(3000)).await;
-        }
-        panic!("it hangs");
-    }
+    until("a backfill comes to its end", async || stage.backfill(&["--jobs", "2"]).end().await.0.success()).await;
     assert!(load.end().await > 50);
     assert!(stage.settle().await > rows);
 }

@@ -70,6 +70,10 @@ struct Shared {
     cuts: watch::Sender<u64>,
     /// Counts the releases: what is held goes on when it changes.
     releases: watch::Sender<u64>,
+    /// So many connections were there.
+    connections: AtomicU64,
+    /// What connections before this one send waits.
+    frozen: watch::Sender<u64>,
     tripwire: Mutex<Option<Tripwire>>,
     /// So many were there.
     tripwires: AtomicU64,
@@ -100,6 +104,8 @@ impl Link {
             to_client: watch::Sender::new(Flow::Pass),
             cuts: watch::Sender::new(0),
             releases: watch::Sender::new(0),
+            connections: AtomicU64::new(0),
+            frozen: watch::Sender::new(0),
             tripwire: Mutex::new(None),
             tripwires: AtomicU64::new(0),
         };
@@ -174,6 +180,16 @@ impl Link {
         self.shared.releases.send_modify(|releases| *releases += 1);
     }
 
+    /// What present connections send waits until [`Link::thaw`], also their end; others go on. Who is killed meanwhile has sent it all the same.
+    pub fn freeze(&self) {
+        self.shared.frozen.send_replace(self.shared.connections.load(Ordering::Relaxed));
+    }
+
+    /// What was frozen goes on its way.
+    pub fn thaw(&self) {
+        self.shared.frozen.send_replace(0);
+    }
+
     fn arm(&self, behind: Option<Vec<u8>>, way: Way, pattern: &[u8], trip: Trip) -> oneshot::Receiver<()> {
         let (struck, answer) = oneshot::channel();
         let number = self.shared.tripwires.fetch_add(1, Ordering::Relaxed) + 1;
@@ -194,6 +210,7 @@ impl Drop for Link {
 
 async fn carry(client: TcpStream, shared: Arc<Shared>) {
     let mut cuts = shared.cuts.subscribe();
+    let number = shared.connections.fetch_add(1, Ordering::Relaxed);
     let port = shared.server_port.load(Ordering::Relaxed);
     let Ok(server) = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await else {
         reset_on_close(&client);
@@ -207,8 +224,8 @@ async fn carry(client: TcpStream, shared: Arc<Shared>) {
     let armed = AtomicU64::new(0);
     let both = async {
         tokio::try_join!(
-            pump(from_client, &to_server, Way::ToServer, &shared, &armed),
-            pump(from_server, &to_client, Way::ToClient, &shared, &armed)
+            pump(from_client, &to_server, Way::ToServer, &shared, (number, &armed)),
+            pump(from_server, &to_client, Way::ToClient, &shared, (number, &armed))
         )
     };
     let cut = tokio::select! {
@@ -232,14 +249,19 @@ async fn pump(
     to: &OwnedWriteHalf,
     way: Way,
     shared: &Shared,
-    armed: &AtomicU64,
+    (number, armed): (u64, &AtomicU64),
 ) -> io::Result<()> {
+    let mut frozen = shared.frozen.subscribe();
     let mut releases = shared.releases.subscribe();
     let mut flow = shared.flow(way).subscribe();
     let mut buffer = vec![0; 64 * 1024];
     let mut seen = Vec::new();
     loop {
         let length = from.read(&mut buffer).await?;
+        if way == Way::ToServer {
+            // A link that is gone holds nothing.
+            drop(frozen.wait_for(|frozen| number >= *frozen).await);
+        }
         if length == 0 {
             return socket2::SockRef::from(to.as_ref()).shutdown(std::net::Shutdown::Write);
         }
