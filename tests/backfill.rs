@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use backfill_support::{Stage, signal};
 use common::link::{Flow, Trip, Way};
-use common::pair::DATABASE;
 use common::until;
 
 const T: &str = "CREATE TABLE t (k int PRIMARY KEY, v text)";
@@ -212,12 +211,7 @@ async fn what_a_dead_worker_has_sent_does_not_touch_another_cut() {
         client.batch_execute(more).await.expect("writes, unmirrored");
         stage.keep_table(1).await;
         stage.proxy.set_phase("dual-write").await;
-        // Nobody gets at any of the table's parts.
-        let parts = stage.databases.new.client(DATABASE).await.expect("connects");
-        parts
-            .batch_execute("SELECT pg_advisory_lock(1128681556, 64 + n) FROM generate_series(0, 63) n")
-            .await
-            .expect("locks");
+        let parts = stage.keep_parts(1).await;
         let second = stage.backfill_straight();
         stage.asks(1).await;
         stage.free_all().await;

@@ -14,6 +14,9 @@ use tokio_postgres::{Client, NoTls};
 /// The first keys of the advisory locks of jobs, as src/migrate/locks.rs has them.
 const TABLE: i32 = 0x4346_5442;
 const KEYS: i32 = 0x4346_4b59;
+const PART: i32 = 0x4346_5054;
+/// Parts of a table at most.
+const PARTS: i32 = 64;
 
 /// In `dual-write`, with whole-table debts that nobody has begun to pay.
 pub struct Stage {
@@ -110,6 +113,15 @@ impl Stage {
     /// Keeps jobs from the table, as soon as the one that has it has done with it.
     pub async fn keep_table(&self, number: i32) {
         lock(&self.guard, "pg_advisory_lock", TABLE, number).await;
+    }
+
+    /// Keeps backfills from the table's parts, whichever it will be cut into, until what is returned is dropped.
+    pub async fn keep_parts(&self, number: i32) -> Client {
+        let client = self.databases.new.client(DATABASE).await.expect("connects");
+        for part in 0..PARTS {
+            lock(&client, "pg_advisory_lock", PART, number * PARTS + part).await;
+        }
+        client
     }
 
     /// Keeps the proxy's repair from the table's keys and ranges, as soon as it has done with them.
