@@ -58,10 +58,7 @@ impl Session {
         }
         self.kept = Kept::default();
         match &planned.lazy {
-            Lazy::Merged(merged) => {
-                self.shared.metrics.lazy_reads.with_label_values(&["merged"]).inc();
-                self.put_once(TOUCH_NAME, merged.touch.as_bytes(), &[], NONE, To::Us);
-            }
+            Lazy::Merged(merged) => self.touch_merged(&merged.touch, To::Us),
             Lazy::Brings(brings) => {
                 self.put_once(TOUCH_NAME, brings.touch.as_bytes(), &[], NONE, To::Us);
                 let bring = self.bring(brings, text);
@@ -80,6 +77,12 @@ impl Session {
         Ok(false)
     }
 
+    /// In front of a read that is merged.
+    fn touch_merged(&mut self, touch: &str, to: To) {
+        self.shared.metrics.lazy_reads.with_label_values(&["merged"]).inc();
+        self.put_once(TOUCH_NAME, touch.as_bytes(), &[], NONE, to);
+    }
+
     /// In front of a Bind, in an open block: the portal's snapshot is taken by Bind. An error is the client's, and the server passes over what follows.
     pub(super) async fn bring_before_bind(
         &mut self,
@@ -88,10 +91,7 @@ impl Session {
         head: Head,
     ) -> Result<(), End> {
         match &planned.lazy {
-            Lazy::Merged(merged) => {
-                self.shared.metrics.lazy_reads.with_label_values(&["merged"]).inc();
-                self.put_once(TOUCH_NAME, merged.touch.as_bytes(), &[], NONE, To::Nobody);
-            }
+            Lazy::Merged(merged) => self.touch_merged(&merged.touch, To::Nobody),
             Lazy::Brings(brings) => {
                 let text = self.prepared.get(statement).and_then(|prepared| prepared.text.clone()).unwrap_or_default();
                 let payload = Bytes::copy_from_slice(&self.client.inb[HEAD..head.total]);
