@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use backfill_support::{Stage, signal};
 use common::link::{Flow, Trip, Way};
+use common::pair::DATABASE;
 use common::until;
 
 const T: &str = "CREATE TABLE t (k int PRIMARY KEY, v text)";
@@ -152,7 +153,7 @@ async fn a_delete_under_way_at_the_second_look() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_is_killed_at_each_step() {
     let steps: [(&str, &str, &[u8], Trip); 7] = [
-        ("before the chunk is owed", "old", b"'backfill' WHERE (SELECT count", Trip::StallBefore),
+        ("before the chunk is owed", "old", b"'backfill' WHERE EXISTS", Trip::StallBefore),
         ("when the chunk is owed", "old", b"work_key = pg_catalog.decode", Trip::CutAfter),
         ("before the chunk is copied", "new", COPY, Trip::StallBefore),
         ("before the chunk is committed", "new", COMMIT, Trip::StallBefore),
@@ -229,4 +230,46 @@ async fn what_a_dead_worker_has_sent_does_not_touch_another_cut() {
         assert!(status.success(), "{said}");
         assert_eq!(stage.settle().await, 50_000);
     }
+}
+
+/// Somebody has the table locked on new: the backfill waits, says so, and neither loses its line to new nor fills the ledger with keys.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_locked_table_is_waited_for() {
+    let stage = Stage::new(T, TEN, 1).await;
+    let locker = stage.databases.new.client(DATABASE).await.expect("connects");
+    locker.batch_execute("BEGIN; LOCK TABLE t IN SHARE MODE").await.expect("locks");
+    let mut running = stage.backfill(&[]);
+    stage.let_begin(1).await;
+    until("the chunk is in work", async || stage.on_old("SELECT count(work) FROM crossfade.backfill").await == "1")
+        .await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(!running.has_ended());
+    assert_eq!(stage.on_old("SELECT count(*) FROM crossfade.ledger WHERE reason = 'backfill'").await, "1", "its range");
+    locker.batch_execute("COMMIT").await.expect("unlocks");
+    let (status, said) = running.end().await;
+    assert!(status.success() && said.contains("has it locked") && !said.contains("trying again"), "{said}");
+    assert_eq!(stage.debts().await, 0);
+    assert_eq!(stage.settle().await, 10);
+}
+
+/// Of the debts that a backfill is to pay, one was another's: a transaction owed the table until it had seen that it need not. What was begun goes on.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_debt_that_goes_away_ends_no_backfill() {
+    let rows = "INSERT INTO t SELECT n, 'row ' || n FROM generate_series(1, 3000) n";
+    let stage = Stage::new(T, rows, 1).await;
+    let taint = "INSERT INTO crossfade.ledger (id, debts, reason) SELECT id + 1, debts, 'another' FROM crossfade.ledger RETURNING id";
+    let taint = stage.on_old(taint).await;
+    let copying = stage.mirror.trip(Way::ToServer, COPY, Trip::StallBefore);
+    let first = stage.backfill(&[]);
+    stage.let_begin(1).await;
+    copying.await.expect("the chunk is read");
+    let debts = "SELECT cardinality(debts) FROM crossfade.backfill";
+    assert_eq!(stage.on_old(debts).await, "2");
+    stage.on_old(&format!("DELETE FROM crossfade.ledger WHERE id = {taint}")).await;
+    stage.mirror.set(Way::ToServer, Flow::Pass);
+    let (status, said) = first.end().await;
+    assert!(status.success() && said.contains("done"), "{said}");
+    assert_eq!(stage.on_old("SELECT count(*) FROM crossfade.ledger").await, "0", "the other one is paid");
+    assert_eq!(stage.on_old(debts).await, "2", "the table was not cut anew");
+    assert_eq!(stage.settle().await, 3000);
 }

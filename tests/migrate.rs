@@ -345,6 +345,25 @@ async fn a_row_that_the_mirror_refuses_is_kept_and_blocks_no_other() {
     world.assert_equal("t").await;
 }
 
+/// A walk that meets so many refused rows that it ends has not passed the keys behind them: their debts stay.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_walk_that_ends_early_pays_no_keys_behind_its_end() {
+    let world = World::new(T).await;
+    let table = world.table("t").await;
+    world.on_new("ALTER TABLE t ADD CHECK (v < 100)").await;
+    world.on_old("INSERT INTO t SELECT n, 'u' || n, 100 FROM generate_series(1, 2500) n").await;
+    world.on_old("INSERT INTO t VALUES (9000, 'u9000', 1)").await;
+    world.owe(&[Debt::Table { table: table.number }]).await;
+    let behind = world.owe(&[key(&table, 9000)]).await;
+    let mut repair = world.repair().await;
+    repair.pass().await.expect("passes");
+    let there = "SELECT count(*) FROM t WHERE k = 9000";
+    let come: i64 = world.new_replica().await.query_one(there, &[]).await.unwrap().get(0);
+    let held = "SELECT count(*) FROM crossfade.ledger WHERE id = $1";
+    let held: i64 = world.old().await.query_one(held, &[&behind]).await.unwrap().get(0);
+    assert_eq!((come, held), (0, 1), "it is there, or it is owed by itself");
+}
+
 /// One ledger row that cannot be read, and one table of which the mirror fails, keep nobody else from being paid; the ledger says why they stay.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_paid_blocks_no_other_table() {

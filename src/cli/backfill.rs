@@ -183,6 +183,7 @@ fn tell(show: &Show, event: Event) {
         Event::Table { table, owed } => show.done(table, if owed { "done" } else { "owes nothing as a whole" }),
         Event::Void { table } => show.done(table, "its whole-table debt is gone"),
         Event::Waits { table } => show.waits(table, "waits for another job on it, or for the session of one that died"),
+        Event::Shut { table } => show.waits(table, "waits for whoever has it locked on the side that is filled"),
         Event::Index { table, what } => show.said(table, &what),
         Event::Standbys { side, what } => show.line(&format!("{side}: {what}")),
         Event::Again { error } => show.line(&format!("{error}; trying again")),

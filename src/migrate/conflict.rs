@@ -67,6 +67,11 @@ pub(crate) async fn replace(
                 pair.abandon().await;
                 match trouble.why {
                     Why::TooBig => break,
+                    Why::Shut(other) => {
+                        locked = true;
+                        error = other;
+                        break;
+                    }
                     Why::Error(other) if other.meaning() == Meaning::Fatal => return Err(other),
                     Why::Error(other) => {
                         locked |= other.meaning() == Meaning::Busy;

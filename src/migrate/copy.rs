@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{BufMut, BytesMut};
 use futures_util::{SinkExt, StreamExt};
 
 use super::across::row_across;
@@ -164,8 +164,7 @@ async fn copy_all(pair: &mut Pair, table: &Table) -> Result<u64, Error> {
     let mut count = 0;
     let mut sink = None;
     if there.copies() {
-        let opened = pair.mirror.answered(doing, pair.mirror.client.copy_in::<_, Bytes>(&there.copy_in())).await?;
-        sink = Some(Box::pin(opened));
+        sink = Some(pair.mirror.copy_in(doing, &there.copy_in()).await?);
     }
     let mut piece = BytesMut::from(COPY_HEADER);
     loop {

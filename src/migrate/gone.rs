@@ -128,9 +128,14 @@ struct Batch {
 async fn remove_many(pair: &mut Pair, table: &Table, keys: &[Values]) -> Result<Batch, Error> {
     let here = TableSql::new(table, pair.authority.side);
     let there = TableSql::new(table, pair.mirror.side);
-    begin_on_mirror(pair, false).await?;
-    let lock = format!("LOCK TABLE {} IN ROW EXCLUSIVE MODE", there.only());
-    pair.mirror.batch("locking the table", &lock).await?;
+    match begin_on_mirror(pair, table, false).await {
+        // Somebody has all of it.
+        Err(error) if error.meaning() == Meaning::Busy => {
+            pair.abandon().await;
+            return Ok(Batch { again: keys.to_vec(), ..Batch::default() });
+        }
+        begun => begun?,
+    }
     let across: Vec<Values> = keys.iter().map(|key| key_across(table, here.side, key.clone())).collect();
     let asked: Vec<&Values> = across.iter().collect();
     let ours = found(&mut pair.mirror, "locking rows", &there, &there.seize(), &asked).await?;
@@ -200,7 +205,7 @@ async fn remove_one(pair: &mut Pair, table: &Table, key: &Values) -> Result<Trie
 async fn delete_then_look(pair: &mut Pair, table: &Table, key: &Values) -> Result<Tried, Error> {
     let here = TableSql::new(table, pair.authority.side);
     let there = TableSql::new(table, pair.mirror.side);
-    begin_on_mirror(pair, true).await?;
+    begin_on_mirror(pair, table, true).await?;
     let there_key = key_across(table, here.side, key.clone());
     let found = delete(&mut pair.mirror, &there, &[&there_key]).await?;
     // No transaction is open on the authority: this is a new snapshot, taken after the delete was answered.

@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::pin::Pin;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio_postgres::types::ToSql;
-use tokio_postgres::{Client, Row, Statement};
+use tokio_postgres::{Client, CopyInSink, Row, Statement};
 
 use super::error::Error;
 use crate::catalog::Sides;
@@ -47,6 +49,8 @@ pub struct Link {
     pub client: Client,
     patience: Duration,
     statements: HashMap<String, Statement>,
+    /// Its answers are out of step with what is asked: see [`Link::copy_in`].
+    out_of_step: bool,
 }
 
 /// A connection that is asked now and then: nothing is kept prepared.
@@ -89,7 +93,7 @@ const STATEMENTS: usize = 256;
 impl Link {
     /// A link over an open connection; it is set up by [`Pair::new`].
     pub fn new(side: Side, client: Client, patience: Duration) -> Link {
-        Link { side, client, patience, statements: HashMap::new() }
+        Link { side, client, patience, statements: HashMap::new(), out_of_step: false }
     }
 
     /// The connection as it is, without its prepared statements.
@@ -103,6 +107,10 @@ impl Link {
         doing: &'static str,
         answer: impl Future<Output = Result<T, tokio_postgres::Error>>,
     ) -> Result<T, Error> {
+        if self.out_of_step {
+            let message = "it was given up behind a COPY that the server had refused".to_owned();
+            return Err(Error::Broken { side: self.side, doing, message });
+        }
         match tokio::time::timeout(self.patience, answer).await {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => Err(Error::from_driver(self.side, doing, &error)),
@@ -125,6 +133,21 @@ impl Link {
         }
         self.statements.insert(text.to_owned(), statement.clone());
         Ok(statement)
+    }
+
+    /// Begins a COPY FROM STDIN. Err: nothing else may be asked over this connection.
+    ///
+    /// Where the server refuses it before it takes any data, the driver sends a Sync too many, and each later question gets the answer to the one before it
+    /// (rust-postgres, issue 789). Who copies takes the table's lock first, so that this is rare.
+    pub(crate) async fn copy_in(
+        &mut self,
+        doing: &'static str,
+        text: &str,
+    ) -> Result<Pin<Box<CopyInSink<Bytes>>>, Error> {
+        let statement = self.prepared(doing, text).await?;
+        let begun = self.answered(doing, self.client.copy_in(&statement)).await;
+        self.out_of_step |= begun.is_err();
+        begun.map(Box::pin)
     }
 
     pub(crate) async fn rows(
@@ -251,7 +274,8 @@ impl Pair {
 
     /// A connection was lost or given up: this pair is of no more use.
     pub fn is_broken(&self) -> bool {
-        self.broken || self.authority.client.is_closed() || self.mirror.client.is_closed()
+        let gone = |link: &Link| link.out_of_step || link.client.is_closed();
+        self.broken || gone(&self.authority) || gone(&self.mirror)
     }
 
     /// While rows are locked on both sides, their tables' definitions stay what they are: are they those that the statements were made for?

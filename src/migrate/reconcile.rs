@@ -8,7 +8,7 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use futures_util::SinkExt;
 
 use super::across::{key_across, row_across};
@@ -111,6 +111,8 @@ pub(crate) async fn chunk_of_keys(pair: &mut Pair, table: &Table, keys: Vec<Valu
         pair.abandon().await;
         match (trouble.why, mode) {
             (Why::TooBig, _) => halves(&mut stack, keys, |keys| (keys, mode)),
+            // Fewer of them would wait for the same lock.
+            (Why::Shut(_), _) => outcome.locked.extend(keys),
             (Why::Error(error), _) if error.meaning() == Meaning::Fatal => return Err(error),
             (Why::Error(error), Mode::Copy) if error.meaning() == Meaning::Conflict => stack.push((keys, Mode::Upsert)),
             (Why::Error(error), _) if error.meaning() == Meaning::Conflict => {
@@ -176,13 +178,21 @@ pub(crate) struct Trouble {
 pub(crate) enum Why {
     /// The rows are more than may be held at once.
     TooBig,
+    /// Somebody has the mirror's table locked as a whole.
+    Shut(Error),
     /// A server's error.
     Error(Error),
 }
 
+impl From<Error> for Why {
+    fn from(error: Error) -> Why {
+        Why::Error(error)
+    }
+}
+
 impl From<Error> for Trouble {
     fn from(error: Error) -> Trouble {
-        Trouble { why: Why::Error(error), absent: Vec::new(), locked: false, writing: Vec::new() }
+        Trouble { why: error.into(), absent: Vec::new(), locked: false, writing: Vec::new() }
     }
 }
 
@@ -206,9 +216,7 @@ pub(crate) async fn settle(pair: &mut Pair, table: &Table, keys: &[Values], mode
     let mut writing = Vec::new();
     match equalise(pair, table, held, mode, begun, &mut writing).await {
         Ok(written) => Ok(Settled { written, ..settled }),
-        Err(error) => {
-            Err(Trouble { why: Why::Error(error), absent: settled.absent, locked: !settled.locked.is_empty(), writing })
-        }
+        Err(why) => Err(Trouble { why, absent: settled.absent, locked: !settled.locked.is_empty(), writing }),
     }
 }
 
@@ -255,10 +263,13 @@ async fn equalise(
     mode: Mode,
     begun: Instant,
     writing: &mut Vec<Values>,
-) -> Result<u64, Error> {
+) -> Result<u64, Why> {
     let there = TableSql::new(table, pair.mirror.side);
     let one = held.len() == 1;
-    begin_on_mirror(pair, one).await?;
+    begin_on_mirror(pair, table, one).await.map_err(|error| match error.meaning() {
+        Meaning::Busy => Why::Shut(error),
+        _ => Why::Error(error),
+    })?;
     if needs_lock(table, pair.mirror.side) {
         let number = table.number.cast_signed();
         pair.mirror.rows("keeping other writers away", KEY_LOCK, &[&number]).await?;
@@ -293,10 +304,12 @@ async fn equalise(
     Ok(written)
 }
 
-/// A statement about several rows is cut off after `wait`: each of its rows may wait for another lock.
-pub(crate) async fn begin_on_mirror(pair: &mut Pair, one: bool) -> Result<(), Error> {
+/// The table is locked as each write of a row locks it: where somebody else has all of it, that is seen now. A later statement about several rows is cut off
+/// after `wait`: each of its rows may wait for another lock.
+pub(crate) async fn begin_on_mirror(pair: &mut Pair, table: &Table, one: bool) -> Result<(), Error> {
     let limit = if one { 0 } else { pair.wait.as_millis().max(1) };
-    let begin = format!("BEGIN; SET LOCAL statement_timeout = {limit}; SET CONSTRAINTS ALL DEFERRED");
+    let lock = TableSql::new(table, pair.mirror.side).lock_table();
+    let begin = format!("BEGIN; SET LOCAL statement_timeout = {limit}; SET CONSTRAINTS ALL DEFERRED; {lock}");
     pair.mirror.batch("beginning", &begin).await
 }
 
@@ -391,9 +404,7 @@ pub(crate) async fn copy_in<'r>(
     rows: impl Iterator<Item = &'r Values>,
 ) -> Result<(), Error> {
     let doing = "copying rows";
-    let statement = mirror.prepared(doing, &there.copy_in()).await?;
-    let sink = mirror.answered(doing, mirror.client.copy_in::<_, Bytes>(&statement)).await?;
-    let mut sink = std::pin::pin!(sink);
+    let mut sink = mirror.copy_in(doing, &there.copy_in()).await?;
     let mut piece = BytesMut::from(COPY_HEADER);
     for row in rows {
         put_copy_row(row.iter(), &mut piece);

@@ -444,7 +444,9 @@ impl Repair {
         };
         ledger.repaired += outcome.written + outcome.removed;
         if let Some(why) = why_unpaid(&outcome) {
-            ledger.none_of(number, &Owes { ranges: owes.ranges.clone(), ..Owes::default() }, &why);
+            // It has passed all keys, unless it has ended early.
+            let keys = if walk::ended_early(&outcome) { owes.keys.clone() } else { HashSet::new() };
+            ledger.none_of(number, &Owes { keys, ..owes.clone() }, &why);
         }
         let unpaid = ledger.keys.entry(number).or_default();
         unpaid.extend(outcome.locked.into_iter().map(|key| (key, Unpaid::Busy)));

@@ -161,6 +161,11 @@ impl<'a> TableSql<'a> {
         format!("SELECT q.i FROM {} JOIN {gone} AS t ON {}", self.asked(), self.matches())
     }
 
+    /// Takes the lock that every write of a row takes.
+    pub fn lock_table(&self) -> String {
+        format!("LOCK TABLE {} IN ROW EXCLUSIVE MODE", self.only())
+    }
+
     /// Deletes the asked rows.
     pub fn delete(&self) -> String {
         format!("DELETE FROM {} AS t USING {} WHERE {}", self.only(), self.asked(), self.matches())

@@ -21,6 +21,11 @@ const REFUSED_MOST: usize = 1000;
 /// Rows of the first chunk; later ones by what the first have shown.
 const FIRST: usize = 100;
 
+/// A walk with this outcome has not gone through all of its keys.
+pub(crate) fn ended_early(outcome: &Outcome) -> bool {
+    outcome.refused.len() > REFUSED_MOST
+}
+
 /// Why a table cannot be walked, as an error.
 pub(crate) fn walkable(table: &Table) -> Result<(), Error> {
     let name = table.label();
@@ -131,7 +136,7 @@ async fn walk_authority(
             // Statements about several rows are cut off after `wait`.
             page.rows = (page.rows / 4).max(1);
         }
-        if outcome.refused.len() > REFUSED_MOST {
+        if ended_early(outcome) {
             return Ok(());
         }
         // Bounded: a table with more locked rows than this is held by someone for long.

@@ -32,6 +32,8 @@ pub(super) struct Common<'a> {
     pub standbys: &'a Standbys,
     /// Told of rows that are done.
     pub tell: &'a (dyn Fn(u32, i32, usize) + Send + Sync),
+    /// Told of a table of the mirror that somebody has locked.
+    pub shut: &'a (dyn Fn(u32) + Send + Sync),
 }
 
 impl Common<'_> {
@@ -84,6 +86,8 @@ const ROWS_MOST: usize = 20_000;
 const BYTES_MOST: usize = 4 << 20;
 /// A chunk's transaction on the mirror is to be over in this time: carriers may wait for its rows.
 const CHUNK: Duration = Duration::from_millis(150);
+/// Before a table is tried again that somebody has locked.
+const SHUT: Duration = Duration::from_millis(200);
 /// Keys that the mirror refuses, in one chunk, before the table is given up.
 const REFUSED_MOST: usize = 1000;
 
@@ -127,6 +131,7 @@ impl<'a> Lane<'a> {
     async fn begun(&mut self, number: u32) -> Result<Option<Vec<Part>>, Error> {
         let parts = position::read(&mut self.pair.authority, number, None).await?;
         let Some(first) = parts.first() else { return Ok(None) };
+        // One is enough: another may have been paid alone, by whoever entered it.
         Ok(position::owed(&mut self.pair.authority, &first.debts).await?.then_some(parts))
     }
 
@@ -221,7 +226,7 @@ impl<'a> Lane<'a> {
             let rows = self.rows_now();
             // The next chunk is read while this one is brought.
             let ahead = reading.next(&mut self.reader, &left, rows, BYTES_MOST);
-            let bring = bring(&mut self.pair, &mut self.way, &reading, table, &now);
+            let bring = bring(&mut self.pair, &mut self.way, &reading, table, &now, self.common.shut);
             let (brought, ahead) = tokio::join!(bring, ahead);
             let brought = brought?;
             if brought.reconciled {
@@ -354,10 +359,19 @@ async fn bring(
     reading: &Reading<'_>,
     table: &Table,
     chunk: &Chunk,
+    shut: &(dyn Fn(u32) + Send + Sync),
 ) -> Result<Brought, Error> {
-    let begun = Instant::now();
-    let loaded = if chunk.copy.is_empty() { None } else { Some(load::load(pair, table, chunk, way).await?) };
-    let took = begun.elapsed();
+    let (mut loaded, mut took) = (None, CHUNK);
+    while loaded.is_none() && !chunk.copy.is_empty() {
+        let begun = Instant::now();
+        loaded = load::load(pair, table, chunk, way).await?;
+        took = begun.elapsed();
+        if loaded.is_none() {
+            // Its keys are no debts of their own: chunk by chunk, the ledger would hold all of the table.
+            shut(table.number);
+            tokio::time::sleep(SHUT).await;
+        }
+    }
     let (suspects, took, commit) = match loaded {
         Some(Loaded::But(mut there, commit)) => {
             there.extend(reading.moved(&mut pair.authority, chunk).await?);

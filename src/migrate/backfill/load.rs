@@ -34,38 +34,45 @@ pub(super) enum Way {
 }
 
 /// Writes the chunk in one transaction of the mirror, which is committed with a flush after everything before was answered. Err: the
-/// connection is gone, and the outcome perhaps not known.
-pub(super) async fn load(pair: &mut Pair, table: &Table, chunk: &Chunk, way: &mut Way) -> Result<Loaded, Error> {
+/// connection is gone, and the outcome perhaps not known. None: somebody has the table locked as a whole, and nothing was written.
+pub(super) async fn load(
+    pair: &mut Pair,
+    table: &Table,
+    chunk: &Chunk,
+    way: &mut Way,
+) -> Result<Option<Loaded>, Error> {
     let there = TableSql::new(table, pair.mirror.side);
     if needs_lock(table, pair.mirror.side) {
-        return Ok(Loaded::Not(Error::Unfit("its key is deferrable: a duplicate would not be noticed".to_owned())));
+        let why = "its key is deferrable: a duplicate would not be noticed".to_owned();
+        return Ok(Some(Loaded::Not(Error::Unfit(why))));
     }
     if *way == Way::Straight {
         match straight(pair, &there, chunk).await {
-            Ok(commit) => return Ok(Loaded::But(Vec::new(), commit)),
+            Ok(commit) => return Ok(commit.map(|commit| Loaded::But(Vec::new(), commit))),
             Err(error) => {
                 undo(pair, &error).await?;
                 match error.meaning() {
                     Meaning::Fatal => return Err(error),
                     Meaning::Conflict => *way = Way::Staged,
-                    _ => return Ok(Loaded::Not(error)),
+                    _ => return Ok(Some(Loaded::Not(error))),
                 }
             }
         }
     }
     match staged(pair, &there, chunk).await {
-        Ok((inserted, commit)) => {
+        Ok(None) => Ok(None),
+        Ok(Some((inserted, commit))) => {
             let but = if inserted.len() == chunk.rows { Vec::new() } else { chunk.keys_but(&inserted) };
             if but.is_empty() {
                 *way = Way::Straight;
             }
-            Ok(Loaded::But(but, commit))
+            Ok(Some(Loaded::But(but, commit)))
         }
         Err(error) => {
             undo(pair, &error).await?;
             match error.meaning() {
                 Meaning::Fatal => Err(error),
-                _ => Ok(Loaded::Not(error)),
+                _ => Ok(Some(Loaded::Not(error))),
             }
         }
     }
@@ -80,13 +87,17 @@ async fn undo(pair: &mut Pair, error: &Error) -> Result<(), Error> {
 }
 
 /// Locks of clients are waited for as `Pair::wait` says, one by one; all of it ends after half of deadlock_timeout, so that nobody who waits for
-/// our rows is ever the victim of a deadlock.
-async fn begin(pair: &Pair) -> Result<(), Error> {
+/// our rows is ever the victim of a deadlock. False: somebody has the table locked, and nothing has begun.
+async fn begin(pair: &mut Pair, there: &TableSql<'_>) -> Result<bool, Error> {
     let limit = limit(pair).as_millis().max(1);
     let begin = format!(
-        "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL statement_timeout = {limit}; SET CONSTRAINTS ALL DEFERRED"
+        "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL statement_timeout = {limit}; SET CONSTRAINTS ALL DEFERRED; {}",
+        there.lock_table()
     );
-    pair.mirror.batch("beginning a chunk", &begin).await
+    match pair.mirror.batch("beginning a chunk", &begin).await {
+        Err(error) if error.meaning() == Meaning::Busy => pair.mirror.rollback().await.map(|()| false),
+        begun => begun.map(|()| true),
+    }
 }
 
 /// How long one statement of a chunk may take.
@@ -101,14 +112,20 @@ async fn commit(pair: &Pair) -> Result<Duration, Error> {
     Ok(begun.elapsed())
 }
 
-async fn straight(pair: &mut Pair, there: &TableSql<'_>, chunk: &Chunk) -> Result<Duration, Error> {
-    begin(pair).await?;
+/// Returns how long COMMIT took. None: somebody has the table locked.
+async fn straight(pair: &mut Pair, there: &TableSql<'_>, chunk: &Chunk) -> Result<Option<Duration>, Error> {
+    if !begin(pair, there).await? {
+        return Ok(None);
+    }
     copy(pair, &there.copy_in(), chunk).await?;
-    commit(pair).await
+    commit(pair).await.map(Some)
 }
 
-/// Returns the keys that were inserted (packed, as the authority has them), and how long COMMIT took.
-async fn staged(pair: &mut Pair, there: &TableSql<'_>, chunk: &Chunk) -> Result<(HashSet<Bytes>, Duration), Error> {
+/// What [`staged`] has done: the keys that were inserted (packed, as the authority has them), and how long COMMIT took.
+type Staged = (HashSet<Bytes>, Duration);
+
+/// None: somebody has the table locked.
+async fn staged(pair: &mut Pair, there: &TableSql<'_>, chunk: &Chunk) -> Result<Option<Staged>, Error> {
     let stage = format!("pg_temp.crossfade_stage_{}", there.table.number);
     let make = format!(
         "CREATE TEMPORARY TABLE IF NOT EXISTS {} (LIKE {}) ON COMMIT DELETE ROWS",
@@ -116,7 +133,9 @@ async fn staged(pair: &mut Pair, there: &TableSql<'_>, chunk: &Chunk) -> Result<
         there.table.qualified(there.side)
     );
     pair.mirror.batch("making room for a chunk", &format!("SET client_min_messages = warning; {make}")).await?;
-    begin(pair).await?;
+    if !begin(pair, there).await? {
+        return Ok(None);
+    }
     let name = |&at: &usize| quote(there.table.columns[at].name.get(there.side));
     let columns = there.writable.iter().map(name).collect::<Vec<_>>().join(", ");
     copy(pair, &format!("COPY {stage} ({columns}) FROM STDIN (FORMAT binary)"), chunk).await?;
@@ -130,7 +149,7 @@ async fn staged(pair: &mut Pair, there: &TableSql<'_>, chunk: &Chunk) -> Result<
     let rows = pair.mirror.rows("inserting a chunk", &text, &[]).await?;
     let took = commit(pair).await?;
     let key = |row| packed(&key_across(there.table, there.side, values(row, 0, there.key.len())));
-    Ok((rows.iter().map(key).collect(), took))
+    Ok(Some((rows.iter().map(key).collect(), took)))
 }
 
 /// COPY in pieces of this size.
@@ -138,10 +157,8 @@ const PIECE: usize = 256 << 10;
 
 async fn copy(pair: &mut Pair, text: &str, chunk: &Chunk) -> Result<(), Error> {
     let doing = "copying a chunk";
-    let statement = pair.mirror.prepared(doing, text).await?;
+    let mut sink = pair.mirror.copy_in(doing, text).await?;
     let mirror = &pair.mirror;
-    let sink = mirror.answered(doing, mirror.client.copy_in::<_, Bytes>(&statement)).await?;
-    let mut sink = std::pin::pin!(sink);
     let mut rest = chunk.copy.clone();
     mirror.answered(doing, sink.send(BytesMut::from(COPY_HEADER).freeze())).await?;
     while !rest.is_empty() {

@@ -93,6 +93,11 @@ pub enum Event {
         /// The table's number.
         table: u32,
     },
+    /// It waits for whoever has the table locked on the mirror.
+    Shut {
+        /// The table's number.
+        table: u32,
+    },
     /// Something was done about an index of a table on the mirror.
     Index {
         /// The table's number.
@@ -146,7 +151,9 @@ pub async fn run(
     };
     let ids = AtomicI64::new(backfill.first_debt);
     let standbys = Standbys::new(options.lag);
-    let common = Common { ids, pace: Pace::new(options.rate, Instant::now()), standbys: &standbys, tell: &rows };
+    let shut = |table: u32| tell(Event::Shut { table });
+    let pace = Pace::new(options.rate, Instant::now());
+    let common = Common { ids, pace, standbys: &standbys, tell: &rows, shut: &shut };
     let worker = || Worker { backfill, options, queue: &queue, tally: &tally, common: &common, tell };
     let jobs = (0..options.jobs.max(1)).map(|_| worker().work());
     tokio::select! {

@@ -17,7 +17,7 @@ pub(super) struct Part {
     pub number: u32,
     /// Its own, from 0.
     pub part: i32,
-    /// The whole-table debts that are paid when all parts are done.
+    /// The whole-table debts that are paid when all parts are done. Those that are gone before were paid by others.
     pub debts: Vec<i64>,
     /// Its keys.
     pub bounds: Bounds,
@@ -77,11 +77,10 @@ pub(in super::super) async fn under_way(
     Ok(rows[0].get::<_, Option<bool>>(0).unwrap_or(false))
 }
 
-/// The ledger still holds every one of these.
+/// The ledger still holds one of these.
 pub(super) async fn owed(authority: &mut Link, debts: &[i64]) -> Result<bool, Error> {
-    let text = "SELECT count(*) FROM crossfade.ledger WHERE id = ANY ($1)";
-    let rows = authority.rows("reading the ledger", text, &[&debts]).await?;
-    Ok(!debts.is_empty() && rows[0].get::<_, i64>(0) == debts.len() as i64)
+    let text = "SELECT EXISTS (SELECT FROM crossfade.ledger WHERE id = ANY ($1))";
+    Ok(authority.rows("reading the ledger", text, &[&debts]).await?[0].get(0))
 }
 
 /// Numbers of ledger rows as an array.
@@ -111,7 +110,7 @@ pub(super) async fn begin(
     let list = list(debts);
     let mut sql = format!(
         "BEGIN; SET LOCAL synchronous_commit = on; DELETE FROM crossfade.backfill b WHERE number = {number} \
-         AND (SELECT count(*) FROM crossfade.ledger WHERE id = ANY (b.debts)) < cardinality(b.debts);"
+         AND NOT EXISTS (SELECT FROM crossfade.ledger WHERE id = ANY (b.debts));"
     );
     for (part, bounds) in parts.iter().enumerate() {
         sql += &format!(
@@ -230,12 +229,11 @@ fn taking(part: &Part, next: &Next<'_>, at: &str) -> String {
     let (pid, start) = next.backend;
     format!(
         "INSERT INTO crossfade.ledger (id, carrier_pid, carrier_start, debts, reason) SELECT {id}, {pid}, {start}, {debt}, 'backfill' \
-         WHERE (SELECT count(*) FROM crossfade.ledger WHERE id = ANY ({list})) = {count};\
+         WHERE EXISTS (SELECT FROM crossfade.ledger WHERE id = ANY ({list}));\
          UPDATE crossfade.backfill SET work = {id}, work_key = {last} {at} AND EXISTS (SELECT FROM crossfade.ledger WHERE id = {id});",
         id = next.debt,
         debt = hex(&debt),
         list = list(&part.debts),
-        count = part.debts.len(),
         last = key(&next.bounds.upto)
     )
 }
