@@ -13,10 +13,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use tokio::io::AsyncWriteExt;
-use tokio_postgres::NoTls;
+use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
+
+use crate::sql::split;
 
 pub mod ports;
 pub mod processes;
@@ -67,6 +69,14 @@ pub enum ClusterError {
         reason: String,
         /// The end of its log.
         log: String,
+    },
+    /// A statement of a script.
+    #[error("PostgreSQL on port {port}: {}", source.as_db_error().map_or_else(|| source.to_string(), ToString::to_string))]
+    Script {
+        /// Its port.
+        port: u16,
+        /// What the server said.
+        source: tokio_postgres::Error,
     },
     /// A connection of ours.
     #[error("PostgreSQL on port {port}: {source}")]
@@ -169,6 +179,7 @@ impl Builder {
             dir,
             server: None,
             watchdog,
+            sessions: Mutex::default(),
         };
         // What a server that is killed leaves in shared memory must go with its directory.
         let defaults = [
@@ -202,6 +213,8 @@ pub struct Cluster {
     lease: PortLease,
     server: Option<Child>,
     watchdog: Watchdog,
+    /// Idle connections, each with its database.
+    sessions: Mutex<Vec<(String, Client)>>,
 }
 
 impl Cluster {
@@ -259,21 +272,16 @@ impl Cluster {
     }
 
     /// A connection of role `postgres`, driven by a task of the current runtime.
-    pub async fn client(&self, database: &str) -> Result<tokio_postgres::Client, ClusterError> {
+    pub async fn client(&self, database: &str) -> Result<Client, ClusterError> {
         self.client_of(&self.url(database)).await
     }
 
     /// A connection as any role.
-    pub async fn client_as(
-        &self,
-        role: &str,
-        password: &str,
-        db: &str,
-    ) -> Result<tokio_postgres::Client, ClusterError> {
+    pub async fn client_as(&self, role: &str, password: &str, db: &str) -> Result<Client, ClusterError> {
         self.client_of(&self.url_as(role, password, db)).await
     }
 
-    async fn client_of(&self, url: &str) -> Result<tokio_postgres::Client, ClusterError> {
+    async fn client_of(&self, url: &str) -> Result<Client, ClusterError> {
         let (client, connection) = tokio_postgres::connect(url, NoTls)
             .await
             .map_err(|source| ClusterError::Connect { port: self.port(), source })?;
@@ -282,27 +290,40 @@ impl Cluster {
         Ok(client)
     }
 
-    /// Runs a script with psql as role `postgres`: unaligned rows without headers. The first error ends it.
-    pub async fn psql(&self, database: &str, script: &str) -> Result<String, ClusterError> {
-        let mut psql = tokio::process::Command::new(self.programs.path("psql"));
-        psql.args(["-X", "-A", "-t", "-q", "-v", "ON_ERROR_STOP=1", "-f", "-"])
-            .envs(self.environment(database))
-            .kill_on_drop(true)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        let failed = |output: String| ClusterError::Program { program: "psql".to_owned(), output };
-        let mut child = psql.spawn().map_err(|error| failed(error.to_string()))?;
-        let mut stdin = child.stdin.take().expect("piped");
-        let script = script.to_owned();
-        // Written beside the reading, or a long script and a long answer would wait for each other.
-        let writer = tokio::spawn(async move { stdin.write_all(script.as_bytes()).await });
-        let output = child.wait_with_output().await.map_err(|error| failed(error.to_string()))?;
-        drop(writer.await);
-        if !output.status.success() {
-            return Err(failed(String::from_utf8_lossy(&output.stderr).into_owned()));
+    /// Runs a script as role `postgres`, statement by statement, and answers with its rows as `psql -qAt` writes them: one
+    /// a line, a `|` between columns, nothing for NULL. The first error ends it. Each script finds a session's defaults
+    /// and leaves nothing in the session; the connection is kept for the next one.
+    pub async fn run(&self, database: &str, script: &str) -> Result<String, ClusterError> {
+        let client = match self.kept(database).await {
+            Some(client) => client,
+            None => self.client(database).await?,
+        };
+        let mut rows = String::new();
+        for statement in split(script.as_bytes()) {
+            let failed = |source| ClusterError::Script { port: self.port(), source };
+            for message in client.simple_query(&script[statement.range]).await.map_err(failed)? {
+                if let SimpleQueryMessage::Row(row) = message {
+                    let values: Vec<&str> = (0..row.len()).map(|column| row.get(column).unwrap_or_default()).collect();
+                    rows.push_str(&values.join("|"));
+                    rows.push('\n');
+                }
+            }
         }
-        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+        // Refused where the script left a transaction open: that ends with its connection.
+        if client.batch_execute("DISCARD ALL").await.is_ok() {
+            self.sessions.lock().expect("no panic beside it").push((database.to_owned(), client));
+        }
+        Ok(rows)
+    }
+
+    /// A connection that an earlier script left, if it still answers.
+    async fn kept(&self, database: &str) -> Option<Client> {
+        let client = {
+            let mut sessions = self.sessions.lock().expect("no panic beside it");
+            let at = sessions.iter().rposition(|(of, _)| of == database)?;
+            sessions.swap_remove(at).1
+        };
+        client.batch_execute("").await.ok().map(|()| client)
     }
 
     /// What libpq's programs need in their environment to reach a database here as role `postgres`.
@@ -364,6 +385,7 @@ impl Cluster {
 
     /// Stops the server and waits for its end.
     pub async fn stop(&mut self, how: Stop) -> Result<(), ClusterError> {
+        self.sessions = Mutex::default();
         let Some(mut server) = self.server.take() else { return Ok(()) };
         let signal = match how {
             Stop::Fast => Signal::Interrupt,
@@ -390,6 +412,7 @@ impl Cluster {
     /// Kills the postmaster and every other process of the server with SIGKILL, as a crash of the machine would (but for
     /// what the kernel has in its cache). Answers when all are gone.
     pub fn kill9(&mut self) {
+        self.sessions = Mutex::default();
         processes::kill_all(&self.data());
         if let Some(mut server) = self.server.take() {
             drop(server.wait());

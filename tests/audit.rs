@@ -215,7 +215,7 @@ async fn a_pipeline_across_transactions_is_audited() {
     assert_eq!(found, ["log"]);
     pair.settle_and_assert_equal().await;
     let count =
-        pair.databases.new.psql("shop", "SELECT count(*) FROM users WHERE id IN (60, 61)").await.expect("counts");
+        pair.databases.new.run("shop", "SELECT count(*) FROM users WHERE id IN (60, 61)").await.expect("counts");
     assert_eq!(count.trim(), "1");
 }
 
@@ -271,8 +271,7 @@ async fn an_error_of_a_deferred_trigger_is_commits_own() {
     assert_eq!((raw::tags(&frames).as_str(), idle(&frames)), ("NEZ", true), "{frames:?}");
     client.send(&raw::query("INSERT INTO deferred VALUES (5, 'good')")).await;
     assert_eq!(raw::tags(&client.until_ready(1).await), "NCZ");
-    let count =
-        pair.databases.old.psql("shop", "SELECT string_agg(id::text, ',') FROM deferred").await.expect("counts");
+    let count = pair.databases.old.run("shop", "SELECT string_agg(id::text, ',') FROM deferred").await.expect("counts");
     assert_eq!(count.trim(), "5");
     pair.settle_and_assert_equal().await;
 }
@@ -326,12 +325,12 @@ async fn calls_outside_a_block_are_registered() {
     let in_block = "BEGIN; DO $$ BEGIN INSERT INTO log (what) VALUES ('do'); END $$; COMMIT";
     assert_eq!(tainted_by(&pair, in_block).await, ["log"], "inside a block it is audited");
     pair.settle_and_assert_equal().await;
-    let count = pair.databases.new.psql("shop", "SELECT count(*) FROM log").await.expect("counts");
+    let count = pair.databases.new.run("shop", "SELECT count(*) FROM log").await.expect("counts");
     assert_eq!(count.trim(), "5");
     client.execute("SELECT 1", &[]).await.expect("the session goes on");
     until("nothing is held", async || {
         let held = "SELECT count(*) FROM crossfade.ledger WHERE holder_pid IS NOT NULL";
-        pair.databases.old.psql("shop", held).await.expect("counts").trim() == "0"
+        pair.databases.old.run("shop", held).await.expect("counts").trim() == "0"
     })
     .await;
 }
@@ -341,7 +340,7 @@ async fn calls_outside_a_block_are_registered() {
 async fn a_function_call_is_audited_in_a_block_and_registered_outside() {
     let pair = start(TRUST).await;
     let oid =
-        pair.databases.old.psql("shop", "SELECT 'quiet()'::regprocedure::oid, 'log_it(text)'::regprocedure::oid").await;
+        pair.databases.old.run("shop", "SELECT 'quiet()'::regprocedure::oid, 'log_it(text)'::regprocedure::oid").await;
     let oids: Vec<u32> = oid.expect("reads").trim().split('|').map(|oid| oid.parse().expect("an OID")).collect();
     let mut client = pair.raw().await;
     let log_it = raw::function_call(oids[1], &[0], &[Some(b"called")], 0);
@@ -378,7 +377,7 @@ async fn a_function_call_is_audited_in_a_block_and_registered_outside() {
 async fn without_track_counts_what_an_opaque_statement_names_is_tainted() {
     let pair = start("").await;
     let script = "ALTER ROLE app SET track_counts = off";
-    pair.databases.old.psql("postgres", script).await.expect("sets");
+    pair.databases.old.run("postgres", script).await.expect("sets");
     let of = |table: &str| format!("WITH w AS (DELETE FROM {table} WHERE false RETURNING id) SELECT id FROM w");
     assert_eq!(tainted_by(&pair, &of("log")).await, ["log"]);
     assert_eq!(tainted_by(&pair, &of("users")).await, TABLES, "by a cascade");
@@ -430,8 +429,8 @@ async fn strict_refuses_opaque_writes_and_the_session_goes_on() {
         .batch_execute("CREATE TABLE fresh (id int PRIMARY KEY); DROP TABLE fresh")
         .await
         .expect("no migrating table");
-    let there = pair.databases.new.psql("shop", "SELECT count(*) FROM users WHERE id IN (80, 81, 82)").await;
+    let there = pair.databases.new.run("shop", "SELECT count(*) FROM users WHERE id IN (80, 81, 82)").await;
     assert_eq!(there.expect("counts").trim(), "3");
-    assert_eq!(pair.databases.old.psql("shop", "SELECT count(*) FROM audited").await.expect("counts").trim(), "0");
+    assert_eq!(pair.databases.old.run("shop", "SELECT count(*) FROM audited").await.expect("counts").trim(), "0");
     assert_eq!(pair.taints(&TABLES).await, [0.0; TABLES.len()]);
 }

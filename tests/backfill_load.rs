@@ -156,7 +156,7 @@ async fn the_phase_goes_back_and_forth_under_a_backfill() {
     stage.proxy.set_phase("old").await;
     let client = stage.client().await;
     client.batch_execute("DELETE FROM t WHERE k > 5").await.expect("deletes, unmirrored");
-    stage.databases.old.psql(DATABASE, "VACUUM FULL t").await.expect("shrinks");
+    stage.databases.old.run(DATABASE, "VACUUM FULL t").await.expect("shrinks");
     stage.proxy.set_phase("dual-write").await;
     stage.free_all().await;
     let mut second = stage.backfill_straight();
@@ -205,7 +205,7 @@ async fn a_backfill_goes_the_other_way_keeps_its_rate_and_takes_one_table() {
     }
     databases
         .new
-        .psql(DATABASE, "INSERT INTO t SELECT n, 'new' FROM generate_series(1, 6000) n; INSERT INTO u VALUES (1)")
+        .run(DATABASE, "INSERT INTO t SELECT n, 'new' FROM generate_series(1, 6000) n; INSERT INTO u VALUES (1)")
         .await
         .expect("fills new");
     proxy.set_phase("new-primary").await;
@@ -213,7 +213,7 @@ async fn a_backfill_goes_the_other_way_keeps_its_rate_and_takes_one_table() {
     assert!(said.status.code() == Some(2) && String::from_utf8_lossy(&said.stderr).contains("--reverse"), "{said:?}");
     proxy.settle().await;
     // By name, though nothing is owed any more; slowly.
-    databases.old.psql(DATABASE, "DELETE FROM t").await.expect("spoils old");
+    databases.old.run(DATABASE, "DELETE FROM t").await.expect("spoils old");
     let begun = Instant::now();
     let said = proxy.crossfade(&["backfill", "--reverse", "--rate", "2000", "public.t"]).await;
     assert!(said.status.success(), "{said:?}");

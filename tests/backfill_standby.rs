@@ -19,14 +19,14 @@ async fn a_backfill_rests_while_a_standby_is_too_far_behind() {
     let schema = "CREATE TABLE t (k int PRIMARY KEY, v text)";
     let mut pair = Pair::start("old", schema, "expect: { lag: 1s }").await;
     let rows = "INSERT INTO t SELECT n, 'row ' || n FROM generate_series(1, 8000) n";
-    pair.databases.old.psql(DATABASE, rows).await.expect("fills old");
+    pair.databases.old.run(DATABASE, rows).await.expect("fills old");
     let config = pair.proxy.config_path();
     pair.proxy.set_phase("dual-write").await;
     let databases = &pair.databases;
     let standby = Standby::of(&databases.new);
     let streams = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'";
     common::until("the standby streams", async || {
-        databases.new.psql(DATABASE, streams).await.expect("reads").trim() == "1"
+        databases.new.run(DATABASE, streams).await.expect("reads").trim() == "1"
     })
     .await;
     standby.says(DATABASE, "SELECT pg_wal_replay_pause()").await;
@@ -34,7 +34,7 @@ async fn a_backfill_rests_while_a_standby_is_too_far_behind() {
     let mut running = Running::start(&config, &["--rate", "2000", "t"]);
     let filled = async || -> i64 {
         let rows = "SELECT coalesce(sum(rows), 0) FROM crossfade.backfill";
-        databases.old.psql(DATABASE, rows).await.expect("reads").trim().parse().expect("a number")
+        databases.old.run(DATABASE, rows).await.expect("reads").trim().parse().expect("a number")
     };
     common::until("it has begun", async || filled().await > 0).await;
     tokio::time::sleep(Duration::from_secs(3)).await;

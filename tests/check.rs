@@ -65,11 +65,11 @@ impl Stage {
     }
 
     async fn on_new(&self, script: &str) {
-        self.databases.new.psql(DATABASE, script).await.expect(script);
+        self.databases.new.run(DATABASE, script).await.expect(script);
     }
 
     async fn on_old(&self, script: &str) {
-        self.databases.old.psql(DATABASE, script).await.expect(script);
+        self.databases.old.run(DATABASE, script).await.expect(script);
     }
 }
 
@@ -272,7 +272,7 @@ async fn what_the_control_role_lacks_is_found() {
     let fenced = async || !lines(&stage.findings().await).iter().any(|line| line.contains(" fence "));
     common::until("the fence stands, though the tables are another role's", fenced).await;
     let direct = "UPDATE t SET c = 1";
-    assert!(stage.databases.new.psql(DATABASE, direct).await.is_err(), "a superuser's write is refused");
+    assert!(stage.databases.new.run(DATABASE, direct).await.is_err(), "a superuser's write is refused");
     drop(proxy);
     stage.write_config(("plain", "plain-secret"), "fence: false");
     let lowered = stage.run(&["install"]).await;
@@ -307,12 +307,12 @@ async fn uninstall_leaves_nothing_and_not_too_early() {
     );
     proxy.set_phase("old").await;
     proxy.terminate().await;
-    assert_eq!(stage.databases.new.psql(DATABASE, there).await.expect("reads").trim(), "1");
+    assert_eq!(stage.databases.new.run(DATABASE, there).await.expect("reads").trim(), "1");
     let said = stage.run(&["uninstall"]).await;
     assert!(said.status.success(), "{said:?}");
     for side in [&stage.databases.old, &stage.databases.new] {
         let left = "SELECT (SELECT count(*) FROM pg_namespace WHERE nspname = 'crossfade') + (SELECT count(*) FROM pg_event_trigger)";
-        assert_eq!(side.psql(DATABASE, left).await.expect("reads").trim(), "0");
+        assert_eq!(side.run(DATABASE, left).await.expect("reads").trim(), "0");
     }
     assert_eq!(lines(&stage.findings().await), Vec::<String>::new());
 }

@@ -62,7 +62,7 @@ fn server(side: &str, library: &std::path::Path, by: &str) -> (TempDir, Builder)
 
 /// Seconds by which the server's clock is ahead of ours.
 async fn ahead(server: &Cluster) -> f64 {
-    let theirs = server.psql(DATABASE, "SELECT extract(epoch FROM clock_timestamp())").await.expect("says its time");
+    let theirs = server.run(DATABASE, "SELECT extract(epoch FROM clock_timestamp())").await.expect("says its time");
     let ours = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("it is later than 1970");
     theirs.trim().parse::<f64>().expect("a number") - ours.as_secs_f64()
 }
@@ -75,7 +75,7 @@ async fn clocks_that_are_off_by_an_hour_decide_nothing() {
     assert!((ahead(&databases.old).await - 3600.0).abs() < 60.0, "old is an hour ahead");
     assert!((ahead(&databases.new).await + 3600.0).abs() < 60.0, "new is an hour behind");
     databases.run_on_both(SCHEMA).await;
-    databases.new.psql(DATABASE, "TRUNCATE counters").await.expect("new is empty");
+    databases.new.run(DATABASE, "TRUNCATE counters").await.expect("new is empty");
     let environment = |by: &str| shifted(&library, by);
     let mut first =
         Proxy::start(common::ProxyConfig { environment: environment(BEHIND), ..databases.proxy_config("old", "") })
@@ -113,7 +113,7 @@ async fn clocks_that_are_off_by_an_hour_decide_nothing() {
         if phase == "new-primary" {
             // Debts whose age is said by one clock are paid by who believes another.
             let text = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = 'crossfade mirror'";
-            databases.old.psql(DATABASE, text).await.expect("ends the mirror's sessions");
+            databases.old.run(DATABASE, text).await.expect("ends the mirror's sessions");
             for load in &loads {
                 load.goes_on(20).await;
             }
@@ -123,7 +123,7 @@ async fn clocks_that_are_off_by_an_hour_decide_nothing() {
             "SELECT count(*) FROM crossfade.history WHERE (detail->>'pause_ms')::float8 NOT BETWEEN 0 AND 60000";
         for side in [&databases.old, &databases.new] {
             assert_eq!(
-                side.psql(DATABASE, pause).await.expect("reads the history").trim(),
+                side.run(DATABASE, pause).await.expect("reads the history").trim(),
                 "0",
                 "a pause is what it took"
             );

@@ -20,10 +20,10 @@ async fn a_crash_keeps_what_was_flushed_and_the_port() {
 
     cluster.start().await.expect("recovers");
     assert_eq!(cluster.port(), port);
-    assert_eq!(cluster.psql("postgres", "SELECT a FROM t").await.expect("reads"), "1\n");
+    assert_eq!(cluster.run("postgres", "SELECT a FROM t").await.expect("reads"), "1\n");
     assert!(cluster.log_tail().contains("database system was not properly shut down"), "{}", cluster.log_tail());
     cluster.restart(Stop::Fast).await.expect("restarts");
-    assert_eq!(cluster.psql("postgres", "SHOW fsync").await.expect("reads"), "on\n");
+    assert_eq!(cluster.run("postgres", "SHOW fsync").await.expect("reads"), "on\n");
 }
 
 #[tokio::test]
@@ -44,7 +44,7 @@ async fn a_frozen_server_answers_nothing_until_it_is_thawed() {
 async fn lineages_tell_copies_of_one_database_from_strangers() {
     let identifier = async |lineage: &str| {
         let cluster = Cluster::builder().lineage(lineage).start().await.expect("starts");
-        cluster.psql("postgres", "SELECT system_identifier FROM pg_control_system()").await.expect("reads")
+        cluster.run("postgres", "SELECT system_identifier FROM pg_control_system()").await.expect("reads")
     };
     assert_eq!(identifier("old").await, identifier("old").await);
     assert_ne!(identifier("old").await, identifier("new").await);
@@ -60,12 +60,25 @@ async fn a_server_that_cannot_start_says_why_and_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn psql_reports_the_first_error() {
+async fn a_script_reports_its_first_error_and_leaves_nothing_in_its_session() {
     let cluster = Cluster::builder().start().await.expect("starts");
-    let error = cluster.psql("postgres", "SELECT 1/0; SELECT 2").await.expect_err("fails").to_string();
+    let run = async |script: &str| cluster.run("postgres", script).await;
+    let error = run("CREATE TABLE t (a int, b text); SELECT 1/0; DROP TABLE t").await.expect_err("fails").to_string();
     assert!(error.contains("division by zero"), "{error}");
+    assert_eq!(run("INSERT INTO t VALUES (1, ';'), (2, NULL); SELECT * FROM t").await.expect("runs"), "1|;\n2|\n");
     let long = format!("{}SELECT 'end';", "SELECT repeat('x', 100);\n".repeat(5_000));
-    assert!(cluster.psql("postgres", &long).await.expect("reads").ends_with("end\n"));
+    assert!(run(&long).await.expect("reads").ends_with("end\n"));
+
+    let backend = run("SET work_mem = '1MB'; SELECT pg_backend_pid(), pg_advisory_lock(1)").await.expect("runs");
+    let state = "SELECT pg_backend_pid(), ''; SHOW work_mem; SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'";
+    assert_eq!(run(state).await.expect("runs"), format!("{backend}4MB\n0\n"));
+    // A transaction that is left open ends, and so does a session that somebody ends.
+    run("BEGIN; DELETE FROM t").await.expect("runs");
+    assert_eq!(run("SELECT count(*) FROM t").await.expect("reads"), "2\n");
+    let other = cluster.client("postgres").await.expect("connects");
+    let end = "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND usename = 'postgres'";
+    assert!(!other.simple_query(end).await.expect("ends them").is_empty());
+    assert_eq!(run("SELECT count(*) FROM t").await.expect("connects anew"), "2\n");
 }
 
 #[tokio::test]

@@ -89,8 +89,8 @@ async fn an_operator_whose_password_nobody_checks_is_refused() {
     let pair = Pair::start("old", "CREATE TABLE notes (id int PRIMARY KEY)", "auth: plain").await;
     console(&pair, CONTROL).await.expect("its password is known");
     let unprivileged = "ALTER ROLE crossfade NOSUPERUSER";
-    pair.databases.old.psql("postgres", unprivileged).await.expect("alters");
-    pair.databases.new.psql("postgres", unprivileged).await.expect("alters");
+    pair.databases.old.run("postgres", unprivileged).await.expect("alters");
+    pair.databases.new.run("postgres", unprivileged).await.expect("alters");
     until("nobody can check it", async || {
         let error = console(&pair, (CONTROL.0, "wrong")).await.expect_err("is refused");
         error.code().expect("is told").code() == "28000"
@@ -118,7 +118,7 @@ async fn a_pause_waits_for_transactions_and_holds_new_ones() {
     assert_eq!(column(&operator, "SHOW PHASE", "paused").await, ["true"]);
     operator.batch_execute("RESUME").await.expect("resumes");
     held.await.expect("joins").expect("no error");
-    assert_eq!(pair.databases.old.psql(DATABASE, "SELECT count(*) FROM notes").await.unwrap().trim(), "2");
+    assert_eq!(pair.databases.old.run(DATABASE, "SELECT count(*) FROM notes").await.unwrap().trim(), "2");
 }
 
 /// A certificate for localhost that nobody has signed.

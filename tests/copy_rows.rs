@@ -69,7 +69,7 @@ async fn run(client: &Client, sql: &str) {
 
 /// One word of an answer of old.
 async fn on_old(pair: &Pair, sql: &str) -> String {
-    pair.databases.old.psql(DATABASE, sql).await.expect("reads").trim().to_owned()
+    pair.databases.old.run(DATABASE, sql).await.expect("reads").trim().to_owned()
 }
 
 #[tokio::test]
@@ -170,13 +170,13 @@ async fn rows_in_free_space_far_from_the_end_are_found() {
     let sides = [&pair.databases.old, &pair.databases.new];
     for side in sides {
         for sql in fill.split("; ") {
-            side.psql(DATABASE, sql).await.expect("fills");
+            side.run(DATABASE, sql).await.expect("fills");
         }
         // As long as a snapshot is older than the DELETE, nothing is freed.
         until("room is free", async || {
-            side.psql(DATABASE, "VACUUM wide").await.expect("vacuums");
+            side.run(DATABASE, "VACUUM wide").await.expect("vacuums");
             let dead = "SELECT pg_stat_get_dead_tuples('wide'::regclass)";
-            side.psql(DATABASE, dead).await.expect("reads").trim() == "0"
+            side.run(DATABASE, dead).await.expect("reads").trim() == "0"
         })
         .await;
     }
@@ -234,7 +234,7 @@ async fn a_failing_fetch_fails_nothing() {
     let pair = start().await;
     let client = pair.client().await;
     let blind = "REVOKE EXECUTE ON FUNCTION pg_lock_status() FROM PUBLIC";
-    pair.databases.old.psql(DATABASE, blind).await.expect("revokes");
+    pair.databases.old.run(DATABASE, blind).await.expect("revokes");
     pair.renewed().await;
     let found = pair
         .tainted_by(&TABLES, async || {
@@ -247,7 +247,7 @@ async fn a_failing_fetch_fails_nothing() {
     assert_eq!(found, ["serials"]);
     assert_eq!(pair.taints(&["serials"]).await, [2.0]);
     let sighted = "GRANT EXECUTE ON FUNCTION pg_lock_status() TO PUBLIC";
-    pair.databases.old.psql(DATABASE, sighted).await.expect("grants");
+    pair.databases.old.run(DATABASE, sighted).await.expect("grants");
     pair.renewed().await;
     assert_eq!(tainted_by(&pair, &client, "COPY serials (what) FROM STDIN", b"seen\n").await, NONE);
     assert_eq!((on_new(&pair, "serials").await, on_new(&pair, "items").await), (3, 2));
@@ -260,7 +260,7 @@ async fn without_select_a_copy_runs_and_taints() {
     let pair = start().await;
     let role = "CREATE ROLE writer; GRANT writer TO app; GRANT INSERT ON items, serials TO writer; GRANT USAGE ON SEQUENCE serials_id_seq TO writer";
     for side in [&pair.databases.old, &pair.databases.new] {
-        side.psql(DATABASE, role).await.expect("makes the role");
+        side.run(DATABASE, role).await.expect("makes the role");
     }
     let refused = "crossfade_opaque_writes_total{reason=\"privilege\"}";
     let client = pair.client().await;

@@ -33,7 +33,7 @@ async fn mirrored(more: &str) -> Pair {
 
 /// Behind the proxy's back, as the application's role.
 async fn around(side: &Cluster, sql: &str) -> String {
-    side.psql(DATABASE, &format!("SET ROLE app;\n{sql}")).await.expect("answers").trim().to_owned()
+    side.run(DATABASE, &format!("SET ROLE app;\n{sql}")).await.expect("answers").trim().to_owned()
 }
 
 async fn around_both(pair: &Pair, sql: &str) {
@@ -43,12 +43,12 @@ async fn around_both(pair: &Pair, sql: &str) {
 
 /// What a query gives on new.
 async fn on_new(pair: &Pair, sql: &str) -> String {
-    pair.databases.new.psql(DATABASE, sql).await.expect("answers").trim().to_owned()
+    pair.databases.new.run(DATABASE, sql).await.expect("answers").trim().to_owned()
 }
 
 async fn ledger(pair: &Pair) -> String {
     let text = "SELECT count(*) FROM crossfade.ledger";
-    pair.databases.old.psql(DATABASE, text).await.expect("answers").trim().to_owned()
+    pair.databases.old.run(DATABASE, text).await.expect("answers").trim().to_owned()
 }
 
 /// Waits until the proxy has logged something so many times.

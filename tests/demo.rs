@@ -15,9 +15,9 @@ use crossfade::demo::{self, Options, compare, schema};
 /// A server with the application's tables and rows, in database `postgres`.
 async fn filled() -> Cluster {
     let server = Cluster::builder().start().await.expect("a cluster");
-    server.psql("postgres", "CREATE ROLE app LOGIN PASSWORD 'photos'").await.expect("a role");
-    server.psql("postgres", schema::DEFINITIONS).await.expect("definitions");
-    server.psql("postgres", &schema::seed()).await.expect("rows");
+    server.run("postgres", "CREATE ROLE app LOGIN PASSWORD 'photos'").await.expect("a role");
+    server.run("postgres", schema::DEFINITIONS).await.expect("definitions");
+    server.run("postgres", &schema::seed()).await.expect("rows");
     server
 }
 
@@ -77,7 +77,7 @@ async fn clients_report_what_they_are_told_falsely() {
     let sql = "CREATE FUNCTION forget() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN IF random() < 0.2 THEN NEW.token := 1; END IF; RETURN NEW; END $$;
         CREATE TRIGGER forget BEFORE INSERT OR UPDATE ON photos FOR EACH ROW EXECUTE FUNCTION forget()";
-    server.psql("postgres", sql).await.expect("a trigger");
+    server.run("postgres", sql).await.expect("a trigger");
     let board = Arc::new(Board::new());
     let load = Load::start(&clients_of(&server, 2), board.clone());
     let counts = load.counts.clone();
@@ -116,13 +116,13 @@ async fn every_difference_between_two_databases_is_counted() {
         CREATE TABLE keyless (x int); INSERT INTO keyless VALUES (1), (1), (2), (NULL);
         CREATE SCHEMA crossfade; CREATE TABLE crossfade.ledger (id int)";
     for server in [&old, &new] {
-        server.psql("postgres", same).await.expect("tables");
+        server.run("postgres", same).await.expect("tables");
     }
     // Other settings and another order of the rows on disk are no difference.
-    new.psql("postgres", "ALTER DATABASE postgres SET TimeZone = 'Asia/Tokyo'; UPDATE a SET id = id WHERE id % 3 = 0")
+    new.run("postgres", "ALTER DATABASE postgres SET TimeZone = 'Asia/Tokyo'; UPDATE a SET id = id WHERE id % 3 = 0")
         .await
         .expect("settings");
-    new.psql("postgres", "INSERT INTO crossfade.ledger VALUES (1)").await.expect("a debt");
+    new.run("postgres", "INSERT INTO crossfade.ledger VALUES (1)").await.expect("a debt");
     let judge = async || {
         let (old, new) = tokio::try_join!(old.client("postgres"), new.client("postgres")).expect("connections");
         compare::compare(&old, &new).await.expect("a comparison")
@@ -135,7 +135,7 @@ async fn every_difference_between_two_databases_is_counted() {
     let damage =
         "UPDATE a SET x = x + 1e-15 WHERE id = 1; UPDATE a SET t = NULL WHERE id = 2; DELETE FROM a WHERE id = 3;
         INSERT INTO keyless VALUES (1); CREATE TABLE stray (x int)";
-    new.psql("postgres", damage).await.expect("damage");
+    new.run("postgres", damage).await.expect("damage");
     let compared = judge().await;
     let counts: Vec<_> = compared.iter().map(|table| (table.table.as_str(), table.different)).collect();
     assert_eq!(counts, [("public.a", 3), ("public.keyless", 1), ("public.stray", 1)], "{compared:#?}");

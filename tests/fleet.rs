@@ -38,8 +38,8 @@ async fn fleet(more: &str) -> (Databases, Proxy, Proxy) {
 /// Ids of rows that one side has and the other lacks.
 async fn only_on_one(databases: &Databases) -> Vec<String> {
     let read = "SELECT id FROM notes ORDER BY id";
-    let old = databases.old.psql(DATABASE, read).await.unwrap();
-    let new = databases.new.psql(DATABASE, read).await.unwrap();
+    let old = databases.old.run(DATABASE, read).await.unwrap();
+    let new = databases.new.run(DATABASE, read).await.unwrap();
     let (old, new): (Vec<&str>, Vec<&str>) = (old.lines().collect(), new.lines().collect());
     let lacks = |left: &[&str], right: &[&str]| -> Vec<String> {
         left.iter().filter(|id| !right.contains(id)).map(|id| (*id).to_owned()).collect()
@@ -86,14 +86,14 @@ async fn a_proxy_whose_file_lags_follows_the_row_and_its_clients_see_no_error() 
         first.settle().await;
         databases.assert_equal().await;
         let ports = format!("SELECT port FROM notes WHERE id BETWEEN {id} AND {} ORDER BY id", id + 5);
-        let ports = databases.old.psql(DATABASE, &ports).await.unwrap();
+        let ports = databases.old.run(DATABASE, &ports).await.unwrap();
         let (new, old) = (databases.new.port().to_string(), databases.old.port().to_string());
         let [here, there] = if phase == "new-primary" { [&new, &old] } else { [&old, &new] };
         let expected = [here, there, here, there, there, there].map(String::as_str);
         assert_eq!(ports.lines().collect::<Vec<_>>(), expected, "each where its authority was");
     }
     assert_eq!(only_on_one(&databases).await, Vec::<String>::new());
-    let rows = databases.old.psql(DATABASE, "SELECT count(*) FROM notes").await.unwrap();
+    let rows = databases.old.run(DATABASE, "SELECT count(*) FROM notes").await.unwrap();
     assert_eq!(rows.trim(), "12");
     until("the file's disagreement shows", async || second.metrics("crossfade_file_disagrees").await == 1.0).await;
     let (_, status) = second.http("/status").await.expect("answers");
@@ -118,7 +118,7 @@ async fn a_frozen_proxy_cannot_write_in_an_epoch_that_is_over() {
     outside.batch_execute("INSERT INTO notes VALUES (4, 'thawed')").await.expect("where new is authority");
     first.settle().await;
     assert_eq!(only_on_one(&databases).await, Vec::<String>::new());
-    let rows = databases.new.psql(DATABASE, "SELECT string_agg(id::text, ' ' ORDER BY id) FROM notes").await.unwrap();
+    let rows = databases.new.run(DATABASE, "SELECT string_agg(id::text, ' ' ORDER BY id) FROM notes").await.unwrap();
     assert_eq!(rows.trim(), "3 4");
 }
 
@@ -145,11 +145,11 @@ async fn no_reset_lets_go_of_the_epoch() {
     ] {
         b.batch_execute(begin).await.expect(begin);
         b.batch_execute(reset).await.expect(reset);
-        let count = databases.old.psql(DATABASE, held).await.unwrap();
+        let count = databases.old.run(DATABASE, held).await.unwrap();
         assert_eq!(count.trim(), "1", "{begin}; {reset}");
         b.batch_execute("COMMIT").await.expect("commits");
     }
-    assert_eq!(databases.old.psql(DATABASE, held).await.unwrap().trim(), "0");
+    assert_eq!(databases.old.run(DATABASE, held).await.unwrap().trim(), "0");
     b.batch_execute("BEGIN; INSERT INTO notes VALUES (1); SELECT pg_advisory_unlock_all()").await.unwrap();
     first.request_phase("new-primary");
     until("the move waits", async || {
@@ -264,7 +264,7 @@ async fn of_two_operators_one_wins_and_the_other_is_told() {
     })
     .await;
     let row = "SELECT phase FROM crossfade.migration ORDER BY epoch DESC";
-    let held = databases.old.psql(DATABASE, row).await.unwrap();
+    let held = databases.old.run(DATABASE, row).await.unwrap();
     until("both know it", async || first.holds(held.trim()).await && second.holds(held.trim()).await).await;
     for (id, proxy) in [(1, &first), (2, &second)] {
         let client = client(proxy).await;
@@ -317,7 +317,7 @@ async fn a_move_is_withdrawn_or_finished_by_another_and_never_both() {
     let (databases, mut first, second) = fleet("").await;
     let obstacle = "CREATE FUNCTION crossfade.refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.4); RAISE ''not now''; END';
         CREATE TRIGGER refuse BEFORE INSERT OR UPDATE ON crossfade.migration FOR EACH ROW EXECUTE FUNCTION crossfade.refuse()";
-    databases.new.psql(DATABASE, obstacle).await.unwrap();
+    databases.new.run(DATABASE, obstacle).await.unwrap();
     let mut clients = Vec::new();
     for (number, proxy) in [&first, &second].into_iter().enumerate() {
         let client = client(proxy).await;
@@ -331,7 +331,7 @@ async fn a_move_is_withdrawn_or_finished_by_another_and_never_both() {
     }
     first.request_phase("new-primary");
     tokio::time::sleep(Duration::from_secs(2)).await;
-    databases.new.psql(DATABASE, "DROP TRIGGER refuse ON crossfade.migration").await.unwrap();
+    databases.new.run(DATABASE, "DROP TRIGGER refuse ON crossfade.migration").await.unwrap();
     first.reaches("new-primary").await;
     until("followed", async || second.holds("new-primary").await).await;
     for client in clients {
@@ -339,6 +339,6 @@ async fn a_move_is_withdrawn_or_finished_by_another_and_never_both() {
     }
     first.settle().await;
     databases.assert_equal().await;
-    let rows = databases.new.psql(DATABASE, "SELECT count(*) FROM notes").await.unwrap();
+    let rows = databases.new.run(DATABASE, "SELECT count(*) FROM notes").await.unwrap();
     assert_eq!(rows.trim(), "300");
 }

@@ -43,7 +43,7 @@ fn closed(document: &Value) -> Vec<&str> {
 /// The newest entry of that side's history.
 async fn last_entry(side: &crossfade::cluster::Cluster, event: &str) -> Value {
     let sql = format!("SELECT detail FROM crossfade.history WHERE event = '{event}' ORDER BY id DESC LIMIT 1");
-    serde_json::from_str(&side.psql(DATABASE, &sql).await.expect("reads")).expect("an entry")
+    serde_json::from_str(&side.run(DATABASE, &sql).await.expect("reads")).expect("an entry")
 }
 
 #[tokio::test]
@@ -106,14 +106,14 @@ async fn each_gate_on_the_way_to_new_shows_its_evidence_and_the_history_keeps_it
 /// A row that new refuses at first: owed, and paid later.
 async fn owe_one(pair: &Pair, client: &tokio_postgres::Client) {
     let refuse = "ALTER TABLE notes ADD CONSTRAINT odd CHECK (body <> 'odd')";
-    pair.databases.new.psql(DATABASE, refuse).await.expect("adds");
+    pair.databases.new.run(DATABASE, refuse).await.expect("adds");
     client.batch_execute("INSERT INTO notes VALUES (500, 'odd')").await.expect("no error");
     let seen = gates(&pair.proxy, "new-primary").await;
     assert!(closed(&seen).contains(&"debt"), "{seen:#}");
     let forced = ["phase", "new-primary", "--force", "--reason", "hurry"];
     let forced = pair.proxy.crossfade(&forced).await;
     assert_eq!(forced.status.code(), Some(1), "no force loses an acknowledged write: {}", text(&forced));
-    pair.databases.new.psql(DATABASE, "ALTER TABLE notes DROP CONSTRAINT odd").await.expect("drops");
+    pair.databases.new.run(DATABASE, "ALTER TABLE notes DROP CONSTRAINT odd").await.expect("drops");
     pair.proxy.settle().await;
 }
 
@@ -127,16 +127,16 @@ async fn what_stands_in_the_way_of_new_as_authority_closes_its_gate_and_force_is
     let locks = pair.client().await;
     locks.batch_execute("SELECT pg_advisory_lock(7); CREATE TEMP TABLE basket (id int)").await.expect("runs");
     let broken = "CREATE ROLE clerk LOGIN; GRANT SELECT ON notes TO clerk";
-    pair.databases.old.psql(DATABASE, broken).await.expect("runs");
+    pair.databases.old.run(DATABASE, broken).await.expect("runs");
     pair.databases
         .new
-        .psql(DATABASE, "ALTER TABLE notes ADD CONSTRAINT odd CHECK (body <> 'odd'); ALTER SEQUENCE tickets MAXVALUE 5")
+        .run(DATABASE, "ALTER TABLE notes ADD CONSTRAINT odd CHECK (body <> 'odd'); ALTER SEQUENCE tickets MAXVALUE 5")
         .await
         .expect("runs");
-    pair.databases.old.psql(DATABASE, "SELECT setval('tickets', 100)").await.expect("runs");
+    pair.databases.old.run(DATABASE, "SELECT setval('tickets', 100)").await.expect("runs");
     // The same password, and another salt: the keys of a login on one side do not open the other.
     let other_salt = format!("ALTER ROLE {} PASSWORD '{}'", APP.0, APP.1);
-    pair.databases.new.psql(DATABASE, &other_salt).await.expect("alters");
+    pair.databases.new.run(DATABASE, &other_salt).await.expect("alters");
     tokio::time::sleep(Duration::from_millis(1100)).await;
     let sessions = async || {
         let seen = gates(&pair.proxy, "new-primary").await;
@@ -154,11 +154,11 @@ async fn what_stands_in_the_way_of_new_as_authority_closes_its_gate_and_force_is
     assert_eq!(password["object"], APP.0, "{lacking:#}");
     let print = password["mend"].as_str().unwrap().split_once(": ").expect("says what to run").1;
     assert!(!lacking.to_string().contains("SCRAM-SHA-256"), "a verifier is a secret: {lacking:#}");
-    let mend = pair.databases.old.psql(DATABASE, print).await.expect("prints");
-    pair.databases.new.psql(DATABASE, &mend).await.expect("mends");
+    let mend = pair.databases.old.run(DATABASE, print).await.expect("prints");
+    pair.databases.new.run(DATABASE, &mend).await.expect("mends");
     let seen = gates(&pair.proxy, "new-primary").await;
     assert!(!seen.to_string().contains("could not log in there"), "it was mended: {seen:#}");
-    pair.databases.new.psql(DATABASE, "ALTER SEQUENCE tickets NO MAXVALUE").await.expect("runs");
+    pair.databases.new.run(DATABASE, "ALTER SEQUENCE tickets NO MAXVALUE").await.expect("runs");
     // One by one, or all; never without a word.
     let refused = pair.proxy.crossfade(&["phase", "new-primary", "--force"]).await;
     assert_eq!(refused.status.code(), Some(2), "{}", text(&refused));

@@ -28,7 +28,7 @@ async fn the_comparer_sees_every_kind_of_difference_and_no_other() {
     let settings = format!(
         "ALTER DATABASE {DATABASE} SET timezone = 'Asia/Tokyo'; ALTER DATABASE {DATABASE} SET extra_float_digits = -3;"
     );
-    databases.new.psql("postgres", &settings).await.expect("sets");
+    databases.new.run("postgres", &settings).await.expect("sets");
     databases.assert_equal().await;
 
     for (change, undo, expected) in [
@@ -42,10 +42,10 @@ async fn the_comparer_sees_every_kind_of_difference_and_no_other() {
         ("DELETE FROM parts", "INSERT INTO parts VALUES (1, E'a\\nb\\tc')", 1),
         ("CREATE TABLE more (a int)", "DROP TABLE more", 1),
     ] {
-        databases.new.psql(DATABASE, change).await.expect("changes");
+        databases.new.run(DATABASE, change).await.expect("changes");
         let (_, differences) = compare::compare(&databases.old, &databases.new, DATABASE, &[]).await;
         assert_eq!(differences.len(), expected, "{change}: {differences:?}");
-        databases.new.psql(DATABASE, undo).await.expect("undoes");
+        databases.new.run(DATABASE, undo).await.expect("undoes");
         databases.assert_equal().await;
     }
 }
@@ -70,7 +70,7 @@ async fn the_link_stalls_cuts_refuses_and_strikes() {
         let insert = client.batch_execute("INSERT INTO t VALUES (1)");
         tokio::pin!(insert);
         tokio::time::timeout(short, &mut insert).await.expect_err("the answer is stalled");
-        assert_eq!(cluster.psql("postgres", "SELECT a FROM t").await.expect("reads"), "1\n");
+        assert_eq!(cluster.run("postgres", "SELECT a FROM t").await.expect("reads"), "1\n");
         link.set_both(Flow::Pass);
         insert.await.expect("the answer came through");
     }
@@ -95,10 +95,10 @@ async fn the_link_stalls_cuts_refuses_and_strikes() {
         struck.await.expect("struck");
         common::until("the session is gone", async || {
             let sessions = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'";
-            cluster.psql("postgres", sessions).await.expect("reads") == "1\n"
+            cluster.run("postgres", sessions).await.expect("reads") == "1\n"
         })
         .await;
-        assert_eq!(cluster.psql("postgres", "SELECT count(*) FROM t").await.expect("reads"), arrived);
+        assert_eq!(cluster.run("postgres", "SELECT count(*) FROM t").await.expect("reads"), arrived);
     }
 }
 

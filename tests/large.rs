@@ -86,7 +86,7 @@ async fn with_the_mirror_up_images_stream_ahead() {
     let client = stage.client().await;
     stage.write(&client).await;
     let owed =
-        stage.databases.old.psql(DATABASE, "SELECT count(*) FROM crossfade.ledger WHERE reason IS NOT NULL").await;
+        stage.databases.old.run(DATABASE, "SELECT count(*) FROM crossfade.ledger WHERE reason IS NOT NULL").await;
     assert_eq!(owed.expect("asks").trim(), "0", "nothing was given up");
     // More old rows than may be held: which keys are gone is not known any more.
     let moved = client.execute("UPDATE big SET id = -id", &[]).await.expect("updates");

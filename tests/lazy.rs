@@ -152,7 +152,7 @@ async fn no_job_deletes_what_only_old_has() {
     assert_eq!(on_old(&pair, "SELECT string_agg(id::text, ',' ORDER BY id) FROM photo").await, "1,2,3,4,5,6,7,8");
     assert_eq!(rows(&client, "SELECT count(*) FROM photo").await, ["8"]);
     // What differs is found all the same: something has put a row back on old that new has deleted.
-    pair.databases.old.psql(DATABASE, "INSERT INTO photo (id, size) VALUES (9, 1)").await.expect("writes");
+    pair.databases.old.run(DATABASE, "INSERT INTO photo (id, size) VALUES (9, 1)").await.expect("writes");
     let verified = pair.proxy.crossfade(&["verify", "public.photo"]).await;
     assert_eq!(verified.status.code(), Some(1), "{verified:?}");
     assert_eq!(rows(&client, "SELECT count(*) FROM photo").await, ["8"]);
@@ -204,7 +204,7 @@ async fn what_cannot_be_done_right_is_refused() {
         CREATE FUNCTION shout(text) RETURNS text LANGUAGE sql STABLE AS 'SELECT upper($1)';
         CREATE ROLE clerk LOGIN; GRANT SELECT (id) ON photo TO clerk;";
     for side in [&pair.databases.old, &pair.databases.new] {
-        side.psql(DATABASE, views).await.expect("makes views");
+        side.run(DATABASE, views).await.expect("makes views");
     }
     new_primary(&mut pair).await;
     let client = pair.client().await;
@@ -333,14 +333,14 @@ async fn statements_at_random_give_what_all_rows_give() {
 /// A database of its own with what old has now.
 async fn truth(pair: &Pair) -> Client {
     let old = &pair.databases.old;
-    old.psql("postgres", &format!("CREATE DATABASE truth TEMPLATE template0 OWNER {}", APP.0)).await.expect("makes it");
-    old.psql("truth", SCHEMA).await.expect("makes tables");
+    old.run("postgres", &format!("CREATE DATABASE truth TEMPLATE template0 OWNER {}", APP.0)).await.expect("makes it");
+    old.run("truth", SCHEMA).await.expect("makes tables");
     for table in ["photo", "note"] {
         let text = format!(
             "SELECT coalesce(string_agg(format('INSERT INTO {table} SELECT (%L::{table}).*;', t), ' '), '') FROM {table} t"
         );
-        let rows = old.psql(DATABASE, &text).await.expect("reads");
-        old.psql("truth", &rows).await.expect("writes");
+        let rows = old.run(DATABASE, &text).await.expect("reads");
+        old.run("truth", &rows).await.expect("writes");
     }
     let (client, connection) =
         tokio_postgres::connect(&old.url("truth"), tokio_postgres::NoTls).await.expect("connects");

@@ -22,24 +22,24 @@ async fn a_claim_that_is_refused_withdraws_the_move() {
     client.batch_execute("INSERT INTO notes VALUES (1)").await.unwrap();
     proxy.settle().await;
 
-    databases.new.psql(DATABASE, OBSTACLE).await.unwrap();
+    databases.new.run(DATABASE, OBSTACLE).await.unwrap();
     proxy.verify().await;
     proxy.request_phase("new-primary");
     let withdrawn = "SELECT count(*) FROM crossfade.history WHERE event = 'withdrawn'";
     until("the move is withdrawn by a later epoch", async || {
-        databases.old.psql(DATABASE, withdrawn).await.is_ok_and(|count| count.trim() == "1")
+        databases.old.run(DATABASE, withdrawn).await.is_ok_and(|count| count.trim() == "1")
     })
     .await;
     // Old claims itself again: what it acknowledges now is not missing for whoever believes the rows.
     client.batch_execute("INSERT INTO notes VALUES (2)").await.expect("old is authority");
-    let row = databases.old.psql(DATABASE, "SELECT epoch, phase, authority FROM crossfade.migration").await.unwrap();
+    let row = databases.old.run(DATABASE, "SELECT epoch, phase, authority FROM crossfade.migration").await.unwrap();
     assert_eq!(row.trim(), "3|dual-write|old", "behind the pointer's epoch 2");
     let (_, status) = proxy.http("/status").await.expect("the proxy answers HTTP");
     assert!(status.contains("not now"), "status says what is in the way: {status}");
     proxy.settle().await;
     assert!(databases.assert_equal().await >= 2);
 
-    databases.new.psql(DATABASE, "DROP TRIGGER refuse ON crossfade.migration").await.unwrap();
+    databases.new.run(DATABASE, "DROP TRIGGER refuse ON crossfade.migration").await.unwrap();
     // Clients were held in vain: it is tried again at once only where somebody asks.
     proxy.hang_up();
     proxy.reaches("new-primary").await;

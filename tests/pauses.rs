@@ -25,7 +25,7 @@ async fn pauses(databases: &Databases) -> Vec<(i64, String)> {
         FROM crossfade.history WHERE event = 'move' AND detail ? 'pause_ms' ORDER BY epoch";
     let mut all = std::collections::BTreeMap::new();
     for side in [&databases.old, &databases.new] {
-        for line in side.psql(DATABASE, text).await.expect("reads").lines() {
+        for line in side.run(DATABASE, text).await.expect("reads").lines() {
             let (epoch, what) = line.split_once('|').expect("two fields");
             all.insert(epoch.parse().expect("a number"), what.to_owned());
         }

@@ -42,7 +42,7 @@ impl PgBouncer {
             "SELECT format('\"%s\" \"%s\"', rolname, rolpassword) FROM pg_authid WHERE rolname IN ('{}', '{}')",
             APP.0, CONTROL.0
         );
-        let users = server.psql("postgres", &text).await.expect("reads the verifiers");
+        let users = server.run("postgres", &text).await.expect("reads the verifiers");
         std::fs::write(dir.path().join("users.txt"), users).expect("is written");
         let ini = format!(
             "[databases]\n* = host=127.0.0.1 port={}\n[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
@@ -123,7 +123,7 @@ async fn a_pooler_in_session_mode_disturbs_no_write_and_no_move() {
             assert!(failures.iter().all(|line| line.ends_with(" 0")), "{failures:?}\n{}\n{}", old.log(), new.log());
         }
     }
-    let bodies = databases.old.psql(DATABASE, "SELECT DISTINCT body FROM notes ORDER BY 1").await.expect("reads");
+    let bodies = databases.old.run(DATABASE, "SELECT DISTINCT body FROM notes ORDER BY 1").await.expect("reads");
     assert_eq!(bodies.split_whitespace().collect::<Vec<_>>(), ["a!", "b!"]);
 }
 

@@ -60,7 +60,7 @@ impl Stage {
     async fn looked_at(&self) {
         let text = "SELECT count(*) FROM crossfade.life l JOIN crossfade.incarnation i ON i.id = l.incarnation";
         let side = if self.side == Side::Old { &self.databases.old } else { &self.databases.new };
-        until("its life was looked at", async || side.psql(DATABASE, text).await.is_ok_and(|said| said.trim() == "1"))
+        until("its life was looked at", async || side.run(DATABASE, text).await.is_ok_and(|said| said.trim() == "1"))
             .await;
     }
 
@@ -69,7 +69,7 @@ impl Stage {
         let standby = Standby::of(self.cluster());
         let behind = "SELECT coalesce(bool_and(replay_lsn >= pg_current_wal_lsn()), false) FROM pg_stat_replication WHERE state = 'streaming'";
         let cluster = self.cluster();
-        until("the standby has caught up", async || cluster.psql(DATABASE, behind).await.expect("reads").trim() == "t")
+        until("the standby has caught up", async || cluster.run(DATABASE, behind).await.expect("reads").trim() == "t")
             .await;
         standby.stop();
         standby
@@ -103,7 +103,7 @@ impl Stage {
 }
 
 async fn all(cluster: &Cluster) -> String {
-    cluster.psql(DATABASE, ALL).await.expect("reads").trim().to_owned()
+    cluster.run(DATABASE, ALL).await.expect("reads").trim().to_owned()
 }
 
 /// C7: new lacks rows that nothing owed any more. All tables are owed, and no read is answered without them.
@@ -119,7 +119,7 @@ async fn a_mirror_that_was_promoted_is_owed_all_tables() {
         .await;
     stage.proxy.settle().await;
     let ledger = "SELECT count(*) FROM crossfade.ledger";
-    assert_eq!(stage.databases.old.psql(DATABASE, ledger).await.expect("reads").trim(), "0", "nothing is owed");
+    assert_eq!(stage.databases.old.run(DATABASE, ledger).await.expect("reads").trim(), "0", "nothing is owed");
     assert_eq!(all(&stage.databases.old).await, all(&stage.databases.new).await);
     // Whoever would enter the debts waits, and new can be read meanwhile.
     let ledger = stage.databases.old.client(DATABASE).await.expect("connects");
@@ -193,7 +193,7 @@ async fn what_only_the_mirror_has_of_a_promoted_authority_is_not_deleted() {
     let refused = "SELECT count(*) FROM crossfade.ledger WHERE error LIKE '%verify --repair --force%'";
     until("the walk is refused", async || standby.says(DATABASE, refused).await == "1").await;
     let found =
-        stage.other().psql(DATABASE, "SELECT string_agg(id::text, ' ' ORDER BY id) FROM notes WHERE id > 10").await;
+        stage.other().run(DATABASE, "SELECT string_agg(id::text, ' ' ORDER BY id) FROM notes WHERE id > 10").await;
     assert_eq!(found.expect("reads").trim(), "11 13");
     for arguments in [&["phase", "new-primary"][..], &["phase", "new-primary", "--force", "--reason", "must be"]] {
         let moved = stage.proxy.crossfade(arguments).await;

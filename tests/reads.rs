@@ -31,7 +31,7 @@ async fn found(pair: &Pair, shape: &str) -> Value {
 }
 
 async fn on_new(pair: &Pair, sql: &str) -> String {
-    pair.databases.new.psql(common::pair::DATABASE, sql).await.expect("runs on new")
+    pair.databases.new.run(common::pair::DATABASE, sql).await.expect("runs on new")
 }
 
 #[tokio::test]
@@ -195,7 +195,7 @@ async fn where_new_is_slower_its_missing_index_is_named() {
         .expect("writes");
     pair.proxy.settle().await;
     let index = "CREATE INDEX photos_owner ON photos (owner); ANALYZE photos";
-    pair.databases.old.psql(common::pair::DATABASE, index).await.expect("makes an index on old only");
+    pair.databases.old.run(common::pair::DATABASE, index).await.expect("makes an index on old only");
     on_new(&pair, "ANALYZE photos").await;
     pair.renewed().await;
     until("it was found out", async || {

@@ -21,7 +21,7 @@ async fn start(as_superuser: &str, more: &str) -> Pair {
     let databases = Databases::start(&[("max_prepared_transactions", "10")]).await;
     databases.run_on_both(SCHEMA).await;
     for side in [&databases.old, &databases.new] {
-        side.psql(common::pair::DATABASE, as_superuser).await.expect("runs on both sides");
+        side.run(common::pair::DATABASE, as_superuser).await.expect("runs on both sides");
     }
     let proxy = Proxy::start(databases.proxy_config("old", &format!("{TRUST}\n{more}"))).await;
     Pair { proxy, databases }
@@ -52,7 +52,7 @@ fn tags(frames: &[Frame]) -> String {
 
 /// What a query gives on one side, asked behind the proxy's back.
 async fn on(side: &crossfade::cluster::Cluster, sql: &str) -> String {
-    side.psql(common::pair::DATABASE, sql).await.expect("answers").trim().to_owned()
+    side.run(common::pair::DATABASE, sql).await.expect("answers").trim().to_owned()
 }
 
 /// A Bind that does not come in one piece, of a statement that was prepared before the phase moved: its plan is not known when its first bytes

@@ -43,7 +43,7 @@ impl Stage {
     }
 
     async fn on_new(&self, sql: &str) -> String {
-        self.pair.databases.new.psql(DATABASE, sql).await.expect("runs on new").trim().to_owned()
+        self.pair.databases.new.run(DATABASE, sql).await.expect("runs on new").trim().to_owned()
     }
 
     /// Reads that new has answered so far.
@@ -402,7 +402,7 @@ async fn r3_a_fleet_waits_once_for_a_mirror_that_is_down_and_serves_nothing_of_w
     let mut at_once = 0;
     for _ in 0..4 {
         until("the second proxy has paid", async || {
-            let owed = fleet.databases.old.psql(DATABASE, "SELECT count(*) FROM crossfade.ledger").await;
+            let owed = fleet.databases.old.run(DATABASE, "SELECT count(*) FROM crossfade.ledger").await;
             owed.expect("reads").trim() == "0"
         })
         .await;

@@ -42,7 +42,7 @@ async fn tpcb_with_32_clients_leaves_both_sides_equal() {
     if !proof() {
         // Most of what would be copied and compared five times is never written.
         for side in [&databases.old, &databases.new] {
-            side.psql(DATABASE, "DELETE FROM pgbench_accounts WHERE aid > 100000").await.expect("makes it small");
+            side.run(DATABASE, "DELETE FROM pgbench_accounts WHERE aid > 100000").await.expect("makes it small");
         }
     }
     let mut proxy = Proxy::start(databases.proxy_config("old", "")).await;
@@ -57,7 +57,7 @@ async fn tpcb_with_32_clients_leaves_both_sides_equal() {
     }
     for level in ["repeatable read", "serializable"] {
         let script = format!("ALTER ROLE {} SET default_transaction_isolation = '{level}'", APP.0);
-        databases.old.psql("postgres", &script).await.expect("sets");
+        databases.old.run("postgres", &script).await.expect("sets");
         let arguments =
             ["-n", "-M", "prepared", "-c", "32", "-j", "2", "-t", count, "--max-tries=0", "--latency-limit=60000"];
         let report = pgbench(&program, &url, &arguments).await;
@@ -141,11 +141,11 @@ async fn new_rejects_rows_until_its_constraint_is_dropped() {
     let (proxy, mut databases) = dual_write(SCHEMA).await;
     let begin = async |databases: &mut Databases| {
         let script = "ALTER TABLE notes ADD CONSTRAINT refuse CHECK (version < 2) NOT VALID";
-        databases.new.psql(DATABASE, script).await.expect("adds");
+        databases.new.run(DATABASE, script).await.expect("adds");
     };
     let end = async |databases: &mut Databases| {
         let script = "ALTER TABLE notes DROP CONSTRAINT refuse";
-        databases.new.psql(DATABASE, script).await.expect("drops");
+        databases.new.run(DATABASE, script).await.expect("drops");
     };
     outage_of_new(&proxy, &mut databases, begin, end).await;
 }

@@ -29,13 +29,13 @@ async fn dual_write(schema: &str, more: &str) -> Pair {
 /// The sweep reads a slot of old.
 async fn slot(pair: &Pair) -> bool {
     let text = "SELECT count(*) FROM pg_replication_slots WHERE confirmed_flush_lsn IS NOT NULL";
-    pair.databases.old.psql(DATABASE, text).await.expect("reads").trim() == "1"
+    pair.databases.old.run(DATABASE, text).await.expect("reads").trim() == "1"
 }
 
 /// Writes around the proxy, as the application's role.
 async fn around(pair: &Pair, script: &str) {
     let script = format!("SET ROLE app;\n{script}");
-    pair.databases.old.psql(DATABASE, &script).await.unwrap_or_else(|error| panic!("{script}: {error}"));
+    pair.databases.old.run(DATABASE, &script).await.unwrap_or_else(|error| panic!("{script}: {error}"));
 }
 
 /// All that was written by now is swept: what the command said, and its status.
@@ -52,7 +52,7 @@ async fn swept(pair: &Pair) -> String {
 }
 
 async fn on_new(pair: &Pair, sql: &str) -> String {
-    pair.databases.new.psql(DATABASE, sql).await.expect(sql).trim().to_owned()
+    pair.databases.new.run(DATABASE, sql).await.expect(sql).trim().to_owned()
 }
 
 const EVERYTHING: &str = "
@@ -150,7 +150,7 @@ async fn partitions_that_come_and_go_around_the_proxy_are_followed() {
     let pair = dual_write(schema, FOLLOW).await;
     let more = "CREATE TABLE parts_2 PARTITION OF parts FOR VALUES FROM (100) TO (200)";
     around(&pair, &format!("{more}; INSERT INTO parts SELECT n, 'y' FROM generate_series(100, 150) n")).await;
-    pair.databases.new.psql(DATABASE, &format!("SET ROLE app; {more}")).await.expect("on new, too");
+    pair.databases.new.run(DATABASE, &format!("SET ROLE app; {more}")).await.expect("on new, too");
     around(&pair, "UPDATE parts SET v = 'z' WHERE k > 140; DELETE FROM parts WHERE k = 101; UPDATE parts SET k = k + 180 WHERE k < 5").await;
     swept(&pair).await;
     pair.settle_and_assert_equal().await;
@@ -187,7 +187,7 @@ async fn a_taint_is_spent_without_a_walk() {
 }
 
 async fn ledger(pair: &Pair) -> String {
-    pair.databases.old.psql(DATABASE, "SELECT count(*) FROM crossfade.ledger").await.expect("reads").trim().to_owned()
+    pair.databases.old.run(DATABASE, "SELECT count(*) FROM crossfade.ledger").await.expect("reads").trim().to_owned()
 }
 
 /// A slot that nobody reads is dropped past its limit, and the next sweep compares everything.
@@ -259,7 +259,7 @@ async fn a_consumer_that_is_killed_loses_nothing() {
         drop(link);
         until("the killed one's sessions have ended", async || {
             let text = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'crossfade sweep'";
-            pair.databases.old.psql(DATABASE, text).await.expect("reads").trim() == "0"
+            pair.databases.old.run(DATABASE, text).await.expect("reads").trim() == "0"
         })
         .await;
         let said = swept(&pair).await;
@@ -340,7 +340,7 @@ async fn a_row_that_is_equal_by_chance_is_not_passed_over() {
 async fn a_row_that_a_walk_is_about_to_delete_is_not_passed_over() {
     let pair = dual_write(TABLE, "").await;
     swept(&pair).await;
-    let number = pair.databases.old.psql(DATABASE, "SELECT number FROM crossfade.tables").await.expect("reads");
+    let number = pair.databases.old.run(DATABASE, "SELECT number FROM crossfade.tables").await.expect("reads");
     let number: i32 = number.trim().parse().expect("a number");
     let walker = pair.databases.new.client(DATABASE).await.expect("connects");
     // As `locks::Kind::Table`: nobody else walks meanwhile.
@@ -348,13 +348,13 @@ async fn a_row_that_a_walk_is_about_to_delete_is_not_passed_over() {
     walker.batch_execute(&lock).await.expect("deletes");
     let debt =
         format!("INSERT INTO crossfade.ledger (id, debts, reason) VALUES (1, int4send({number}) || 'T', 'test')");
-    pair.databases.old.psql(DATABASE, &debt).await.expect("owes");
+    pair.databases.old.run(DATABASE, &debt).await.expect("owes");
     around(&pair, "DELETE FROM t WHERE k = 5; INSERT INTO t VALUES (5, 'x')").await;
     let said = swept(&pair).await;
     assert!(said.contains("1 keys differed"), "{said}");
     pair.databases
         .old
-        .psql(DATABASE, "DELETE FROM crossfade.ledger WHERE id = 1")
+        .run(DATABASE, "DELETE FROM crossfade.ledger WHERE id = 1")
         .await
         .expect("as if the walk were done");
     walker.batch_execute("COMMIT").await.expect("commits");
@@ -366,12 +366,12 @@ async fn a_row_that_a_walk_is_about_to_delete_is_not_passed_over() {
 async fn a_commit_that_nobody_sees_yet_is_waited_for() {
     let pair = dual_write(TABLE, FOLLOW).await;
     let old = &pair.databases.old;
-    old.psql(DATABASE, "ALTER DATABASE shop SET synchronous_commit = local").await.expect("sets");
+    old.run(DATABASE, "ALTER DATABASE shop SET synchronous_commit = local").await.expect("sets");
     let standby = async |name: &str| {
-        old.psql(DATABASE, &format!("ALTER SYSTEM SET synchronous_standby_names = '{name}'")).await.expect("sets");
-        old.psql(DATABASE, "SELECT pg_reload_conf()").await.expect("reloads");
+        old.run(DATABASE, &format!("ALTER SYSTEM SET synchronous_standby_names = '{name}'")).await.expect("sets");
+        old.run(DATABASE, "SELECT pg_reload_conf()").await.expect("reloads");
         until("the setting holds", async || {
-            old.psql(DATABASE, "SHOW synchronous_standby_names").await.expect("shows").trim() == name
+            old.run(DATABASE, "SHOW synchronous_standby_names").await.expect("shows").trim() == name
         })
         .await;
     };
@@ -381,13 +381,13 @@ async fn a_commit_that_nobody_sees_yet_is_waited_for() {
         writer.batch_execute("SET synchronous_commit = on; INSERT INTO t VALUES (77, 'unseen')").await
     });
     let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE '%unseen%' AND pid <> pg_backend_pid()";
-    until("it waits for the standby", async || old.psql(DATABASE, waiting).await.expect("reads").trim() == "1").await;
-    assert_eq!(old.psql(DATABASE, "SELECT count(*) FROM t WHERE k = 77").await.expect("reads").trim(), "0");
-    let end = old.psql(DATABASE, "SELECT pg_current_wal_flush_lsn()").await.expect("reads");
+    until("it waits for the standby", async || old.run(DATABASE, waiting).await.expect("reads").trim() == "1").await;
+    assert_eq!(old.run(DATABASE, "SELECT count(*) FROM t WHERE k = 77").await.expect("reads").trim(), "0");
+    let end = old.run(DATABASE, "SELECT pg_current_wal_flush_lsn()").await.expect("reads");
     let passed = format!("SELECT confirmed_flush_lsn >= '{}' FROM pg_replication_slots", end.trim());
     for _ in 0..20 {
         tokio::time::sleep(std::time::Duration::from_millis(150)).await;
-        assert_eq!(old.psql(DATABASE, &passed).await.expect("reads").trim(), "f", "it was passed over");
+        assert_eq!(old.run(DATABASE, &passed).await.expect("reads").trim(), "f", "it was passed over");
     }
     standby("").await;
     committing.await.expect("ends").expect("commits");
@@ -404,7 +404,7 @@ async fn in_phase_old_a_sweep_follows_a_backfill() {
         .await;
     databases
         .old
-        .psql(DATABASE, "INSERT INTO t SELECT n, 'row ' || n FROM generate_series(1, 20000) n")
+        .run(DATABASE, "INSERT INTO t SELECT n, 'row ' || n FROM generate_series(1, 20000) n")
         .await
         .expect("fills");
     let proxy = Proxy::start(databases.proxy_config("old", "")).await;

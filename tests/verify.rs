@@ -62,7 +62,7 @@ async fn differences_of_every_type_are_named() {
         )
     };
     let run = async |side: &crossfade::cluster::Cluster, script: &str| {
-        side.psql(DATABASE, &format!("SET ROLE app; {script}")).await.expect(script)
+        side.run(DATABASE, &format!("SET ROLE app; {script}")).await.expect(script)
     };
     run(&databases.old, &table(COLUMNS, "\"C\"")).await;
     run(&databases.new, &format!("CREATE TABLE spent (k int); {}", table(&other_order.join(", "), "\"und-x-icu\"")))
@@ -131,10 +131,10 @@ async fn differences_of_every_type_are_named() {
     );
     assert_eq!(databases.assert_equal().await, 92);
     let history = "SELECT string_agg(concat(detail->>'table', ' ', detail->>'repaired'), ', ' ORDER BY id) FROM crossfade.history WHERE event = 'verify'";
-    let history = databases.old.psql(DATABASE, history).await.expect("reads");
+    let history = databases.old.run(DATABASE, history).await.expect("reads");
     assert!(history.contains("public.v 22") && history.contains("public.words 4"), "{history}");
     let verified = "SELECT string_agg(concat(rows, ' ', different, ' ', equal_epoch = epoch), ', ' ORDER BY number) FROM crossfade.verified";
-    assert_eq!(databases.old.psql(DATABASE, verified).await.expect("reads").trim(), "40 0 t, 52 0 t");
+    assert_eq!(databases.old.run(DATABASE, verified).await.expect("reads").trim(), "40 0 t, 52 0 t");
 }
 
 /// 8 clients insert, update, delete and bring back the same keys all the time: verify names what was planted among the rows that they leave
@@ -147,7 +147,7 @@ async fn nothing_is_invented_while_clients_write() {
     );
     let pair = Pair::dual_write(&schema, "").await;
     let planted = "UPDATE t SET v = 'planted' WHERE k = 50001; DELETE FROM t WHERE k = 60001; INSERT INTO t VALUES (-1, 'planted', 0), (999999999, 'planted', 0)";
-    pair.databases.new.psql(DATABASE, planted).await.expect("plants");
+    pair.databases.new.run(DATABASE, planted).await.expect("plants");
     let dir = tempfile::tempdir().expect("a directory");
     let script = dir.path().join("script");
     std::fs::write(
@@ -187,7 +187,7 @@ async fn nothing_is_invented_while_clients_write() {
     drop(load);
     let written = "SELECT sum(n) FROM t";
     let written: u64 =
-        pair.databases.old.psql(DATABASE, written).await.expect("reads").trim().parse().expect("a number");
+        pair.databases.old.run(DATABASE, written).await.expect("reads").trim().parse().expect("a number");
     assert!(written > 100, "clients wrote meanwhile: {written}");
     pair.settle_and_assert_equal().await;
     let (document, status) = verify(&pair.proxy, &[]).await;
@@ -274,12 +274,12 @@ async fn a_table_without_a_key_is_compared_as_a_whole() {
     databases.run_on_both(schema).await;
     databases
         .new
-        .psql(DATABASE, "SET ROLE app; DROP TABLE bag; CREATE TABLE bag (t text, a int, f float8)")
+        .run(DATABASE, "SET ROLE app; DROP TABLE bag; CREATE TABLE bag (t text, a int, f float8)")
         .await
         .expect("makes");
     let rows = "INSERT INTO bag SELECT n % 100, 1.5, 'row' FROM generate_series(1, 5000) n; INSERT INTO bag VALUES (NULL, 0, ''), (NULL, 0, NULL), \
         (1, '-0', ''), (1, 0, ''), (2, 'NaN', 'x'), (2, 'NaN', 'x'), (2, 'NaN', 'x'); INSERT INTO parts SELECT n % 20, 'p' FROM generate_series(1, 100) n";
-    databases.old.psql(DATABASE, rows).await.expect("fills");
+    databases.old.run(DATABASE, rows).await.expect("fills");
     let mut proxy = Proxy::start(databases.proxy_config("old", "mirror: { timeout: 1s }")).await;
     proxy.set_phase("dual-write").await;
     proxy.settle().await;
@@ -293,7 +293,7 @@ async fn a_table_without_a_key_is_compared_as_a_whole() {
     assert_eq!((status, document["tables"][0]["rows"].as_u64()), (Some(0), Some(5009)), "{document:#}");
     let planted = "DELETE FROM bag WHERE ctid IN (SELECT ctid FROM bag WHERE a = 7 LIMIT 1); INSERT INTO bag (a, f, t) VALUES (3, 0, 'new'); UPDATE bag SET f = 0 WHERE f::text = '-0'; \
         UPDATE bag SET t = NULL WHERE t = '' AND a IS NULL; UPDATE parts SET n = 30 WHERE n = 3 AND ctid IN (SELECT ctid FROM parts1 WHERE n = 3 LIMIT 1)";
-    databases.new.psql(DATABASE, planted).await.expect("plants");
+    databases.new.run(DATABASE, planted).await.expect("plants");
     // A row that the mirror could not take is owed, and no difference.
     let holder = databases.new.client(DATABASE).await.expect("connects");
     holder.batch_execute("BEGIN; LOCK TABLE empty IN SHARE MODE").await.expect("locks");
@@ -361,7 +361,7 @@ async fn equal_rows_that_come_in_meanwhile_make_up_for_none() {
     let schema = "CREATE TABLE clicks (what text); INSERT INTO clicks SELECT 'click' FROM generate_series(1, 30000)";
     let pair = Pair::dual_write(schema, "").await;
     let planted = "DELETE FROM clicks WHERE ctid = '(0,1)'; INSERT INTO clicks VALUES ('planted')";
-    pair.databases.new.psql(DATABASE, planted).await.expect("plants");
+    pair.databases.new.run(DATABASE, planted).await.expect("plants");
     let dir = tempfile::tempdir().expect("a directory");
     let script = dir.path().join("script");
     std::fs::write(
@@ -398,7 +398,7 @@ async fn a_row_that_ends_on_the_mirror_is_waited_for() {
     let waits =
         "SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name = 'crossfade verify' AND query ~ 'pg_locks'";
     common::until("it asks who writes the table", async || {
-        pair.databases.new.psql(DATABASE, waits).await.expect("reads").trim() == "t"
+        pair.databases.new.run(DATABASE, waits).await.expect("reads").trim() == "t"
     })
     .await;
     tokio::time::sleep(Duration::from_millis(600)).await;
@@ -415,7 +415,7 @@ async fn a_run_that_was_killed_goes_on_where_it_was() {
     let schema = "CREATE TABLE a (k int PRIMARY KEY); INSERT INTO a SELECT generate_series(1, 10); \
         CREATE TABLE b (k int PRIMARY KEY, v text); INSERT INTO b SELECT n, repeat('row ', 100) FROM generate_series(1, 6000) n";
     let pair = Pair::dual_write(schema, "").await;
-    let on_old = async |sql: &str| pair.databases.old.psql(DATABASE, sql).await.expect(sql).trim().to_owned();
+    let on_old = async |sql: &str| pair.databases.old.run(DATABASE, sql).await.expect(sql).trim().to_owned();
     // Two jobs: b is large enough to be cut into two parts.
     let (mut running, _file) = verify_beside(&pair, pair.databases.old.port(), &["--jobs", "2", "--rate", "1000"]);
     let kept = "SELECT string_agg(concat(number, ' ', part, ' ', done), ', ' ORDER BY number, part) FROM crossfade.verifying \
@@ -423,7 +423,7 @@ async fn a_run_that_was_killed_goes_on_where_it_was() {
     common::until("a is done, both parts of b begun", async || on_old(kept).await == "1 -1 t, 2 0 f, 2 1 f").await;
     running.kill().await.expect("is killed");
     let planted = "UPDATE b SET v = 'planted' WHERE k IN (1, 6000); INSERT INTO a VALUES (11)";
-    pair.databases.new.psql(DATABASE, planted).await.expect("plants");
+    pair.databases.new.run(DATABASE, planted).await.expect("plants");
     on_old("CREATE TABLE crossfade.kept AS SELECT * FROM crossfade.verifying").await;
     // What was seen before is not looked at again.
     let (document, status) = verify(&pair.proxy, &["--resume"]).await;
@@ -450,7 +450,7 @@ async fn the_proxy_verifies_in_the_background() {
     let schema = "CREATE TABLE t (k int PRIMARY KEY, v text); INSERT INTO t SELECT n, 'row' FROM generate_series(1, 2000) n; \
         CREATE TABLE log (v text); INSERT INTO log VALUES ('a'), ('a')";
     let pair = Pair::dual_write(schema, "verify: { continuous: 50% }").await;
-    let on_old = async |sql: &str| pair.databases.old.psql(DATABASE, sql).await.expect(sql).trim().to_owned();
+    let on_old = async |sql: &str| pair.databases.old.run(DATABASE, sql).await.expect(sql).trim().to_owned();
     common::until("both are verified", async || {
         on_old("SELECT count(*) FROM crossfade.verified WHERE equal_epoch = epoch").await == "2"
     })
@@ -506,7 +506,7 @@ async fn what_moves_made_void_is_not_written_down_again() {
     link.set(Way::ToServer, Flow::Pass);
     let output = running.wait_with_output().await.expect("ends");
     assert_eq!(output.status.code(), Some(1), "{output:?}");
-    let verified = pair.databases.old.psql(DATABASE, "SELECT count(*) FROM crossfade.verified").await.expect("reads");
+    let verified = pair.databases.old.run(DATABASE, "SELECT count(*) FROM crossfade.verified").await.expect("reads");
     assert_eq!(verified.trim(), "0");
 }
 
@@ -517,7 +517,7 @@ async fn who_truncates_a_table_that_is_read_does_not_wait_for_that() {
     let pair = Pair::dual_write(schema, "mirror: { timeout: 30s }").await;
     let (running, _file) = verify_beside(&pair, pair.databases.old.port(), &["--rate", "500"]);
     let reads = "SELECT count(*) > 0 FROM pg_locks l JOIN pg_stat_activity a USING (pid) WHERE a.application_name = 'crossfade verify' AND a.query ~ 'FETCH'";
-    common::until("it reads", async || pair.databases.old.psql(DATABASE, reads).await.expect("reads").trim() == "t")
+    common::until("it reads", async || pair.databases.old.run(DATABASE, reads).await.expect("reads").trim() == "t")
         .await;
     let begun = std::time::Instant::now();
     pair.client().await.batch_execute("TRUNCATE bag").await.expect("truncates");

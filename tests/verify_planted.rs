@@ -121,12 +121,12 @@ async fn exactly_what_was_planted_is_named_and_mended_under_load() {
         sizes.rows - 1,
         sizes.stride()
     );
-    pair.databases.old.psql(DATABASE, &rows).await.expect("fills old");
+    pair.databases.old.run(DATABASE, &rows).await.expect("fills old");
     pair.proxy.set_phase("dual-write").await;
     let filled = pair.proxy.crossfade(&["backfill"]).await;
     assert!(filled.status.success(), "{filled:?}");
     pair.proxy.settle().await;
-    let on_new = async |sql: &str| pair.databases.new.psql(DATABASE, sql).await.expect(sql).trim().to_owned();
+    let on_new = async |sql: &str| pair.databases.new.run(DATABASE, sql).await.expect(sql).trim().to_owned();
     on_new(&sizes.plant()).await;
     let dir = tempfile::tempdir().expect("a directory");
     let script = dir.path().join("script");
@@ -158,7 +158,7 @@ async fn exactly_what_was_planted_is_named_and_mended_under_load() {
         () = looking => {}
     }
     let written = format!("SELECT sum(f)::bigint FROM t WHERE k % {stride} = {LOAD} AND k < {beyond}");
-    let written = pair.databases.old.psql(DATABASE, &written).await.expect("reads");
+    let written = pair.databases.old.run(DATABASE, &written).await.expect("reads");
     assert!(written.trim().parse::<u64>().expect("a number") > 100, "clients have written: {written}");
     pair.settle_and_assert_equal().await;
 }

@@ -24,7 +24,7 @@ fn are(databases: &Databases, old: u32, new: u32) -> bool {
 /// Both servers in `dual-write`, with a schema for each.
 async fn mirrored(databases: Databases, on_old: &str, on_new: &str) -> Pair {
     for (side, schema) in [(&databases.old, on_old), (&databases.new, on_new)] {
-        side.psql(DATABASE, &format!("SET ROLE {};\n{schema}", APP.0)).await.expect("makes the tables");
+        side.run(DATABASE, &format!("SET ROLE {};\n{schema}", APP.0)).await.expect("makes the tables");
     }
     let proxy = Proxy::start(databases.proxy_config("old", TRUST)).await;
     let mut pair = Pair { proxy, databases };
@@ -232,7 +232,7 @@ async fn limits_of_the_control_role_end_no_session_of_ours() {
         for (since, setting) in [(14, "idle_session_timeout"), (17, "transaction_timeout")] {
             if side.version() >= since {
                 let sql = format!("ALTER ROLE {} SET {setting} = '400ms'", CONTROL.0);
-                side.psql("postgres", &sql).await.expect("limits");
+                side.run("postgres", &sql).await.expect("limits");
             }
         }
     }

@@ -78,7 +78,7 @@ impl Fleet {
         // Of 48 clients each has up to three sessions on a side, and each proxy its jobs.
         let databases = Databases::start(&[("max_connections", "400")]).await;
         for side in [&databases.old, &databases.new] {
-            side.psql(DATABASE, HOLDS).await.expect("makes the function");
+            side.run(DATABASE, HOLDS).await.expect("makes the function");
         }
         databases.run_on_both(SCHEMA).await;
         for side in [&databases.old, &databases.new] {
@@ -89,12 +89,12 @@ impl Fleet {
         if !proof() {
             databases
                 .old
-                .psql(DATABASE, "DELETE FROM pgbench_accounts WHERE aid > 10000")
+                .run(DATABASE, "DELETE FROM pgbench_accounts WHERE aid > 10000")
                 .await
                 .expect("makes it small");
         }
         let empty = "TRUNCATE purses, pgbench_accounts, pgbench_tellers, pgbench_branches";
-        databases.new.psql(DATABASE, empty).await.expect("new is empty");
+        databases.new.run(DATABASE, empty).await.expect("new is empty");
         let mut proxies = Vec::new();
         for number in 0..3 {
             // The first makes the schema; those of a fleet go by the row that it wrote.
@@ -130,7 +130,7 @@ impl Fleet {
         }
         self.proxies[0].settle().await;
         let rows = self.databases.assert_equal().await;
-        let sum = self.authority(phase).psql(DATABASE, "SELECT sum(amount) FROM purses").await.expect("reads");
+        let sum = self.authority(phase).run(DATABASE, "SELECT sum(amount) FROM purses").await.expect("reads");
         assert_eq!(sum.trim(), "200000", "in {phase}");
         println!("{phase}: {rows} rows are equal");
         for console in &consoles {
@@ -141,7 +141,7 @@ impl Fleet {
     /// Clients go on: as many more transfers as there are clients.
     async fn goes_on(&self, phase: &str, loads: &mut [Load], clients: usize) {
         let count = async || -> usize {
-            let count = self.authority(phase).psql(DATABASE, "SELECT count(*) FROM transfers").await.expect("counts");
+            let count = self.authority(phase).run(DATABASE, "SELECT count(*) FROM transfers").await.expect("counts");
             count.trim().parse().expect("a number")
         };
         let before = count().await;
@@ -156,7 +156,7 @@ impl Fleet {
     async fn assert_written_where_the_authority_was(&self, held: &[String]) {
         let text = "SELECT DISTINCT holds || '|' || port FROM transfers";
         let (old, new) = (self.databases.old.port().to_string(), self.databases.new.port().to_string());
-        let told = self.databases.old.psql(DATABASE, text).await.expect("reads");
+        let told = self.databases.old.run(DATABASE, text).await.expect("reads");
         let mut seen = 0;
         for line in told.lines() {
             let (holds, port) = line.split_once('|').expect("two fields");
@@ -194,7 +194,7 @@ async fn a_fleet_walks_through_all_phases_and_back_under_load() {
             let back = number > 4;
             fleet.proxies[0].set_phase(phase).await;
             let row = "SELECT epoch || ' ' || phase || ' ' || authority FROM crossfade.migration";
-            held.push(fleet.authority(phase).psql(DATABASE, row).await.expect("reads").trim().to_owned());
+            held.push(fleet.authority(phase).run(DATABASE, row).await.expect("reads").trim().to_owned());
             for proxy in &fleet.proxies {
                 proxy.reaches(phase).await;
             }

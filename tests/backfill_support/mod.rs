@@ -43,8 +43,8 @@ impl Stage {
     pub async fn with(schema: &str, old: &str, new: &str, tables: i32) -> Stage {
         let databases = Databases::start(&[]).await;
         databases.run_on_both(schema).await;
-        databases.old.psql(DATABASE, old).await.expect("fills old");
-        databases.new.psql(DATABASE, new).await.expect("fills new");
+        databases.old.run(DATABASE, old).await.expect("fills old");
+        databases.new.run(DATABASE, new).await.expect("fills new");
         let guard = databases.new.client(DATABASE).await.expect("connects");
         for number in 1..=tables {
             lock(&guard, "pg_advisory_lock", TABLE, number).await;
@@ -107,7 +107,7 @@ impl Stage {
         let sql = format!(
             "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = {kind} AND objid = {number} AND NOT granted"
         );
-        self.databases.new.psql(DATABASE, &sql).await.expect("reads").trim() != "0"
+        self.databases.new.run(DATABASE, &sql).await.expect("reads").trim() != "0"
     }
 
     /// Keeps jobs from the table, as soon as the one that has it has done with it.
@@ -146,12 +146,12 @@ impl Stage {
 
     /// One value from old.
     pub async fn on_old(&self, sql: &str) -> String {
-        self.databases.old.psql(DATABASE, sql).await.expect(sql).trim().to_owned()
+        self.databases.old.run(DATABASE, sql).await.expect(sql).trim().to_owned()
     }
 
     /// One value from new.
     pub async fn on_new(&self, sql: &str) -> String {
-        self.databases.new.psql(DATABASE, sql).await.expect(sql).trim().to_owned()
+        self.databases.new.run(DATABASE, sql).await.expect(sql).trim().to_owned()
     }
 
     /// The backend of new that holds the backfill's open chunk.

@@ -124,7 +124,7 @@ async fn a_query_with_a_nul_within_or_none_at_its_end_writes_nothing() {
         assert_eq!(frames[0].tag, b'E', "{frames:?}");
         assert!(String::from_utf8_lossy(&frames[0].body).contains("C08P01"), "{frames:?}");
     }
-    let rows = stage.databases.old.psql("shop", "SELECT count(*) FROM notes").await.expect("reads");
+    let rows = stage.databases.old.run("shop", "SELECT count(*) FROM notes").await.expect("reads");
     assert_eq!(rows, "0\n");
     stage.end().await;
 }

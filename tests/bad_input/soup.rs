@@ -153,8 +153,8 @@ pub async fn reference() -> Cluster {
     let cluster =
         Cluster::builder().hba("local all all trust\nhost all all 127.0.0.1/32 trust\n").start().await.expect("starts");
     let roles = format!("CREATE ROLE {} LOGIN; CREATE DATABASE {DATABASE} OWNER {};", APP.0, APP.0);
-    cluster.psql("postgres", &roles).await.expect("makes the role");
-    cluster.psql(DATABASE, &format!("SET ROLE {};\n{SCHEMA}", APP.0)).await.expect("makes the tables");
+    cluster.run("postgres", &roles).await.expect("makes the role");
+    cluster.run(DATABASE, &format!("SET ROLE {};\n{SCHEMA}", APP.0)).await.expect("makes the tables");
     cluster
 }
 

@@ -23,7 +23,7 @@ fn failed(frames: &[Frame]) -> bool {
 /// What old has in `notes`.
 async fn rows(stage: &Stage) -> String {
     let sql = "SELECT coalesce(string_agg(format('%s=%s', id, body), ',' ORDER BY id), '-') FROM notes";
-    stage.databases.old.psql(DATABASE, sql).await.expect("reads").trim().to_owned()
+    stage.databases.old.run(DATABASE, sql).await.expect("reads").trim().to_owned()
 }
 
 /// The server converts a text to its own encoding before it reads it: what looks like a backslash is half a character.
@@ -95,7 +95,7 @@ async fn backslashes_in_plain_literals_hide_no_write() {
         }
     }
     let sql = "SELECT coalesce(string_agg(format('%s=%s', id, body), ',' ORDER BY id), '-') FROM notes";
-    let expected = reference.psql(DATABASE, sql).await.expect("reads").trim().to_owned();
+    let expected = reference.run(DATABASE, sql).await.expect("reads").trim().to_owned();
     assert_eq!(rows(&stage).await, expected);
     stage.end().await;
 }
@@ -158,7 +158,7 @@ async fn long_and_deep_statements_are_answered_and_mirrored() {
         assert_eq!((last.tag, &last.body[..]), (b'Z', &b"I"[..]), "{}: {:?}", client.doing, frames.first());
         stage.others_go_on().await;
     }
-    let there = stage.databases.old.psql(DATABASE, "SELECT count(*) FROM notes WHERE id < 100").await.expect("reads");
+    let there = stage.databases.old.run(DATABASE, "SELECT count(*) FROM notes WHERE id < 100").await.expect("reads");
     assert_eq!(there, "4\n", "1, 3, 4 and 5 (the chain of || may be too deep for the server)");
     stage.end().await;
 }
@@ -192,7 +192,7 @@ async fn a_commit_in_a_text_that_nobody_reads_loses_nothing() {
         )
         .await;
     assert!(!failed(&client.until_ready(1).await));
-    assert_eq!(stage.databases.old.psql(DATABASE, "SELECT count(*) FROM notes").await.expect("reads"), "5\n");
+    assert_eq!(stage.databases.old.run(DATABASE, "SELECT count(*) FROM notes").await.expect("reads"), "5\n");
     stage.end().await;
 }
 

@@ -36,7 +36,7 @@ pub async fn compare(old: &Cluster, new: &Cluster, database: &str, tables: &[&st
     let mut names: Vec<String> = tables.iter().map(|name| name.to_string()).collect();
     if tables.is_empty() {
         let [old_names, new_names] = [old, new].map(|side| async move {
-            let text = side.psql(database, TABLES).await.expect("lists the tables");
+            let text = side.run(database, TABLES).await.expect("lists the tables");
             text.lines().map(str::to_owned).collect::<Vec<_>>()
         });
         let (old_names, new_names) = tokio::join!(old_names, new_names);
@@ -46,41 +46,48 @@ pub async fn compare(old: &Cluster, new: &Cluster, database: &str, tables: &[&st
         names = old_names.into_iter().filter(|name| new_names.contains(name)).collect();
     }
     let scratch = tempfile::tempdir().expect("a directory");
+    let [old_dir, new_dir] = ["old", "new"].map(|side| scratch.path().join(side));
+    let columns = columns(old, database, &names).await;
+    tokio::join!(spool(old, database, &names, &columns, &old_dir), spool(new, database, &names, &columns, &new_dir));
     let mut rows = 0;
-    for name in &names {
-        let columns = columns(old, database, name).await;
-        let files = [scratch.path().join("old"), scratch.path().join("new")];
-        tokio::join!(spool(old, database, name, &columns, &files[0]), spool(new, database, name, &columns, &files[1]));
-        rows += compare_sorted(name, &files[0], &files[1], &mut differences);
+    for (number, name) in names.iter().enumerate() {
+        let file = number.to_string();
+        rows += compare_sorted(name, &old_dir.join(&file), &new_dir.join(&file), &mut differences);
     }
     (rows, differences)
 }
 
-/// The columns by name, so that their order does not matter. Those that new lacks fail there, loudly.
-async fn columns(cluster: &Cluster, database: &str, table: &str) -> String {
-    let sql = format!(
-        "SELECT string_agg(quote_ident(attname), ', ' ORDER BY attname) FROM pg_attribute \
-         WHERE attrelid = $_${table}$_$::regclass AND attnum > 0 AND NOT attisdropped"
-    );
-    cluster.psql(database, &sql).await.expect("lists the columns").trim().to_owned()
+/// The columns of each table by name, so that their order does not matter. Those that new lacks fail there, loudly.
+async fn columns(cluster: &Cluster, database: &str, tables: &[String]) -> Vec<String> {
+    let of = |table: &String| {
+        format!(
+            "SELECT string_agg(quote_ident(attname), ', ' ORDER BY attname) FROM pg_attribute \
+             WHERE attrelid = $_${table}$_$::regclass AND attnum > 0 AND NOT attisdropped"
+        )
+    };
+    let sql = tables.iter().map(of).collect::<Vec<_>>().join(";\n");
+    let columns = cluster.run(database, &sql).await.expect("lists the columns");
+    columns.lines().map(str::to_owned).collect()
 }
 
-/// Writes each row's text to a file, one a line, in the order of their bytes.
-async fn spool(cluster: &Cluster, database: &str, table: &str, columns: &str, file: &Path) {
-    let copy = format!(
-        "COPY (SELECT row_text FROM (SELECT ROW({columns})::text COLLATE \"C\" AS row_text FROM ONLY {table}) AS rows \
-         ORDER BY row_text) TO STDOUT"
-    );
-    let psql = tokio::process::Command::new(cluster.program("psql"))
-        .args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", SETTINGS, "-c", &copy])
-        .envs(cluster.environment(database))
-        .kill_on_drop(true)
-        .stdout(File::create(file).expect("makes a file"))
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("psql runs");
-    let output = psql.wait_with_output().await.expect("psql ends");
-    assert!(output.status.success(), "reading {table}: {}", String::from_utf8_lossy(&output.stderr));
+/// Writes each row's text to a file in `dir`, one a line, in the order of their bytes; the files' names are the tables' numbers.
+async fn spool(cluster: &Cluster, database: &str, tables: &[String], columns: &[String], dir: &Path) {
+    assert_eq!(tables.len(), columns.len(), "{tables:?}: {columns:?}");
+    std::fs::create_dir(dir).expect("makes a directory");
+    let mut psql = tokio::process::Command::new(cluster.program("psql"));
+    psql.args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", SETTINGS]);
+    for (number, (table, columns)) in tables.iter().zip(columns).enumerate() {
+        psql.args(["-c", &format!("\\o '{}'", dir.join(number.to_string()).display())]).args([
+            "-c",
+            &format!(
+                "COPY (SELECT row_text FROM (SELECT ROW({columns})::text COLLATE \"C\" AS row_text FROM ONLY {table}) \
+                 AS rows ORDER BY row_text) TO STDOUT"
+            ),
+        ]);
+    }
+    let psql = psql.envs(cluster.environment(database)).kill_on_drop(true).stderr(Stdio::piped()).spawn();
+    let output = psql.expect("psql runs").wait_with_output().await.expect("psql ends");
+    assert!(output.status.success(), "reading {tables:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 /// Merges two sorted files; a row counts as often as it is there. Answers with old's number of rows.

@@ -15,7 +15,7 @@ pub async fn on_new(pair: &Pair, table: &str) -> u64 {
     // Nobody waits for COMMIT there.
     pair.proxy.settle().await;
     let count = format!("SELECT count(*) FROM {table}");
-    pair.databases.new.psql(DATABASE, &count).await.expect("counts").trim().parse().expect("a number")
+    pair.databases.new.run(DATABASE, &count).await.expect("counts").trim().parse().expect("a number")
 }
 
 /// COPY FROM STDIN by tokio-postgres, with the data in these pieces; the number of rows.

@@ -21,7 +21,7 @@ pub async fn lazily(rows: &str) -> Pair {
 
 pub async fn lazily_on(databases: Databases, rows: &str) -> Pair {
     databases.run_on_both(SCHEMA).await;
-    databases.old.psql(DATABASE, &format!("SET ROLE {}; {rows}", APP.0)).await.expect("fills old");
+    databases.old.run(DATABASE, &format!("SET ROLE {}; {rows}", APP.0)).await.expect("fills old");
     let mut proxy = Proxy::start(databases.proxy_config("old", FILE)).await;
     proxy.set_phase("dual-write").await;
     proxy.settle().await;
@@ -47,11 +47,11 @@ pub async fn rows(client: &Client, sql: &str) -> Vec<String> {
 }
 
 pub async fn on_new(pair: &Pair, sql: &str) -> String {
-    pair.databases.new.psql(DATABASE, sql).await.expect("runs on new").trim().to_owned()
+    pair.databases.new.run(DATABASE, sql).await.expect("runs on new").trim().to_owned()
 }
 
 pub async fn on_old(pair: &Pair, sql: &str) -> String {
-    pair.databases.old.psql(DATABASE, sql).await.expect("runs on old").trim().to_owned()
+    pair.databases.old.run(DATABASE, sql).await.expect("runs on old").trim().to_owned()
 }
 
 pub const TEN: &str = "INSERT INTO photo SELECT n, 'o' || n % 3, n * 10, '2026-01-01'::timestamptz + n * interval '1 day' FROM generate_series(1, 10) n;

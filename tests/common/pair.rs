@@ -51,26 +51,26 @@ impl Databases {
              CREATE DATABASE {DATABASE} OWNER {};",
             APP.0, APP.1, CONTROL.0, CONTROL.1, APP.0
         );
-        old.psql("postgres", &roles).await.expect("makes the roles");
-        new.psql("postgres", &roles).await.expect("makes the roles");
+        old.run("postgres", &roles).await.expect("makes the roles");
+        new.run("postgres", &roles).await.expect("makes the roles");
         // One verifier on both sides, as after a pg_dumpall --roles-only: so a client's login is good for both.
         let copy = format!(
             "SELECT format('ALTER ROLE %I PASSWORD %L;', rolname, rolpassword) FROM pg_authid \
              WHERE rolname IN ('{}', '{}')",
             APP.0, CONTROL.0
         );
-        let verifiers = old.psql("postgres", &copy).await.expect("reads the verifiers");
-        new.psql("postgres", &verifiers).await.expect("writes the verifiers");
+        let verifiers = old.run("postgres", &copy).await.expect("reads the verifiers");
+        new.run("postgres", &verifiers).await.expect("writes the verifiers");
         // The two sides never give the same number to a type or a table; what mixes them up must show.
         let spend_oids = "SELECT count(lo_unlink(lo_create(0))) FROM generate_series(1, 1000)";
-        new.psql(DATABASE, spend_oids).await.expect("spends OIDs");
+        new.run(DATABASE, spend_oids).await.expect("spends OIDs");
         Databases { old, new }
     }
 
     /// Runs a script as the application's role on both sides.
     pub async fn run_on_both(&self, script: &str) {
         for side in [&self.old, &self.new] {
-            side.psql(DATABASE, &format!("SET ROLE {};\n{script}", APP.0)).await.expect("runs on both sides");
+            side.run(DATABASE, &format!("SET ROLE {};\n{script}", APP.0)).await.expect("runs on both sides");
         }
     }
 
@@ -151,7 +151,7 @@ impl Pair {
         let table = format!("marker_{seen}");
         for side in [&self.databases.old, &self.databases.new] {
             let sql = format!("SET ROLE {}; CREATE TABLE {table} (id int PRIMARY KEY)", APP.0);
-            side.psql(DATABASE, &sql).await.expect("makes a table");
+            side.run(DATABASE, &sql).await.expect("makes a table");
         }
         let known = format!("from now on table=public.{table}");
         super::until("the definitions are read again", async || self.proxy.log().contains(&known)).await;

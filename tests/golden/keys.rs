@@ -239,7 +239,7 @@ async fn forced(stage: &Stage, extended: bool, reset: &str, update: &str, meanwh
 async fn waits_for_a_lock(stage: &Stage) {
     let deadline = Instant::now() + Duration::from_secs(20);
     let waiting = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query ~ 'FOR UPDATE OF t'";
-    while stage.sides().0.psql(DATABASE, waiting).await.expect("asks").trim() != "1" {
+    while stage.sides().0.run(DATABASE, waiting).await.expect("asks").trim() != "1" {
         assert!(Instant::now() < deadline, "nobody waits for the lock");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }

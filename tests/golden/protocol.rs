@@ -126,14 +126,14 @@ async fn commits_that_fail(stage: &Stage) {
     // The ledger refuses: nothing is committed.
     let (authority, _) = stage.sides();
     let shut = "ALTER TABLE crossfade.ledger ADD CONSTRAINT shut CHECK (id < 0) NOT VALID";
-    authority.psql(DATABASE, shut).await.expect("shuts the ledger");
+    authority.run(DATABASE, shut).await.expect("shuts the ledger");
     assert_eq!(pipeline(&mut client, &write[..2]).await, "1 2 C(BEGIN) 1 2 C(INSERT 0 1) Z(T)");
     assert_eq!(pipeline(&mut client, &[run("COMMIT")]).await, "1 2 E(23514) Z(I)");
     assert_eq!(
         pipeline(&mut client, &[run("INSERT INTO t VALUES (2, 'never')")]).await,
         "1 2 C(INSERT 0 1) E(23514) Z(I)"
     );
-    authority.psql(DATABASE, "ALTER TABLE crossfade.ledger DROP CONSTRAINT shut").await.expect("opens it");
+    authority.run(DATABASE, "ALTER TABLE crossfade.ledger DROP CONSTRAINT shut").await.expect("opens it");
     let kept = [run("BEGIN"), run("INSERT INTO t VALUES (3, 'kept')"), run("COMMIT")];
     assert_eq!(pipeline(&mut client, &kept).await, "1 2 C(BEGIN) 1 2 C(INSERT 0 1) 1 2 C(COMMIT) Z(I)");
     story.exact(&[("t", &["(3,kept)"])]).await;

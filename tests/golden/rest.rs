@@ -127,7 +127,7 @@ async fn where_returning_would_change_the_outcome_the_write_runs_as_it_is() {
     let grants = "CREATE ROLE adder LOGIN; GRANT USAGE ON SCHEMA public TO adder; GRANT INSERT ON unread TO adder; \
                   GRANT SELECT (id, v), UPDATE (v) ON unread TO adder;";
     for side in [&stage.pair.databases.old, &stage.pair.databases.new] {
-        side.psql(DATABASE, grants).await.expect("grants");
+        side.run(DATABASE, grants).await.expect("grants");
     }
     let mut stage = stage;
     stage.enter("dual-write").await;

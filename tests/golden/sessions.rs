@@ -23,7 +23,7 @@ async fn someone_waits(stage: &Stage) {
     let (authority, _) = stage.sides();
     crate::common::until("a session waits for a lock", async || {
         let sql = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND usename = 'app'";
-        authority.psql("postgres", sql).await.expect("asks").trim() != "0"
+        authority.run("postgres", sql).await.expect("asks").trim() != "0"
     })
     .await;
 }

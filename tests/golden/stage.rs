@@ -43,7 +43,7 @@ impl Stage {
         let installed = proxy.crossfade(&["install"]).await;
         assert!(installed.status.success(), "{installed:?}");
         for side in [&databases.old, &databases.new] {
-            side.psql(DATABASE, WITNESS).await.expect("posts the witness");
+            side.run(DATABASE, WITNESS).await.expect("posts the witness");
         }
         Stage { pair: Pair { proxy, databases }, phase: "old" }
     }
@@ -108,7 +108,7 @@ impl Stage {
 
     async fn counts(&self) -> Counts {
         let (authority, _) = self.sides();
-        let reasons = authority.psql(DATABASE, "SELECT reason FROM crossfade.witness").await.expect("asks");
+        let reasons = authority.run(DATABASE, "SELECT reason FROM crossfade.witness").await.expect("asks");
         Counts {
             reasons: reasons.lines().map(str::to_owned).collect(),
             opaque: self.pair.proxy.metrics("crossfade_opaque_writes_total").await,
@@ -210,7 +210,7 @@ pub async fn held(side: &Cluster, table: &str) -> Vec<String> {
         "SET timezone = 'UTC'; SET extra_float_digits = 3; \
          SELECT replace(r::text, E'\\n', '\\n') FROM {table} AS r ORDER BY r::text COLLATE \"C\""
     );
-    let text = side.psql(DATABASE, &sql).await.expect("reads");
+    let text = side.run(DATABASE, &sql).await.expect("reads");
     text.lines().filter(|line| *line != "SET").map(str::to_owned).collect()
 }
 

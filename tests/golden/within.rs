@@ -226,8 +226,8 @@ async fn what_with_writes_out_of_sight_taints_its_own_tables() {
     }
     // An image that the server would log is not shown: the audit misses it.
     client.batch_execute(ROWS).await.expect("fills");
-    stage.sides().0.psql(DATABASE, "ALTER SYSTEM SET log_min_messages = info").await.expect("sets");
-    stage.sides().0.psql(DATABASE, "SELECT pg_reload_conf()").await.expect("reloads");
+    stage.sides().0.run(DATABASE, "ALTER SYSTEM SET log_min_messages = info").await.expect("sets");
+    stage.sides().0.run(DATABASE, "SELECT pg_reload_conf()").await.expect("reloads");
     let logs = "SHOW log_min_messages";
     crate::common::until("the setting is known", async || ask(&mut stage.raw().await, logs).await.contains("D(info)"))
         .await;

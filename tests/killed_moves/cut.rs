@@ -36,7 +36,7 @@ async fn a_commit_whose_answer_is_lost_on_the_line_closes_no_gate_for_long() {
     let cut_off = over(&link, &databases).await;
     let client = connect(&cut_off.url_as(APP.0, APP.1, DATABASE)).await.expect("connects");
     client.batch_execute("INSERT INTO notes (id) VALUES (1)").await.expect("writes");
-    let on_old = async |sql: &str| databases.old.psql(DATABASE, sql).await.expect(sql).trim().to_owned();
+    let on_old = async |sql: &str| databases.old.run(DATABASE, sql).await.expect(sql).trim().to_owned();
     until("nothing is owed", async || on_old("SELECT count(*) FROM crossfade.ledger").await == "0").await;
     let mut at_commit = link.trip(Way::ToServer, b"crossfade_commit", Trip::HoldBefore);
     let writing = tokio::spawn(async move { client.batch_execute("INSERT INTO notes (id) VALUES (2)").await });
@@ -123,7 +123,7 @@ async fn a_mover_that_dies_at_its_claim_has_moved() {
         let claims = "SELECT count(*) FROM crossfade.migration WHERE authority = 'new'";
         if trip == Trip::StallAfter {
             until("the claim is written", async || {
-                databases.new.psql(DATABASE, claims).await.is_ok_and(|count| count.trim() == "1")
+                databases.new.run(DATABASE, claims).await.is_ok_and(|count| count.trim() == "1")
             })
             .await;
         }

@@ -135,7 +135,7 @@ pub(crate) async fn fleet(others: usize, more: &str) -> (Databases, Vec<Proxy>) 
     let databases = Databases::start(&[("max_connections", "300")]).await;
     databases.run_on_both(SCHEMA).await;
     for side in [&databases.old, &databases.new] {
-        side.psql(DATABASE, STAMP).await.expect("stamps");
+        side.run(DATABASE, STAMP).await.expect("stamps");
     }
     let mut first = Proxy::start(databases.proxy_config("old", more)).await;
     first.set_phase("dual-write").await;
@@ -167,7 +167,7 @@ async fn mover_at(proxy: &Proxy, side: &Cluster) -> tokio::process::Child {
             moving = mover(&proxy.config_path(), "new-primary");
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
-        side.psql(DATABASE, waits).await.is_ok_and(|count| count.trim() != "0")
+        side.run(DATABASE, waits).await.is_ok_and(|count| count.trim() != "0")
     })
     .await;
     moving
@@ -196,8 +196,8 @@ pub(crate) async fn assert_one_authority(databases: &Databases) {
     );
     let epochs = "SELECT count(*) FROM (SELECT epoch FROM notes GROUP BY epoch HAVING count(DISTINCT port) > 1) e";
     for side in [&databases.old, &databases.new] {
-        assert_eq!(side.psql(DATABASE, &wrong).await.unwrap().trim(), "0", "written under the wrong authority");
-        assert_eq!(side.psql(DATABASE, epochs).await.unwrap().trim(), "0", "two authorities in one epoch");
+        assert_eq!(side.run(DATABASE, &wrong).await.unwrap().trim(), "0", "written under the wrong authority");
+        assert_eq!(side.run(DATABASE, epochs).await.unwrap().trim(), "0", "two authorities in one epoch");
     }
 }
 
@@ -213,8 +213,8 @@ async fn assert_fenced(databases: &Databases, phase: &str) {
     let direct = "BEGIN; INSERT INTO notes (id) VALUES (-42); ROLLBACK";
     let (old, new) = (&databases.old, &databases.new);
     let (authority, other) = if phase == "new-primary" { (new, old) } else { (old, new) };
-    authority.psql(DATABASE, direct).await.expect("the authority is open");
-    let refused = other.psql(DATABASE, direct).await.expect_err("the other side is closed").to_string();
+    authority.run(DATABASE, direct).await.expect("the authority is open");
+    let refused = other.run(DATABASE, direct).await.expect_err("the other side is closed").to_string();
     assert!(refused.contains("went around the proxy"), "{refused}");
 }
 
@@ -222,7 +222,7 @@ async fn assert_fenced(databases: &Databases, phase: &str) {
 async fn a_mover_that_dies_at_any_step_leaves_no_half_of_a_move() {
     let (databases, proxies) = fleet(1, &format!("{TIMEOUT}\nfence: true")).await;
     for side in [&databases.old, &databases.new] {
-        side.psql(DATABASE, STONE).await.expect("lays stones");
+        side.run(DATABASE, STONE).await.expect("lays stones");
     }
     let writers = Writers::start(&proxies.iter().collect::<Vec<_>>(), 4);
     writers.go_on().await;
@@ -246,7 +246,7 @@ async fn a_mover_that_dies_at_any_step_leaves_no_half_of_a_move() {
     ];
     for (what, side, stone, finished) in steps {
         eprintln!("the mover dies {what}");
-        let row = databases.old.psql(DATABASE, "SELECT epoch FROM crossfade.migration").await.unwrap();
+        let row = databases.old.run(DATABASE, "SELECT epoch FROM crossfade.migration").await.unwrap();
         let stone = stone.replace("EPOCH", row.trim());
         let held = connect(&side.url_as(CONTROL.0, CONTROL.1, DATABASE)).await.expect("connects");
         held.batch_execute(&stone).await.expect(what);
@@ -322,7 +322,7 @@ async fn how_long_moves_hold_clients() {
     assert_none_lost(&databases, &acknowledged).await;
     let pauses = "SELECT percentile_disc(ARRAY[0.5, 1]) WITHIN GROUP (ORDER BY (detail->>'pause_ms')::float8) FROM crossfade.history \
         WHERE event = 'move' AND detail->>'why' = 'a test'";
-    let pauses = databases.old.psql(DATABASE, pauses).await.unwrap();
+    let pauses = databases.old.run(DATABASE, pauses).await.unwrap();
     println!(
         "{moves} moves, 3 proxies, {clients} clients, {} writes: median and worst pause in ms {}, longest wait of a client {longest:.0} ms",
         acknowledged.len(),

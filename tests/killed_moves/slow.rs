@@ -69,7 +69,7 @@ async fn a_proxy_that_was_frozen_for_long_has_written_nothing_and_its_clients_ar
     proxies[0].settle().await;
     assert_one_authority(&databases).await;
     assert_none_lost(&databases, &acknowledged).await;
-    let ghost = databases.old.psql(DATABASE, "SELECT count(*) FROM notes WHERE id = -1").await.expect("reads");
+    let ghost = databases.old.run(DATABASE, "SELECT count(*) FROM notes WHERE id = -1").await.expect("reads");
     assert_eq!(ghost.trim(), "0", "it was rolled back");
 }
 
@@ -82,7 +82,7 @@ async fn a_session_that_is_ended_in_a_hidden_statement_is_told() {
     let waiting = tokio::spawn(async move { client.batch_execute("INSERT INTO notes VALUES (1)").await });
     let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'app' AND wait_event_type = 'Lock'";
     until("its debt waits for the ledger", async || {
-        pair.databases.old.psql(DATABASE, end).await.expect("asks").trim() == "1"
+        pair.databases.old.run(DATABASE, end).await.expect("asks").trim() == "1"
     })
     .await;
     let error = waiting.await.expect("joins").expect_err("it was ended");

@@ -123,7 +123,7 @@ async fn random_statements_go_on_while_the_phase_moves_and_processes_die() {
             Event::Kill => pair.proxy.restart().await,
             Event::EndMirror => {
                 let mirror = if phase == "dual-write" { &pair.databases.new } else { &pair.databases.old };
-                mirror.psql(DATABASE, END_SESSIONS).await.expect("ends the proxy's sessions");
+                mirror.run(DATABASE, END_SESSIONS).await.expect("ends the proxy's sessions");
             }
             Event::CrashOld => crash(&mut pair.databases.old).await,
             Event::CrashNew => crash(&mut pair.databases.new).await,

@@ -54,7 +54,7 @@ async fn random_statements_on_odd_tables_leave_both_sides_equal() {
         if round % 3 == 2 {
             for _ in 0..5 {
                 tokio::time::sleep(Duration::from_millis(200)).await;
-                pair.databases.new.psql(DATABASE, END_SESSIONS).await.expect("ends the proxy's sessions");
+                pair.databases.new.run(DATABASE, END_SESSIONS).await.expect("ends the proxy's sessions");
             }
         }
         let mut done = Vec::new();

@@ -390,8 +390,8 @@ pub async fn twin(schema: &str) -> Cluster {
     let twin = Cluster::builder().lineage("old").hba(trust).start().await.expect("starts");
     let (role, password) = APP;
     let roles = format!("CREATE ROLE {role} LOGIN PASSWORD '{password}'; CREATE DATABASE {DATABASE} OWNER {role}");
-    twin.psql("postgres", &roles).await.expect("makes the role");
-    twin.psql(DATABASE, &format!("SET ROLE {role};\n{schema}")).await.expect("makes the tables");
+    twin.run("postgres", &roles).await.expect("makes the role");
+    twin.run(DATABASE, &format!("SET ROLE {role};\n{schema}")).await.expect("makes the tables");
     twin
 }
 
@@ -481,7 +481,7 @@ async fn what_begins_behind_a_sync_that_is_not_answered_is_seen() {
         assert_eq!(answered.matches('Z').count(), 4, "{first}: {answered}");
         assert_equal_at_rest(&pair).await;
         let count = format!("SELECT count(*) FROM plain WHERE id IN ({id}, {id} + 1)");
-        let rows = pair.databases.new.psql(DATABASE, &count).await.expect("reads");
+        let rows = pair.databases.new.run(DATABASE, &count).await.expect("reads");
         assert_eq!(rows.trim(), "2", "{first}: {answered}");
     }
 }

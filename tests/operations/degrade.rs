@@ -15,7 +15,7 @@ const REFUSE: &str = "ALTER TABLE notes ADD CONSTRAINT odd CHECK (body <> 'odd')
 async fn a_refused_row_is_a_debt_with_the_servers_words_and_heals() {
     let pair = dual_write("").await;
     let client = pair.client().await;
-    pair.databases.new.psql(DATABASE, REFUSE).await.expect("adds");
+    pair.databases.new.run(DATABASE, REFUSE).await.expect("adds");
     pair.renewed().await;
     client
         .batch_execute("BEGIN; INSERT INTO notes VALUES (1, 'odd'); INSERT INTO notes VALUES (2, 'even'); COMMIT")
@@ -27,12 +27,12 @@ async fn a_refused_row_is_a_debt_with_the_servers_words_and_heals() {
     assert!(pair.proxy.log().contains("violates check constraint \"odd\""));
     assert_eq!(pair.proxy.metrics("crossfade_mirror_up").await, 1.0, "one row is not the whole mirror");
     assert_eq!(pair.proxy.metrics("crossfade_mirror_failures_total{reason=\"refused\"}").await, 1.0);
-    let there = pair.databases.new.psql(DATABASE, "SELECT string_agg(id::text, ',' ORDER BY id) FROM notes").await;
+    let there = pair.databases.new.run(DATABASE, "SELECT string_agg(id::text, ',' ORDER BY id) FROM notes").await;
     assert!(there.expect("reads").contains('3'), "what is not refused arrives");
-    pair.databases.new.psql(DATABASE, "ALTER TABLE notes DROP CONSTRAINT odd").await.expect("drops");
+    pair.databases.new.run(DATABASE, "ALTER TABLE notes DROP CONSTRAINT odd").await.expect("drops");
     // By the running proxy alone.
     until("it heals by itself", async || {
-        let left = pair.databases.old.psql(DATABASE, "SELECT count(*) FROM crossfade.ledger").await.expect("reads");
+        let left = pair.databases.old.run(DATABASE, "SELECT count(*) FROM crossfade.ledger").await.expect("reads");
         left.trim() == "0"
     })
     .await;
@@ -72,7 +72,7 @@ async fn a_silent_mirror_costs_one_wait_and_then_nothing() {
 async fn strict_refuses_what_the_mirror_cannot_take() {
     let pair = dual_write("mirror: { strict: true, timeout: 5s }").await;
     let client = pair.client().await;
-    pair.databases.new.psql(DATABASE, REFUSE).await.expect("adds");
+    pair.databases.new.run(DATABASE, REFUSE).await.expect("adds");
     pair.renewed().await;
     // Definitions that were being changed when they were read are read again: until then nothing is proven of images.
     let client = {
@@ -99,16 +99,16 @@ async fn strict_refuses_what_the_mirror_cannot_take() {
 async fn best_effort_writes_both_without_a_ledger_unless_it_failed() {
     let mut pair = dual_write("mirror: { commit: best-effort, timeout: 500ms }").await;
     let client = pair.client().await;
-    let before = pair.databases.old.psql(DATABASE, "SELECT pg_stat_get_xact_tuples_inserted('crossfade.ledger'::regclass), n_tup_ins FROM pg_stat_all_tables WHERE relid = 'crossfade.ledger'::regclass").await.expect("reads");
+    let before = pair.databases.old.run(DATABASE, "SELECT pg_stat_get_xact_tuples_inserted('crossfade.ledger'::regclass), n_tup_ins FROM pg_stat_all_tables WHERE relid = 'crossfade.ledger'::regclass").await.expect("reads");
     for id in 0..20 {
         client.execute("INSERT INTO notes VALUES ($1, 'plain')", &[&id]).await.expect("writes");
     }
     until("both have it", async || {
-        pair.databases.new.psql(DATABASE, "SELECT count(*) FROM notes").await.expect("reads").trim() == "20"
+        pair.databases.new.run(DATABASE, "SELECT count(*) FROM notes").await.expect("reads").trim() == "20"
     })
     .await;
     tokio::time::sleep(Duration::from_millis(1500)).await;
-    let after = pair.databases.old.psql(DATABASE, "SELECT pg_stat_get_xact_tuples_inserted('crossfade.ledger'::regclass), n_tup_ins FROM pg_stat_all_tables WHERE relid = 'crossfade.ledger'::regclass").await.expect("reads");
+    let after = pair.databases.old.run(DATABASE, "SELECT pg_stat_get_xact_tuples_inserted('crossfade.ledger'::regclass), n_tup_ins FROM pg_stat_all_tables WHERE relid = 'crossfade.ledger'::regclass").await.expect("reads");
     assert_eq!(before, after, "no ledger row was written");
     pair.databases.new.kill9();
     client.batch_execute("UPDATE notes SET body = 'owed' WHERE id < 5").await.expect("no error");
@@ -145,7 +145,7 @@ async fn a_mirror_that_crashes_before_its_flush_loses_nothing() {
         pair.databases.new.kill9();
         pair.databases.new.start().await.expect("starts");
         let there =
-            pair.databases.new.psql(DATABASE, &format!("SELECT count(*) FROM notes WHERE id >= {}", round * 100)).await;
+            pair.databases.new.run(DATABASE, &format!("SELECT count(*) FROM notes WHERE id >= {}", round * 100)).await;
         lost += 20 - there.expect("reads").trim().parse::<i32>().expect("a number").min(20);
         until("the mirror is back", async || pair.proxy.metrics("crossfade_mirror_up").await == 1.0).await;
         client.execute("UPDATE notes SET body = 'after' WHERE id = $1", &[&(round * 100)]).await.expect("writes");
@@ -169,7 +169,7 @@ async fn an_authority_that_crashes_under_load_leaves_both_sides_equal() {
             // By the role: what is acknowledged must outlive a crash all the same, once it is mirrored.
             databases
                 .old
-                .psql("postgres", &format!("ALTER ROLE {} SET synchronous_commit = off", APP.0))
+                .run("postgres", &format!("ALTER ROLE {} SET synchronous_commit = off", APP.0))
                 .await
                 .expect("sets");
         }

@@ -136,11 +136,7 @@ async fn commands_answer_and_end_with_their_exit_status() {
     assert!(code == 0 && said.contains("CREATE SCHEMA IF NOT EXISTS crossfade"), "{said}");
     assert_eq!(run(&["install"]).await.0, 0);
     // 1: the answer is no.
-    pair.databases
-        .new
-        .psql(DATABASE, "ALTER TABLE notes ADD CONSTRAINT odd CHECK (body <> 'odd')")
-        .await
-        .expect("adds");
+    pair.databases.new.run(DATABASE, "ALTER TABLE notes ADD CONSTRAINT odd CHECK (body <> 'odd')").await.expect("adds");
     pair.renewed().await;
     pair.client().await.batch_execute("INSERT INTO notes VALUES (1, 'odd')").await.expect("writes");
     let (code, said) = run(&["repair"]).await;
@@ -165,7 +161,7 @@ async fn no_log_holds_a_value_or_a_password() {
         let client = pair.client().await;
         pair.databases
             .new
-            .psql(DATABASE, "ALTER TABLE notes ADD CONSTRAINT odd CHECK (body NOT LIKE 'odd%')")
+            .run(DATABASE, "ALTER TABLE notes ADD CONSTRAINT odd CHECK (body NOT LIKE 'odd%')")
             .await
             .expect("adds");
         let (odd, even) = (format!("odd {MARKER}"), format!("even {MARKER}"));
@@ -185,7 +181,7 @@ async fn no_log_holds_a_value_or_a_password() {
         client.batch_execute(&format!("SET app.secret = '{MARKER}'")).await.expect("sets");
         pair.databases
             .new
-            .psql(DATABASE, "DROP TABLE history; ALTER TABLE notes DROP CONSTRAINT odd, ALTER body TYPE int USING 0")
+            .run(DATABASE, "DROP TABLE history; ALTER TABLE notes DROP CONSTRAINT odd, ALTER body TYPE int USING 0")
             .await
             .expect("breaks new");
         client.execute("INSERT INTO notes VALUES (4, $1)", &[&even]).await.expect("new cannot take it");
@@ -237,7 +233,7 @@ async fn sigterm_lets_transactions_end_and_tells_the_others() {
     assert_eq!(told.as_db_error().map(|told| told.code()), Some(&SqlState::ADMIN_SHUTDOWN), "{told}");
     until("the process has ended", async || pair.proxy.http("/healthz").await.is_none()).await;
     pair.databases.assert_equal().await;
-    let left = pair.databases.old.psql(DATABASE, "SELECT count(*) FROM crossfade.ledger").await.expect("reads");
+    let left = pair.databases.old.run(DATABASE, "SELECT count(*) FROM crossfade.ledger").await.expect("reads");
     assert_eq!(left.trim(), "0", "debts in flight were cleared before the end");
     assert!(pair.proxy.terminate().await.success());
 }

@@ -26,12 +26,12 @@ async fn settings_and_prepared_statements_hold_on_the_new_authority() {
             GRANT ALL ON ALL SEQUENCES IN SCHEMA public TO painter; GRANT ALL ON SCHEMA media TO painter",
             APP.0
         );
-        side.psql(DATABASE, &script).await.expect("grants");
+        side.run(DATABASE, &script).await.expect("grants");
     }
     // What the servers themselves say differs, and is reported.
     databases
         .new
-        .psql("postgres", "ALTER SYSTEM SET DateStyle = 'German'; SELECT pg_reload_conf()")
+        .run("postgres", "ALTER SYSTEM SET DateStyle = 'German'; SELECT pg_reload_conf()")
         .await
         .expect("sets");
     let proxy = Proxy::start(databases.proxy_config("old", "")).await;
@@ -102,7 +102,7 @@ async fn statements_by_name_and_unnamed_ones_outlive_the_move_and_new_parameters
     let (mut pair, port) = trusted().await;
     pair.databases
         .new
-        .psql("postgres", "ALTER SYSTEM SET DateStyle = 'German'; SELECT pg_reload_conf()")
+        .run("postgres", "ALTER SYSTEM SET DateStyle = 'German'; SELECT pg_reload_conf()")
         .await
         .expect("sets");
     let (mut client, greeting) = RawClient::connect(port, None, &startup(&[])).await;
@@ -191,7 +191,7 @@ async fn sessions_that_cannot_move_are_told_at_once() {
 #[tokio::test]
 async fn other_databases_have_no_part_in_any_phase() {
     let mut pair = Pair::start("old", SCHEMA, "move: { pause: 1s }").await;
-    pair.databases.old.psql("postgres", &format!("CREATE DATABASE other OWNER {}", APP.0)).await.expect("makes");
+    pair.databases.old.run("postgres", &format!("CREATE DATABASE other OWNER {}", APP.0)).await.expect("makes");
     let url = pair.proxy.url_as(APP.0, APP.1, "other");
     let (other, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.expect("connects");
     tokio::spawn(connection);
@@ -207,7 +207,7 @@ async fn other_databases_have_no_part_in_any_phase() {
         assert_eq!(value(&other, "SELECT colour FROM photos").await, "red", "its transaction goes on in {phase}");
     }
     other.batch_execute("COMMIT; INSERT INTO photos VALUES (2, 'blue')").await.expect("writes");
-    assert_eq!(pair.databases.old.psql("other", "SELECT count(*) FROM photos").await.unwrap().trim(), "2");
+    assert_eq!(pair.databases.old.run("other", "SELECT count(*) FROM photos").await.unwrap().trim(), "2");
     let (late, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls).await.expect("connects in phase new");
     tokio::spawn(connection);
     assert_eq!(value(&late, "SELECT count(*) FROM photos").await, "2");
@@ -227,7 +227,7 @@ async fn other_databases_have_no_part_in_any_phase() {
 #[tokio::test]
 async fn replication_passes_in_old_holds_no_move_up_and_ends_with_the_phase() {
     let (mut pair, port) = trusted().await;
-    pair.databases.old.psql(DATABASE, &format!("ALTER ROLE {} REPLICATION", APP.0)).await.expect("grants");
+    pair.databases.old.run(DATABASE, &format!("ALTER ROLE {} REPLICATION", APP.0)).await.expect("grants");
     let packet = startup(&[("replication", "database")]);
     let (mut stream, _) = RawClient::connect(port, None, &packet).await;
     stream.send(&raw::query("IDENTIFY_SYSTEM")).await;

@@ -30,7 +30,7 @@ const DIRECT: [&str; 9] = [
 ];
 
 async fn on(side: &Cluster, sql: &str) -> String {
-    side.psql(DATABASE, sql).await.expect(sql).trim().to_owned()
+    side.run(DATABASE, sql).await.expect(sql).trim().to_owned()
 }
 
 async fn fences(side: &Cluster) -> String {
@@ -60,7 +60,7 @@ async fn assert_fenced(authority: &Cluster, other: &Cluster) {
         }
     }
     let copy = "COPY notes FROM STDIN;\n-1\taround\n\\.\n";
-    assert!(other.psql(DATABASE, copy).await.is_err(), "COPY is kept out as well");
+    assert!(other.run(DATABASE, copy).await.is_err(), "COPY is kept out as well");
     let replica = "BEGIN; SET LOCAL session_replication_role = replica; INSERT INTO notes VALUES (-1, ''); ROLLBACK";
     on(other, replica).await;
 }

@@ -89,7 +89,7 @@ async fn through_all_phases_and_back_with_writes_in_each() {
         let (old, new) = (&pair.databases.old, &pair.databases.new);
         let authority = if matches!(phase, "old" | "dual-write" | "dual-read") { old } else { new };
         let row = "SELECT epoch || ' ' || phase || ' ' || authority FROM crossfade.migration";
-        let said = authority.psql(DATABASE, row).await.expect("reads");
+        let said = authority.run(DATABASE, row).await.expect("reads");
         let name = if std::ptr::eq(authority, old) { "old" } else { "new" };
         assert_eq!(said.trim(), format!("{epoch} {phase} {name}"));
         tickets.push(value(&busy, "SELECT max(ticket) FROM orders").await.parse::<i64>().expect("a number"));
@@ -97,7 +97,7 @@ async fn through_all_phases_and_back_with_writes_in_each() {
             pair.settle_and_assert_equal().await;
         } else {
             let count = format!("SELECT count(*) FROM users WHERE name = '{phase}'");
-            let counts = (old.psql(DATABASE, &count).await.unwrap(), new.psql(DATABASE, &count).await.unwrap());
+            let counts = (old.run(DATABASE, &count).await.unwrap(), new.run(DATABASE, &count).await.unwrap());
             assert_ne!(counts.0, counts.1, "in {phase} only one side is written");
         }
     }
@@ -210,17 +210,13 @@ async fn authority_does_not_move_while_anything_is_owed() {
     pair.proxy.set_phase("dual-write").await;
     pair.proxy.settle().await;
     // A row that new refuses.
-    pair.databases
-        .new
-        .psql(DATABASE, "ALTER TABLE users ADD CONSTRAINT odd CHECK (name <> 'odd')")
-        .await
-        .expect("adds");
+    pair.databases.new.run(DATABASE, "ALTER TABLE users ADD CONSTRAINT odd CHECK (name <> 'odd')").await.expect("adds");
     client.batch_execute("INSERT INTO users (name) VALUES ('odd')").await.expect("the client sees no error");
     pair.proxy.request_phase("new-primary");
     waits_for(&pair.proxy, "1 debts are still owed on old").await;
     write(&client, "goes on").await;
     assert!(pair.proxy.holds("dual-write").await);
-    pair.databases.new.psql(DATABASE, "ALTER TABLE users DROP CONSTRAINT odd").await.expect("drops");
+    pair.databases.new.run(DATABASE, "ALTER TABLE users DROP CONSTRAINT odd").await.expect("drops");
     pair.proxy.reaches("new-primary").await;
     pair.settle_and_assert_equal().await;
     // The mirror is down.

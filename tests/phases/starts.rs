@@ -103,18 +103,14 @@ async fn a_move_that_was_cut_short_is_finished_and_a_backup_of_the_past_is_not_b
     pair.proxy.kill9();
     // The mover died between the pointer on old and the claim on new; sequences come before both.
     let sequences = "SELECT setval('photos_id_seq', 1000), setval('users_id_seq', 1000), setval('tickets', 10001)";
-    pair.databases.new.psql(DATABASE, sequences).await.expect("sets");
+    pair.databases.new.run(DATABASE, sequences).await.expect("sets");
     let pointer = "UPDATE crossfade.migration SET epoch = 2, phase = 'new-primary', authority = 'new'";
-    pair.databases.old.psql(DATABASE, pointer).await.expect("writes");
+    pair.databases.old.run(DATABASE, pointer).await.expect("writes");
     pair.proxy.request_phase("new-primary");
     pair.proxy.run().await;
     assert!(pair.proxy.holds("new-primary").await, "always forward");
     let row = "SELECT epoch || phase || authority FROM crossfade.migration";
-    assert_eq!(
-        pair.databases.new.psql(DATABASE, row).await.unwrap().trim(),
-        "2new-primarynew",
-        "the claim was written"
-    );
+    assert_eq!(pair.databases.new.run(DATABASE, row).await.unwrap().trim(), "2new-primarynew", "the claim was written");
     let client = pair.client().await;
     assert_eq!(value(&client, "SHOW port").await, pair.databases.new.port().to_string());
     write(&client, "new-primary").await;
@@ -126,12 +122,12 @@ async fn a_move_that_was_cut_short_is_finished_and_a_backup_of_the_past_is_not_b
     // A backup of old claims an epoch that has long passed.
     pair.proxy.kill9();
     let backup = "UPDATE crossfade.migration SET epoch = 1, phase = 'dual-write', authority = 'old'";
-    pair.databases.old.psql(DATABASE, backup).await.expect("writes");
+    pair.databases.old.run(DATABASE, backup).await.expect("writes");
     pair.proxy.run().await;
     assert!(pair.proxy.holds("new-primary").await);
     // A row of a later epoch is never overwritten by a move that knows less.
     let later = "UPDATE crossfade.migration SET epoch = 99";
-    pair.databases.old.psql(DATABASE, later).await.expect("writes");
+    pair.databases.old.run(DATABASE, later).await.expect("writes");
     pair.proxy.request_phase("dual-write");
     until("the move is refused", async || {
         status(&pair.proxy).await["waiting_for"].to_string().contains("passed epoch")

@@ -28,7 +28,7 @@ pub(crate) async fn databases(new: &[(&str, &str)]) -> Databases {
     let databases = Databases::start_trusting_with(&[("wal_writer_delay", "10s")], new).await;
     for (side, script) in [(&databases.old, format!("{ATTACHMENTS} {MONOLITH}")), (&databases.new, ATTACHMENTS.into())]
     {
-        side.psql(DATABASE, &format!("SET ROLE {};\n{script}", APP.0)).await.expect("makes the tables");
+        side.run(DATABASE, &format!("SET ROLE {};\n{script}", APP.0)).await.expect("makes the tables");
     }
     databases
 }
@@ -119,5 +119,5 @@ pub(crate) async fn refusal(client: &Client, sql: &str) -> String {
 }
 
 pub(crate) async fn on(side: &crossfade::cluster::Cluster, sql: &str) -> String {
-    side.psql(DATABASE, sql).await.expect(sql).trim().to_owned()
+    side.run(DATABASE, sql).await.expect(sql).trim().to_owned()
 }

@@ -101,11 +101,11 @@ async fn alone() -> Cluster {
     let trust = "local all all trust\nhost all all 127.0.0.1/32 trust\n";
     let alone = Cluster::builder().lineage("alone").hba(trust).start().await.expect("starts");
     alone
-        .psql("postgres", &format!("CREATE ROLE {0} LOGIN; CREATE DATABASE {DATABASE} OWNER {0}", APP.0))
+        .run("postgres", &format!("CREATE ROLE {0} LOGIN; CREATE DATABASE {DATABASE} OWNER {0}", APP.0))
         .await
         .expect("makes");
     let script = format!("SET ROLE {}; {ATTACHMENTS} {MONOLITH}", APP.0);
-    alone.psql(DATABASE, &script).await.expect("makes the tables");
+    alone.run(DATABASE, &script).await.expect("makes the tables");
     alone
 }
 

@@ -13,11 +13,11 @@ async fn a_ledger_that_is_cleared_is_vacuumed() {
         Pair::dual_write("CREATE TABLE notes (id int PRIMARY KEY, n int); INSERT INTO notes VALUES (1, 0)", "").await;
     let old = &pair.databases.old;
     let ask = async |sql: &str| -> u64 {
-        let said = old.psql(DATABASE, sql).await.expect("reads");
+        let said = old.run(DATABASE, sql).await.expect("reads");
         said.trim().parse().expect("a number")
     };
     let off = "ALTER TABLE crossfade.ledger SET (autovacuum_enabled = off)";
-    old.psql(DATABASE, off).await.expect("alters");
+    old.run(DATABASE, off).await.expect("alters");
     let folder = tempfile::tempdir().expect("a folder");
     let script = folder.path().join("write.sql");
     std::fs::write(&script, "UPDATE notes SET n = n + 1;\n").expect("writes");

@@ -66,7 +66,7 @@ async fn sum_stays(level: &'static str) {
     let retries = tries.load(Ordering::Relaxed) - 6 * u64::try_from(transfers).expect("positive");
     assert!(retries > 0, "{level}: nobody met anybody");
     assert_eq!(pair.settle_and_assert_equal().await, u64::try_from(ACCOUNTS).expect("positive"));
-    let sum = pair.databases.new.psql(DATABASE, "SELECT sum(balance) FROM accounts").await;
+    let sum = pair.databases.new.run(DATABASE, "SELECT sum(balance) FROM accounts").await;
     assert_eq!(sum.expect("reads").trim(), "1000", "{level}");
     assert_eq!(pair.proxy.metrics("crossfade_mirror_failures_total").await, 0.0, "{level}: nothing was repaired");
 }
@@ -88,7 +88,7 @@ async fn i16_opposite_orders_of_application_and_repair() {
     let mut stage = Stage::start(SCHEMA, "mirror: { timeout: 500ms }").await;
     // Of two that wait for each other it is the application's session that looks for a deadlock, and would be ended.
     let patient = format!("ALTER ROLE {} SET deadlock_timeout = '1min'", CONTROL.0);
-    stage.pair.databases.old.psql("postgres", &patient).await.expect("sets");
+    stage.pair.databases.old.run("postgres", &patient).await.expect("sets");
     stage.pair.proxy.restart().await;
     let stop = Arc::new(AtomicBool::new(false));
     let done = Arc::new(AtomicU64::new(0));

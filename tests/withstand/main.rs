@@ -45,12 +45,12 @@ impl Stage {
 
     /// One value of old.
     async fn on_old(&self, sql: &str) -> String {
-        self.pair.databases.old.psql(DATABASE, sql).await.expect("reads").trim().to_owned()
+        self.pair.databases.old.run(DATABASE, sql).await.expect("reads").trim().to_owned()
     }
 
     /// One value of new.
     async fn on_new(&self, sql: &str) -> String {
-        self.pair.databases.new.psql(DATABASE, sql).await.expect("reads").trim().to_owned()
+        self.pair.databases.new.run(DATABASE, sql).await.expect("reads").trim().to_owned()
     }
 
     /// Rows of the ledger.

@@ -32,7 +32,7 @@ async fn frozen_for_long() {
     while Instant::now() < until_then {
         load.goes_on(10).await;
     }
-    let owed = pair.databases.old.psql(DATABASE, "SELECT count(*) FROM crossfade.ledger").await.expect("reads");
+    let owed = pair.databases.old.run(DATABASE, "SELECT count(*) FROM crossfade.ledger").await.expect("reads");
     assert_ne!(owed.trim(), "0", "nothing is owed");
     pair.databases.new.thaw();
     load.goes_on(30).await;
@@ -79,7 +79,7 @@ async fn limit_files(pair: &Pair, bytes: &str) {
     let new = &pair.databases.new;
     for pid in processes::of(&new.data()) {
         let limit = format!("COPY (SELECT WHERE false) TO PROGRAM 'prlimit --pid {pid} --fsize={bytes}:unlimited'");
-        let limited = new.psql(DATABASE, &limit).await;
+        let limited = new.run(DATABASE, &limit).await;
         // A session may have ended since.
         assert!(limited.is_ok() || !processes::of(&new.data()).contains(&pid), "{limited:?}");
     }
@@ -114,19 +114,19 @@ async fn disk_full() {
 async fn stricter_than_the_authority() {
     let pair = Pair::dual_write(NOTES, "mirror: { timeout: 1s }").await;
     let client = pair.client().await;
-    pair.databases.new.psql(DATABASE, "ALTER TABLE notes ADD CHECK (length(body) < 10) NOT VALID").await.expect("adds");
+    pair.databases.new.run(DATABASE, "ALTER TABLE notes ADD CHECK (length(body) < 10) NOT VALID").await.expect("adds");
     let up = async || pair.proxy.metrics("crossfade_mirror_up").await;
     for id in 0..20 {
         write(&pair, &client, id, if id % 2 == 0 { "short" } else { "much too long for new" }).await;
         assert_eq!(up().await, 1.0, "one row is not the whole mirror");
     }
     until("what fits is there", async || {
-        pair.databases.new.psql(DATABASE, "SELECT count(*) FROM notes").await.expect("reads").trim() == "10"
+        pair.databases.new.run(DATABASE, "SELECT count(*) FROM notes").await.expect("reads").trim() == "10"
     })
     .await;
     let waited = pair.proxy.crossfade(&["repair", "--wait", "--timeout", "2"]).await;
     assert!(!waited.status.success(), "what new refuses is not paid");
-    pair.databases.new.psql(DATABASE, "ALTER TABLE notes DROP CONSTRAINT notes_body_check").await.expect("drops");
+    pair.databases.new.run(DATABASE, "ALTER TABLE notes DROP CONSTRAINT notes_body_check").await.expect("drops");
     assert_eq!(pair.settle_and_assert_equal().await, 20);
 }
 
@@ -151,7 +151,7 @@ async fn a_row_that_somebody_else_has_locked_for_long() {
     }
     until("the others are there", async || {
         write(&pair, &client, 2, "at last").await;
-        pair.databases.new.psql(DATABASE, "SELECT body FROM notes WHERE id = 2").await.expect("reads").trim()
+        pair.databases.new.run(DATABASE, "SELECT body FROM notes WHERE id = 2").await.expect("reads").trim()
             == "at last"
     })
     .await;
