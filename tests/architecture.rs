@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 
 /// A module imports only from groups above its own in this list.
 const GROUPS: &[&[&str]] = &[
-    &["phase", "clock", "wire", "sql", "ledger", "cluster"],
-    &["config", "metrics"],
+    &["phase", "clock", "wire", "sql", "ledger"],
+    &["config", "metrics", "cluster"],
     &["auth", "catalog"],
     &["backend", "plan"],
     &["mirror", "migrate", "check", "reads"],

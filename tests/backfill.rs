@@ -14,7 +14,7 @@ const T: &str = "CREATE TABLE t (k int PRIMARY KEY, v text)";
 const TEN: &str = "INSERT INTO t SELECT n, 'row ' || n FROM generate_series(1, 10) n";
 /// What the backfill sends to new before it copies and to commit, and what it asks old when it looks again.
 const COPY: &[u8] = b"COPY \"public\".\"t\"";
-const COMMIT: &[u8] = b"Q\0\0\0\x0bCOMMIT\0";
+const COMMIT: &[u8] = b"SELECT 1; COMMIT\0";
 const LOOK: &[u8] = b"FILTER (WHERE t.xmax";
 
 /// Interleaving 3: a client deletes a key of the chunk before it is copied, so that its delete finds nothing on new; the worker dies between its
@@ -276,4 +276,21 @@ async fn a_debt_that_goes_away_ends_no_backfill() {
     assert_eq!(stage.on_old("SELECT count(*) FROM crossfade.ledger").await, "0", "the other one is paid");
     assert_eq!(stage.on_old(debts).await, "2", "the table was not cut anew");
     assert_eq!(stage.settle().await, 3000);
+}
+
+/// A time-out fires when the rows of a COPY are in, and is noticed behind its end: the driver has its answer by then, and the server answers ROLLBACK to
+/// COMMIT. An index of new's whose value takes long, with no place in it where a backend looks for interrupts, makes that certain.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_that_fails_behind_its_end_is_not_taken_for_done() {
+    let new = "CREATE INDEX ON t ((length(power(3::numeric, 100000 + k)::text)));
+        ALTER SYSTEM SET deadlock_timeout = '80ms'; SELECT pg_reload_conf()";
+    let stage = Stage::with(T, "INSERT INTO t SELECT n, 'row ' || n FROM generate_series(1, 20) n", new, 1).await;
+    let running = stage.backfill(&[]);
+    stage.let_begin(1).await;
+    let (status, said) = running.end().await;
+    assert!(status.success(), "{said}");
+    assert_eq!(stage.on_new("SELECT count(*) FROM t").await, "20", "before anything was repaired");
+    let log = std::fs::read_to_string(stage.databases.new.log()).expect("reads");
+    assert!(log.contains("canceling statement due to statement timeout"), "it was not forced");
+    assert_eq!(stage.settle().await, 20);
 }

@@ -55,7 +55,7 @@ async fn empty_for_good(pair: &mut Pair, catalog: &Catalog, tables: &[&Table], e
     pair.mirror.batch("beginning", "BEGIN; SET LOCAL synchronous_commit = on").await?;
     empty(pair, tables).await?;
     absorb(pair, catalog, tables, entries).await?;
-    pair.mirror.batch("committing", "COMMIT").await
+    pair.mirror.commit("committing").await
 }
 
 /// The tables themselves, and those that share a token with them.
@@ -122,7 +122,7 @@ async fn keyless_locked(pair: &mut Pair, table: &Table, snapshot: &str, ids: &[i
     if tokens::claim(&mut pair.mirror, token).await? {
         rows = copy_all(pair, table).await?;
     }
-    pair.mirror.batch("committing", "COMMIT").await?;
+    pair.mirror.commit("committing").await?;
     pair.authority.rollback().await?;
     let debt = |id: &i64| Entry {
         id: *id,
@@ -288,7 +288,7 @@ async fn replace_all(pair: &mut Pair, catalog: &Catalog, table: &Table, entries:
     let rows = copy_all(pair, table).await?;
     // While this answers, the lock on the authority stands.
     pair.authority.batch("holding the table", "SELECT 1").await?;
-    pair.mirror.batch("committing", "COMMIT").await?;
+    pair.mirror.commit("committing").await?;
     pair.authority.rollback().await?;
     Ok(rows)
 }

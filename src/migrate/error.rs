@@ -96,8 +96,8 @@ impl Error {
     pub(crate) fn meaning(&self) -> Meaning {
         let Error::Server { code, message, .. } = self else { return Meaning::Fatal };
         match code.code() {
-            // lock_timeout, statement_timeout, deadlock, serialization
-            "55P03" | "57014" | "40P01" | "40001" => Meaning::Busy,
+            // lock_timeout, statement_timeout, deadlock, serialization; and a transaction that one of them has ended unheard (`Link::commit`)
+            "55P03" | "57014" | "40P01" | "40001" | "25P02" => Meaning::Busy,
             // "cached plan must not change result type": the plans are made anew.
             "0A000" if message.contains("cached plan") => Meaning::Busy,
             "23505" | "23P01" => Meaning::Conflict,

@@ -148,7 +148,7 @@ async fn remove_many(pair: &mut Pair, table: &Table, keys: &[Values]) -> Result<
         asked.iter().enumerate().filter(|(at, _)| ours.contains(at)).map(|(_, key)| *key).collect();
     if delete(&mut pair.mirror, &there, &mine).await? < mine.len() as u64 {
         // A trigger that fires always has kept one: which, is seen one by one.
-        pair.mirror.batch("ending", "ROLLBACK").await?;
+        finish(pair, false).await?;
         return Ok(Batch { alone: keys.to_vec(), ..Batch::default() });
     }
     // No transaction is open on the authority: this is a new snapshot, taken after every delete was answered.
@@ -172,8 +172,7 @@ async fn remove_many(pair: &mut Pair, table: &Table, keys: &[Values]) -> Result<
             (_, Removal::Commit | Removal::Again) => batch.removed += 1,
         }
     }
-    let end = if end == Removal::Commit { "COMMIT" } else { "ROLLBACK" };
-    pair.mirror.batch("ending", end).await?;
+    finish(pair, end == Removal::Commit).await?;
     Ok(batch)
 }
 
@@ -210,13 +209,21 @@ async fn delete_then_look(pair: &mut Pair, table: &Table, key: &Values) -> Resul
     let found = delete(&mut pair.mirror, &there, &[&there_key]).await?;
     // No transaction is open on the authority: this is a new snapshot, taken after the delete was answered.
     let appeared = !ask(&mut pair.authority, "looking again", &here, &here.exist(), &[key]).await?.is_empty();
-    let (end, tried) = match removal(found, appeared) {
-        Removal::Commit => ("COMMIT", Tried::Removed),
-        Removal::Nothing => ("ROLLBACK", Tried::Nothing),
-        Removal::Again => ("ROLLBACK", Tried::Again),
+    let (committed, tried) = match removal(found, appeared) {
+        Removal::Commit => (true, Tried::Removed),
+        Removal::Nothing => (false, Tried::Nothing),
+        Removal::Again => (false, Tried::Again),
     };
-    pair.mirror.batch("ending", end).await?;
+    finish(pair, committed).await?;
     Ok(tried)
+}
+
+/// Ends the mirror's transaction.
+pub(crate) async fn finish(pair: &mut Pair, committed: bool) -> Result<(), Error> {
+    match committed {
+        true => pair.mirror.commit("deleting rows").await,
+        false => pair.mirror.rollback().await,
+    }
 }
 
 /// Locks that a transaction which wrote the table holds.

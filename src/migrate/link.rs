@@ -123,6 +123,12 @@ impl Link {
         self.answered(doing, self.client.batch_execute(sql)).await
     }
 
+    /// COMMIT, which a transaction that has failed refuses. By itself it would answer ROLLBACK, which the driver does not tell from COMMIT, nor does it
+    /// always hear of the failure: it takes the tag of a COPY for its end, and a time-out that fired just before is told behind it.
+    pub(crate) async fn commit(&self, doing: &'static str) -> Result<(), Error> {
+        self.batch(doing, "SELECT 1; COMMIT").await
+    }
+
     pub(crate) async fn prepared(&mut self, doing: &'static str, text: &str) -> Result<Statement, Error> {
         if let Some(statement) = self.statements.get(text) {
             return Ok(statement.clone());

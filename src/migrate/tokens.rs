@@ -24,7 +24,7 @@ pub(crate) async fn pay(
 ) -> Result<u64, Error> {
     pair.mirror.batch("beginning", "BEGIN").await?;
     if !claim(&mut pair.mirror, token).await? {
-        pair.mirror.batch("committing", "COMMIT").await?;
+        pair.mirror.commit("committing").await?;
         return Ok(0);
     }
     // No token: nobody has paid yet, or somebody has since the ledger was read, and has cleared the debt and then removed the token. The ledger
@@ -34,7 +34,7 @@ pub(crate) async fn pay(
         return Ok(0);
     }
     let inserted = insert(pair, catalog, rows).await?;
-    pair.mirror.batch("committing", "COMMIT").await?;
+    pair.mirror.commit("committing").await?;
     Ok(inserted)
 }
 

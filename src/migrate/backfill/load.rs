@@ -108,7 +108,7 @@ pub(super) fn limit(pair: &Pair) -> Duration {
 /// How long it took.
 async fn commit(pair: &Pair) -> Result<Duration, Error> {
     let begun = Instant::now();
-    pair.mirror.batch("committing a chunk", "COMMIT").await?;
+    pair.mirror.commit("committing a chunk").await?;
     Ok(begun.elapsed())
 }
 

@@ -202,7 +202,7 @@ pub(super) async fn owe(
             pair.authority.execute("entering debts", text, &[&*next, &&debts[..]]).await?;
             *next += 1;
         }
-        pair.authority.batch("entering debts", "COMMIT").await
+        pair.authority.commit("entering debts").await
     };
     let entered = entered.await;
     if entered.is_err() {

@@ -116,7 +116,7 @@ async fn record_once(pair: &mut Pair, table: &Table, job: &Job<'_>, owings: i64,
         Runner::Command => {}
         Runner::Proxy => position::forget(pair, &[table.number], job.runner).await?,
     }
-    pair.authority.batch("writing down", "COMMIT").await?;
+    pair.authority.commit("writing down").await?;
     Ok(known)
 }
 
