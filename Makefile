@@ -36,10 +36,10 @@ check: setup
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --quiet
 	target/tools/bin/cargo-deny --offline --locked check licenses bans sources
 
-# nextest where it is there: it runs the tests of all binaries side by side, one more than there are processors, since most of them wait.
+# nextest where it is there: it runs the tests of all binaries side by side, two more than there are processors, since most of them wait.
 test-only:
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
-		set -x; $(CARGO) nextest run --locked --no-fail-fast --test-threads $$(($$(nproc) + 1)) && $(CARGO) test --locked --doc; \
+		set -x; $(CARGO) nextest run --locked --no-fail-fast --test-threads $$(($$(nproc) + 2)) && $(CARGO) test --locked --doc; \
 	else \
 		set -x; $(CARGO) test --locked --no-fail-fast; \
 	fi

@@ -345,25 +345,6 @@ async fn a_row_that_the_mirror_refuses_is_kept_and_blocks_no_other() {
     world.assert_equal("t").await;
 }
 
-/// A walk that meets so many refused rows that it ends has not passed the keys behind them: their debts stay.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_walk_that_ends_early_pays_no_keys_behind_its_end() {
-    let world = World::new(T).await;
-    let table = world.table("t").await;
-    world.on_new("ALTER TABLE t ADD CHECK (v < 100)").await;
-    world.on_old("INSERT INTO t SELECT n, 'u' || n, 100 FROM generate_series(1, 2500) n").await;
-    world.on_old("INSERT INTO t VALUES (9000, 'u9000', 1)").await;
-    world.owe(&[Debt::Table { table: table.number }]).await;
-    let behind = world.owe(&[key(&table, 9000)]).await;
-    let mut repair = world.repair().await;
-    repair.pass().await.expect("passes");
-    let there = "SELECT count(*) FROM t WHERE k = 9000";
-    let come: i64 = world.new_replica().await.query_one(there, &[]).await.unwrap().get(0);
-    let held = "SELECT count(*) FROM crossfade.ledger WHERE id = $1";
-    let held: i64 = world.old().await.query_one(held, &[&behind]).await.unwrap().get(0);
-    assert_eq!((come, held), (0, 1), "it is there, or it is owed by itself");
-}
-
 /// One ledger row that cannot be read, and one table of which the mirror fails, keep nobody else from being paid; the ledger says why they stay.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_paid_blocks_no_other_table() {
@@ -441,38 +422,6 @@ async fn a_long_job_on_a_table_does_not_hold_up_its_keys() {
     assert_eq!((summary.cleared, summary.owed, summary.repaired_rows), (1, 1, 1));
     let left: i64 = world.old().await.query_one("SELECT id FROM crossfade.ledger", &[]).await.unwrap().get(0);
     assert_eq!(left, whole);
-}
-
-/// A whole-table debt that another job pays between the reading of the ledger and the walk is not walked once more: for a large table that would be
-/// hours of reading for nothing.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_table_that_was_paid_meanwhile_is_not_walked() {
-    let world =
-        World::new("CREATE TABLE a (k int PRIMARY KEY, v int); CREATE TABLE b (k int PRIMARY KEY, v int)").await;
-    let (a, b) = (world.table("a").await, world.table("b").await);
-    let (first, second, last) = if a.number < b.number { ("a", "b", b) } else { ("b", "a", a) };
-    let m1 = world.new_replica().await;
-    exec(&m1, &format!("BEGIN; INSERT INTO {first} VALUES (1, 1)")).await;
-    world.owe(&[Debt::Table { table: world.table(first).await.number }]).await;
-    let (whole, cut) = (Debt::Table { table: last.number }, key(&last, 7));
-    let (cleared, cut_down) = (world.owe(std::slice::from_ref(&whole)).await, world.owe(&[whole, cut.clone()]).await);
-    let mut repair = world.repair().await;
-    let paying = tokio::spawn(async move { repair.pass().await.expect("passes") });
-    // The walk over the first waits for the insert.
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let mut left = bytes::BytesMut::new();
-    crossfade::ledger::debts::encode(&cut, &mut left);
-    let old = world.old().await;
-    exec(&old, &format!("DELETE FROM crossfade.ledger WHERE id = {cleared}")).await;
-    let text = "UPDATE crossfade.ledger SET debts = $2 WHERE id = $1";
-    old.execute(text, &[&cut_down, &&left[..]]).await.expect("cuts the other down");
-    world.on_new(&format!("INSERT INTO {second} VALUES (5, 5)")).await;
-    exec(&m1, "COMMIT").await;
-    let summary = paying.await.expect("ends");
-    assert_eq!((summary.repaired_rows, summary.owed), (1, 0), "{summary:?}");
-    assert_eq!(world.rows(Side::New, first).await, [""; 0]);
-    assert_eq!(world.rows(Side::New, second).await, ["(5,5)"], "nobody walked over it");
-    assert_eq!(world.debts_left().await, 0);
 }
 
 /// C2, C4: what the carrier's state means.

@@ -189,15 +189,16 @@ async fn copy_all(pair: &mut Pair, table: &Table) -> Result<u64, Error> {
     if let Some(mut sink) = sink {
         piece.put_slice(COPY_TRAILER);
         pair.mirror.answered(doing, sink.send(piece.freeze())).await?;
-        pair.mirror.answered(doing, sink.as_mut().finish()).await?;
+        let taken = pair.mirror.answered(doing, sink.as_mut().finish()).await?;
+        Error::short(there.side, doing, (taken, count))?;
     }
     Ok(count)
 }
 
 async fn insert_one(pair: &mut Pair, there: &TableSql<'_>, row: Values) -> Result<(), Error> {
     let parameters = there.row_parameters(&row);
-    pair.mirror.execute("inserting a row", &there.insert(1, false), &references(&parameters)).await?;
-    Ok(())
+    let taken = pair.mirror.execute("inserting a row", &there.insert(1, false), &references(&parameters)).await?;
+    Error::short(there.side, "inserting a row", (taken, 1))
 }
 
 /// `repair --table` for a table without a key: keeps its writers out (SHARE lock on the authority) while the mirror's rows are replaced

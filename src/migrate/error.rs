@@ -85,6 +85,22 @@ impl Error {
         }
     }
 
+    /// The mirror has taken fewer rows than it was sent, and has said nothing of the others.
+    pub(crate) fn short(side: Side, doing: &'static str, (taken, sent): (u64, u64)) -> Result<(), Error> {
+        if taken == sent {
+            return Ok(());
+        }
+        Err(Error::Server {
+            side,
+            doing,
+            code: tokio_postgres::error::SqlState::TRIGGERED_ACTION_EXCEPTION,
+            message: format!(
+                "it took {taken} of {sent} rows and left out the others without an error: drop its triggers that are enabled ALWAYS or as REPLICA"
+            ),
+            constraint: None,
+        })
+    }
+
     /// A server's word about what one table holds (a broken index, a value that its type does not take): others may be better off. Not so where the
     /// connection is gone, or the server goes away.
     pub(crate) fn is_about_a_table(&self) -> bool {

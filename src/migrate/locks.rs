@@ -90,7 +90,11 @@ pub(crate) async fn wait_for_table(pair: &mut Pair, number: u32, hold: Hold) -> 
     pair.mirror.batch("setting lock_timeout", &usual).await?;
     match taken {
         Ok(_) => Ok(true),
-        Err(error) if error.meaning() == Meaning::Busy => Ok(false),
+        Err(error) if error.meaning() == Meaning::Busy => {
+            // The time-out may have come just behind the lock, which no rollback takes away.
+            release_table(pair, number, hold).await?;
+            Ok(false)
+        }
         Err(error) => Err(error),
     }
 }

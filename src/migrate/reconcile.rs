@@ -341,7 +341,8 @@ async fn write(
         let (some, more) = rest.split_at(there.rows_per_insert(rest.len()));
         let parameters: Vec<_> = some.iter().flat_map(|held| there.row_parameters(&held.row)).collect();
         let text = there.insert(some.len(), !replace);
-        pair.mirror.execute("writing rows", &text, &references(&parameters)).await?;
+        let taken = pair.mirror.execute("writing rows", &text, &references(&parameters)).await?;
+        Error::short(there.side, "writing rows", (taken, some.len() as u64))?;
         rest = more;
     }
     Ok(())
@@ -406,7 +407,9 @@ pub(crate) async fn copy_in<'r>(
     let doing = "copying rows";
     let mut sink = mirror.copy_in(doing, &there.copy_in()).await?;
     let mut piece = BytesMut::from(COPY_HEADER);
+    let mut sent = 0;
     for row in rows {
+        sent += 1;
         put_copy_row(row.iter(), &mut piece);
         if piece.len() >= PIECE {
             mirror.answered(doing, sink.send(piece.split().freeze())).await?;
@@ -414,6 +417,6 @@ pub(crate) async fn copy_in<'r>(
     }
     piece.extend_from_slice(COPY_TRAILER);
     mirror.answered(doing, sink.send(piece.freeze())).await?;
-    mirror.answered(doing, sink.as_mut().finish()).await?;
-    Ok(())
+    let taken = mirror.answered(doing, sink.as_mut().finish()).await?;
+    Error::short(there.side, doing, (taken, sent))
 }

@@ -115,6 +115,28 @@ impl Owes {
             Debt::Row { .. } => {}
         }
     }
+
+    /// Among its keys and ranges is this one.
+    fn names(&self, debt: &Debt) -> bool {
+        match debt {
+            Debt::Key { key, .. } => self.keys.contains(key),
+            Debt::Range { after, upto, .. } => {
+                self.ranges.contains(&Bounds { after: after.clone(), upto: upto.clone() })
+            }
+            Debt::Table { .. } | Debt::Taint { .. } | Debt::Row { .. } => false,
+        }
+    }
+}
+
+/// What has become of whole-table debts since they were read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Since {
+    /// The ledger holds one of them.
+    Owed,
+    /// Other debts stand in the place of one (`Shared::narrow`), which were not read: the ledger row must stay.
+    Replaced,
+    /// Another job has paid them.
+    Gone,
 }
 
 /// The first wait before a refused debt is tried again; doubled each time.
@@ -420,9 +442,13 @@ impl Repair {
             ledger.tables.insert(number, Unpaid::Busy);
             return Ok(false);
         }
-        if !self.is_still_owed(&owes.whole).await? {
-            // Paid by another job since the ledger was read: that of a large table is not walked for nothing.
+        let since = self.since_read(owes).await?;
+        if since != Since::Owed {
+            // That of a large table is not walked for nothing.
             locks::release(&mut self.pair, Kind::Table, &[number]).await?;
+            if since == Since::Replaced {
+                ledger.tables.insert(number, Unpaid::Busy);
+            }
             return Ok(false);
         }
         let outcome = match reconcile::table(&mut self.pair, table, &mut |_| {}).await {
@@ -455,17 +481,26 @@ impl Repair {
         Ok(true)
     }
 
-    /// The ledger still holds one of these debts.
-    async fn is_still_owed(&mut self, debts: &[(i64, Debt)]) -> Result<bool, Error> {
-        let ids: Vec<i64> = debts.iter().map(|(id, _)| *id).collect();
+    /// What has become of the whole-table debts since the ledger was read.
+    async fn since_read(&mut self, owes: &Owes) -> Result<Since, Error> {
+        let ids: Vec<i64> = owes.whole.iter().map(|(id, _)| *id).collect();
         let text = "SELECT id, debts FROM crossfade.ledger WHERE id = ANY ($1)";
         let rows = self.pair.authority.rows("reading the ledger again", text, &[&ids]).await?;
-        // What cannot be read is owed.
-        Ok(rows.iter().any(|row| {
+        let mut since = Since::Gone;
+        for row in &rows {
             let id: i64 = row.get(0);
-            let Ok(held) = decode(row.get::<_, Vec<u8>>(1)) else { return true };
-            debts.iter().any(|(of, debt)| *of == id && held.contains(debt))
-        }))
+            // What cannot be read is owed.
+            let Ok(held) = decode(row.get::<_, Vec<u8>>(1)) else { return Ok(Since::Owed) };
+            let read: Vec<&Debt> = owes.whole.iter().filter(|(of, _)| *of == id).map(|(_, debt)| debt).collect();
+            if read.iter().any(|debt| held.contains(debt)) {
+                return Ok(Since::Owed);
+            }
+            let tables: BTreeSet<u32> = read.iter().map(|debt| debt.table()).collect();
+            if held.iter().any(|debt| tables.contains(&debt.table()) && !owes.names(debt)) {
+                since = Since::Replaced;
+            }
+        }
+        Ok(since)
     }
 
     /// A backfill is at this table, and repair leaves it to that.

@@ -165,6 +165,6 @@ async fn copy(pair: &mut Pair, text: &str, chunk: &Chunk) -> Result<(), Error> {
         mirror.answered(doing, sink.send(rest.split_to(PIECE.min(rest.len())))).await?;
     }
     mirror.answered(doing, sink.send(Bytes::from_static(COPY_TRAILER))).await?;
-    mirror.answered(doing, sink.as_mut().finish()).await?;
-    Ok(())
+    let taken = mirror.answered(doing, sink.as_mut().finish()).await?;
+    Error::short(mirror.side, doing, (taken, chunk.rows as u64))
 }
