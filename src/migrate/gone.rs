@@ -148,7 +148,7 @@ async fn remove_many(pair: &mut Pair, table: &Table, keys: &[Values]) -> Result<
         asked.iter().enumerate().filter(|(at, _)| ours.contains(at)).map(|(_, key)| *key).collect();
     if delete(&mut pair.mirror, &there, &mine).await? < mine.len() as u64 {
         // A trigger that fires always has kept one: which, is seen one by one.
-        finish(pair, false).await?;
+        pair.mirror.rollback().await?;
         return Ok(Batch { alone: keys.to_vec(), ..Batch::default() });
     }
     // No transaction is open on the authority: this is a new snapshot, taken after every delete was answered.
@@ -172,7 +172,7 @@ async fn remove_many(pair: &mut Pair, table: &Table, keys: &[Values]) -> Result<
             (_, Removal::Commit | Removal::Again) => batch.removed += 1,
         }
     }
-    finish(pair, end == Removal::Commit).await?;
+    pair.mirror.end("deleting rows", end == Removal::Commit).await?;
     Ok(batch)
 }
 
@@ -214,16 +214,8 @@ async fn delete_then_look(pair: &mut Pair, table: &Table, key: &Values) -> Resul
         Removal::Nothing => (false, Tried::Nothing),
         Removal::Again => (false, Tried::Again),
     };
-    finish(pair, committed).await?;
+    pair.mirror.end("deleting rows", committed).await?;
     Ok(tried)
-}
-
-/// Ends the mirror's transaction.
-pub(crate) async fn finish(pair: &mut Pair, committed: bool) -> Result<(), Error> {
-    match committed {
-        true => pair.mirror.commit("deleting rows").await,
-        false => pair.mirror.rollback().await,
-    }
 }
 
 /// Locks that a transaction which wrote the table holds.

@@ -129,6 +129,14 @@ impl Link {
         self.batch(doing, "SELECT 1; COMMIT").await
     }
 
+    /// COMMIT or ROLLBACK.
+    pub(crate) async fn end(&self, doing: &'static str, committed: bool) -> Result<(), Error> {
+        match committed {
+            true => self.commit(doing).await,
+            false => self.batch(doing, "ROLLBACK").await,
+        }
+    }
+
     pub(crate) async fn prepared(&mut self, doing: &'static str, text: &str) -> Result<Statement, Error> {
         if let Some(statement) = self.statements.get(text) {
             return Ok(statement.clone());

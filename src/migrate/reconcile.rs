@@ -15,7 +15,7 @@ use super::across::{key_across, row_across};
 use super::binary::{COPY_HEADER, COPY_TRAILER, put_copy_row, values};
 use super::conflict;
 use super::error::{Error, Meaning};
-use super::gone::{self, finish};
+use super::gone;
 use super::link::{Link, Pair};
 use super::rules::{Place, place};
 use super::sql::{TableSql, references};
@@ -299,7 +299,7 @@ async fn equalise(
     if written > 0 {
         pair.prove().await?;
     }
-    finish(pair, written > 0).await?;
+    pair.mirror.end("committing", written > 0).await?;
     pair.authority.rollback().await?;
     Ok(written)
 }
