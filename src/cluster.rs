@@ -52,7 +52,7 @@ pub enum ClusterError {
         /// What the system said.
         source: io::Error,
     },
-    /// A program (initdb, cp, psql) ended with an error.
+    /// A program (initdb, cp) ended with an error.
     #[error("{program} failed: {output}")]
     Program {
         /// Its name.

@@ -278,6 +278,25 @@ async fn a_debt_that_goes_away_ends_no_backfill() {
     assert_eq!(stage.settle().await, 3000);
 }
 
+/// A trigger of new's that fires in every session leaves a row out and says nothing: it is owed, and the ledger says why. The first wait for the table ends by
+/// its time-out.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_row_that_a_trigger_leaves_out_is_owed() {
+    let new = "CREATE FUNCTION pass() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN IF NEW.k = 5 THEN RETURN NULL; END IF; RETURN NEW; END';
+        CREATE TRIGGER pass BEFORE INSERT ON t FOR EACH ROW EXECUTE FUNCTION pass(); ALTER TABLE t ENABLE ALWAYS TRIGGER pass";
+    let stage = Stage::with(T, TEN, new, 1).await;
+    let running = stage.backfill(&[]);
+    stage.asks(1).await;
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    stage.let_begin(1).await;
+    let (_, said) = running.end().await;
+    let owed = "SELECT count(*) FROM crossfade.ledger WHERE error LIKE '%took 0 of 1 rows%'";
+    assert_eq!(stage.on_old(owed).await, "1", "{said}");
+    assert_eq!(stage.on_new("SELECT count(*) FROM t").await, "9");
+    stage.on_new("ALTER TABLE t DISABLE TRIGGER pass").await;
+    assert_eq!(stage.settle().await, 10);
+}
+
 /// A time-out fires when the rows of a COPY are in, and is noticed behind its end: the driver has its answer by then, and the server answers ROLLBACK to
 /// COMMIT. An index of new's whose value takes long, with no place in it where a backend looks for interrupts, makes that certain.
 #[tokio::test(flavor = "multi_thread")]

@@ -95,7 +95,7 @@ impl Error {
             doing,
             code: tokio_postgres::error::SqlState::TRIGGERED_ACTION_EXCEPTION,
             message: format!(
-                "it took {taken} of {sent} rows and left out the others without an error: drop its triggers that are enabled ALWAYS or as REPLICA"
+                "it took {taken} of {sent} rows and left out the others without an error: a trigger there is enabled ALWAYS or for replicas; `crossfade check` names it, and the SQL that mends it"
             ),
             constraint: None,
         })

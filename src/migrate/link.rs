@@ -130,10 +130,10 @@ impl Link {
     }
 
     /// COMMIT or ROLLBACK.
-    pub(crate) async fn end(&self, doing: &'static str, committed: bool) -> Result<(), Error> {
+    pub(crate) async fn end(&mut self, doing: &'static str, committed: bool) -> Result<(), Error> {
         match committed {
             true => self.commit(doing).await,
-            false => self.batch(doing, "ROLLBACK").await,
+            false => self.rollback().await,
         }
     }
 

@@ -91,8 +91,14 @@ pub(crate) async fn wait_for_table(pair: &mut Pair, number: u32, hold: Hold) -> 
     match taken {
         Ok(_) => Ok(true),
         Err(error) if error.meaning() == Meaning::Busy => {
-            // The time-out may have come just behind the lock, which no rollback takes away.
-            release_table(pair, number, hold).await?;
+            // The time-out may have come just behind the lock, which no rollback takes away. (Unlocking what is not held is a warning in the server's log.)
+            let text = format!(
+                "SELECT pg_advisory_unlock{}(classid::int, objid::int) FROM pg_locks WHERE locktype = 'advisory' AND granted AND objsubid = 2 \
+                 AND pid = pg_backend_pid() AND classid = $1::bigint::oid AND objid = $2::bigint::oid",
+                hold.suffix()
+            );
+            let lock: [i64; 2] = [i64::from(Kind::Table as i32), i64::from(number)];
+            pair.mirror.rows("unlocking a table", &text, &[&lock[0], &lock[1]]).await?;
             Ok(false)
         }
         Err(error) => Err(error),

@@ -30,7 +30,7 @@ pub(crate) async fn pay(
     // No token: nobody has paid yet, or somebody has since the ledger was read, and has cleared the debt and then removed the token. The ledger
     // as it is now tells.
     if !stands(pair, id).await? {
-        pair.mirror.batch("rolling back", "ROLLBACK").await?;
+        pair.mirror.rollback().await?;
         return Ok(0);
     }
     let inserted = insert(pair, catalog, rows).await?;

@@ -1,4 +1,4 @@
-//! Are two databases equal, row by row? Asked with psql and COPY alone: nothing of Crossfade's own code has a part in it.
+//! Are two databases equal, row by row? Asked with a driver, psql and COPY: nothing of Crossfade's own code has a part in it.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -36,8 +36,9 @@ pub async fn compare(old: &Cluster, new: &Cluster, database: &str, tables: &[&st
     let mut names: Vec<String> = tables.iter().map(|name| name.to_string()).collect();
     if tables.is_empty() {
         let [old_names, new_names] = [old, new].map(|side| async move {
-            let text = side.run(database, TABLES).await.expect("lists the tables");
-            text.lines().map(str::to_owned).collect::<Vec<_>>()
+            let client = side.client(database).await.expect("connects");
+            let rows = client.query(TABLES, &[]).await.expect("lists the tables");
+            rows.iter().map(|row| row.get(0)).collect::<Vec<String>>()
         });
         let (old_names, new_names) = tokio::join!(old_names, new_names);
         if old_names != new_names {
@@ -59,15 +60,15 @@ pub async fn compare(old: &Cluster, new: &Cluster, database: &str, tables: &[&st
 
 /// The columns of each table by name, so that their order does not matter. Those that new lacks fail there, loudly.
 async fn columns(cluster: &Cluster, database: &str, tables: &[String]) -> Vec<String> {
-    let of = |table: &String| {
-        format!(
-            "SELECT string_agg(quote_ident(attname), ', ' ORDER BY attname) FROM pg_attribute \
-             WHERE attrelid = $_${table}$_$::regclass AND attnum > 0 AND NOT attisdropped"
-        )
-    };
-    let sql = tables.iter().map(of).collect::<Vec<_>>().join(";\n");
-    let columns = cluster.run(database, &sql).await.expect("lists the columns");
-    columns.lines().map(str::to_owned).collect()
+    let client = cluster.client(database).await.expect("connects");
+    let text = "SELECT string_agg(quote_ident(attname), ', ' ORDER BY attname) FROM pg_attribute \
+        WHERE attrelid = $1::text::regclass AND attnum > 0 AND NOT attisdropped";
+    let mut found = Vec::new();
+    for table in tables {
+        let row = client.query_one(text, &[table]).await.expect("lists the columns");
+        found.push(row.get::<_, Option<String>>(0).unwrap_or_default());
+    }
+    found
 }
 
 /// Writes each row's text to a file in `dir`, one a line, in the order of their bytes; the files' names are the tables' numbers.
