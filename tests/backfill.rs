@@ -16,6 +16,9 @@ const TEN: &str = "INSERT INTO t SELECT n, 'row ' || n FROM generate_series(1, 1
 const COPY: &[u8] = b"COPY \"public\".\"t\"";
 const COMMIT: &[u8] = b"SELECT 1; COMMIT\0";
 const LOOK: &[u8] = b"FILTER (WHERE t.xmax";
+/// ... when it asks whether those that held rows then have ended, and what it asks new about single keys.
+const ENDED: &[u8] = b"SELECT pg_snapshot_xmin(pg_current_snapshot()) >";
+const KEYS: &[u8] = b"SELECT q.i";
 
 /// Interleaving 3: a client deletes a key of the chunk before it is copied, so that its delete finds nothing on new; the worker dies between its
 /// COPY and its second look. The key is on new only, and whoever comes next looks at both sides' keys: once the next backfill, once the proxy's repair.
@@ -151,6 +154,38 @@ async fn a_delete_under_way_at_the_second_look() {
     assert!(stage.debts().await >= 1, "a key that somebody holds is owed");
     client.batch_execute("COMMIT").await.expect("commits");
     assert_eq!(stage.settle().await, 9);
+}
+
+/// Rows that were locked, as foreign keys' checks do it, keep an xmax: they are not compared, since all that had touched them has ended. A delete that was under
+/// way and is committed while it is waited for is seen.
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_were_only_locked_are_not_compared() {
+    for deleted in [false, true] {
+        let stage = Stage::new(T, TEN, 1).await;
+        stage.on_old("SELECT count(*) FROM (SELECT FROM t FOR KEY SHARE) AS locked").await;
+        assert_eq!(stage.on_old("SELECT count(*) FROM t WHERE xmax <> 0").await, "10", "they keep an xmax");
+        let client = stage.client().await;
+        let looking = stage.authority.trip(Way::ToServer, LOOK, Trip::StallBefore);
+        let running = stage.backfill(&[]);
+        stage.let_begin(1).await;
+        looking.await.expect("the chunk is committed");
+        let mut comparing = stage.mirror.trip(Way::ToServer, KEYS, Trip::CutBefore);
+        let waiting = stage.authority.trip(Way::ToServer, ENDED, Trip::StallBefore);
+        if deleted {
+            client.batch_execute("BEGIN; DELETE FROM t WHERE k = 5").await.expect("deletes");
+        }
+        stage.authority.set(Way::ToServer, Flow::Pass);
+        waiting.await.expect("it asks whether they have ended");
+        if deleted {
+            client.batch_execute("COMMIT").await.expect("commits");
+        }
+        stage.authority.set(Way::ToServer, Flow::Pass);
+        let (status, said) = running.end().await;
+        assert!(status.success(), "{said}");
+        assert!(comparing.try_recv().is_err(), "rows of new are read, to be compared");
+        assert_eq!(stage.on_new("SELECT count(*) FROM t WHERE k = 5").await, if deleted { "0" } else { "1" });
+        assert_eq!(stage.settle().await, if deleted { 9 } else { 10 });
+    }
 }
 
 /// kill -9 at each step, while clients write what the chunk holds: the next run goes on, and does not copy again what is there.

@@ -7,8 +7,10 @@ use super::sql::{Bounds, TableSql};
 use crate::catalog::Table;
 use crate::ledger::debts::Values;
 
-/// Pages of a part at least.
+/// Pages of a part at least: of the first few, and of as many as there may be. The beginning of each part costs a reading that nothing else goes on beside.
 const PART_PAGES: i64 = 128;
+const FEW: i64 = 8;
+const PART_PAGES_OF_MANY: i64 = 4096;
 
 /// Parts of a table's keys, so many at most, in the order of this side's index. The first is open at its beginning, the last at its end.
 pub(super) async fn parts(link: &mut Link, table: &Table, most: i64) -> Result<Vec<Bounds>, Error> {
@@ -29,7 +31,7 @@ async fn cuts(link: &mut Link, table: &Table, most: i64) -> Result<Vec<Values>, 
     let mut relations = vec![*table.oid.get(sql.side)];
     relations.extend(table.partitions.get(sql.side));
     let pages: i64 = link.rows(doing, size, &[&relations]).await?[0].get(0);
-    let parts = (pages / PART_PAGES).clamp(1, most.max(1));
+    let parts = (pages / PART_PAGES).min(FEW).max(pages / PART_PAGES_OF_MANY).clamp(1, most.max(1));
     if parts == 1 {
         return Ok(Vec::new());
     }

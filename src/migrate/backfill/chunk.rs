@@ -1,6 +1,7 @@
 //! A chunk of a table as the authority has it: read without a lock, and looked at again.
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use futures_util::TryStreamExt;
@@ -174,23 +175,27 @@ impl<'a> Reading<'a> {
         let doing = "looking again";
         let mut parameters = self.here.bound_parameters(&chunk.bounds);
         let (within, horizon) = self.here.within(chunk.bounds.after.is_some(), true);
-        let text = format!(
-            "SELECT count(*), count(*) FILTER (WHERE t.xmax <> '0'::xid), count(*) FILTER (WHERE age(t.xmin) <= age(${horizon}::text::xid)) \
-             FROM {} AS t WHERE {within}",
-            self.here.only()
-        );
+        let later = format!("count(*) FILTER (WHERE age(t.xmin) <= age(${horizon}::text::xid))");
+        let from = format!("FROM {} AS t WHERE {within}", self.here.only());
+        let text = format!("SELECT count(*), {later}, count(*) FILTER (WHERE t.xmax <> '0'::xid) {from}");
         let xid = Bytes::copy_from_slice(chunk.horizon.as_bytes());
         parameters.push(Parameter { value: Some(xid), text: true });
         let row = &link.rows(doing, &text, &references(&parameters)).await?[0];
-        if (row.get(0), row.get(1), row.get(2)) == (chunk.rows as i64, 0i64, 0i64) {
+        let same = |row: &tokio_postgres::Row| (row.get(0), row.get(1)) == (chunk.rows as i64, 0i64);
+        let held: i64 = row.get(2);
+        if held == 0 && same(row) {
             return Ok(Vec::new());
         }
+        let ended = held > 0 && holders_ended(link, held).await?;
+        if ended {
+            let text = format!("SELECT count(*), {later} {from}");
+            if same(&link.rows(doing, &text, &references(&parameters)).await?[0]) {
+                return Ok(Vec::new());
+            }
+        }
         parameters.pop();
-        let text = format!(
-            "SELECT t.xmin, t.xmax <> '0'::xid, {} FROM {} AS t WHERE {within}",
-            self.here.read_key(),
-            self.here.only()
-        );
+        let held = if ended { "false" } else { "t.xmax <> '0'::xid" };
+        let text = format!("SELECT t.xmin, {held}, {} {from}", self.here.read_key());
         let found = link.rows(doing, &text, &references(&parameters)).await?;
         let mut now: HashMap<Bytes, (u32, bool)> = HashMap::with_capacity(found.len());
         for row in &found {
@@ -203,5 +208,28 @@ impl<'a> Reading<'a> {
         }
         let still = |key: &[u8], xmin: u32| now.get(key) == Some(&(xmin, false));
         Ok(chunk.keys.iter().filter(|(key, xmin)| !still(key, *xmin)).map(|(key, _)| unpacked(key)).collect())
+    }
+}
+
+/// How long the transactions that hold rows are waited for, in microseconds a row: comparing one would take longer.
+const HELD_US: u64 = 5;
+const HELD_MOST: Duration = Duration::from_millis(200);
+const HELD_LOOK: Duration = Duration::from_millis(2);
+
+/// Rows that foreign keys' checks have locked keep their xmax. What had touched a row by the second look has a number older than one that is drawn now: once all
+/// of these have ended, a row that is still there in its old version was only locked, or what was to change it was rolled back. False: they have not, in time.
+async fn holders_ended(link: &mut Link, held: i64) -> Result<bool, Error> {
+    let doing = "waiting for who holds rows";
+    let drawn: String = link.rows(doing, "SELECT pg_current_xact_id()::text", &[]).await?[0].get(0);
+    let deadline = Instant::now() + Duration::from_micros(held.unsigned_abs() * HELD_US).min(HELD_MOST);
+    let text = "SELECT pg_snapshot_xmin(pg_current_snapshot()) > $1::text::xid8";
+    loop {
+        if link.rows(doing, text, &[&drawn]).await?[0].get(0) {
+            return Ok(true);
+        }
+        if Instant::now() > deadline {
+            return Ok(false);
+        }
+        tokio::time::sleep(HELD_LOOK).await;
     }
 }

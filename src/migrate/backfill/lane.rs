@@ -82,7 +82,7 @@ pub(super) enum Ready {
 /// Rows of the first chunk.
 const FIRST: usize = 500;
 /// Rows of a chunk at most, and bytes, roughly.
-const ROWS_MOST: usize = 20_000;
+const ROWS_MOST: usize = 40_000;
 const BYTES_MOST: usize = 4 << 20;
 /// A chunk's transaction on the mirror is to be over in this time: carriers may wait for its rows.
 const CHUNK: Duration = Duration::from_millis(150);
