@@ -22,6 +22,7 @@ use crate::mirror::pool::Pool;
 use crate::phase::{Phase, Side};
 use crate::plan::cache::Plans;
 use crate::reads::Reads;
+use crate::switch::ahead::Ahead;
 use crate::switch::bell::Bells;
 use crate::switch::fleet::Registry;
 use crate::switch::gate::Gate;
@@ -172,6 +173,8 @@ pub struct Shared {
     pub registry: Registry,
     /// Sessions that may have a cursor WITH HOLD, or listen.
     pub holding: AtomicI64,
+    /// An authority that is about to change.
+    pub ahead: Ahead,
     /// Server processes that were cancelled because of a deadlock across both sides.
     pub deadlocked: Mutex<HashSet<(Side, i32)>>,
     /// There is something to repair.

@@ -100,6 +100,69 @@ async fn a_proxy_whose_file_lags_follows_the_row_and_its_clients_see_no_error() 
     assert!(status.contains("this file says old"), "{status}");
 }
 
+/// Sessions of clients on new, by whichever proxy.
+const ON_NEW: &str = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'app' AND backend_type = 'client backend'";
+
+/// Whether the server session that serves this client on that side was there before the move that has made the side authority was written.
+async fn was_there_before(client: &Client, side: &crossfade::cluster::Cluster) -> bool {
+    let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await.expect("is served").get(0);
+    let text = format!(
+        "SELECT backend_start < (SELECT max(at) FROM crossfade.history WHERE event = 'move') FROM pg_stat_activity WHERE pid = {pid}"
+    );
+    side.run(DATABASE, &text).await.expect("reads").trim() == "t"
+}
+
+/// Before the authority changes, sessions of all proxies log in on the other side: whoever is held waits for no login.
+#[tokio::test]
+async fn sessions_log_in_before_the_authority_changes() {
+    let (databases, mut first, second) = fleet("").await;
+    let (a, b) = (client(&first).await, client(&second).await);
+    let mut early = 0;
+    // A proxy that is slow for a moment is not waited for: there and back until both were there in time on either side.
+    for _ in 0..5 {
+        for (phase, side) in [("new-primary", &databases.new), ("dual-write", &databases.old)] {
+            first.set_phase(phase).await;
+            second.reaches(phase).await;
+            let both = was_there_before(&a, side).await && was_there_before(&b, side).await;
+            early = if both { early + 1 } else { 0 };
+            first.settle().await;
+            first.verify().await;
+        }
+        if early >= 2 {
+            break;
+        }
+    }
+    assert!(early >= 2, "they logged in when the move was made");
+    // Nobody keeps what it does not need.
+    until("no session is left on new", async || databases.new.run(DATABASE, ON_NEW).await.unwrap().trim() == "0").await;
+}
+
+/// A login that the server has ended meanwhile is made again; where a move is given up, whoever has logged in leaves.
+#[tokio::test]
+async fn a_login_before_a_move_may_come_to_nothing() {
+    let (databases, mut first, second) = fleet("move: { pause: 1s }").await;
+    let (a, b) = (client(&first).await, client(&second).await);
+    let holder = client(&second).await;
+    holder.batch_execute("BEGIN; INSERT INTO notes VALUES (1)").await.expect("writes");
+    let on_new = async |count: &str| databases.new.run(DATABASE, ON_NEW).await.unwrap().trim() == count;
+    first.request_phase("new-primary");
+    until("both have logged in on new", async || on_new("2").await).await;
+    until("they leave when the move is given up", async || on_new("0").await).await;
+    // The move is tried again and again: now the server ends what has logged in, and then the transaction ends.
+    until("both have logged in on new again", async || on_new("2").await).await;
+    let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'app' AND backend_type = 'client backend'";
+    databases.new.run(DATABASE, end).await.expect("ends them");
+    holder.batch_execute("COMMIT").await.expect("commits");
+    first.reaches("new-primary").await;
+    second.reaches("new-primary").await;
+    for (id, client) in [(2, &a), (3, &b), (4, &holder)] {
+        client.execute("INSERT INTO notes VALUES ($1)", &[&id]).await.expect("goes on");
+    }
+    first.settle().await;
+    assert!(only_on_one(&databases).await.is_empty());
+    assert_eq!(databases.new.run(DATABASE, "SELECT count(*) FROM notes").await.unwrap().trim(), "4");
+}
+
 #[tokio::test]
 async fn a_frozen_proxy_cannot_write_in_an_epoch_that_is_over() {
     let (databases, mut first, second) = fleet("").await;

@@ -107,6 +107,16 @@ CREATE UNLOGGED TABLE IF NOT EXISTS crossfade.announced (
     proxy text NOT NULL
 );
 
+-- A change of the authority that is about to come, as long as this backend lives: sessions log in on the other side beforehand. See src/switch/ahead.rs.
+CREATE UNLOGGED TABLE IF NOT EXISTS crossfade.coming (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one),
+    epoch bigint NOT NULL,
+    side text NOT NULL,
+    pid integer NOT NULL,
+    start timestamptz,
+    proxy text NOT NULL
+);
+
 -- The migrating tables by number. A number is never used again.
 CREATE TABLE IF NOT EXISTS crossfade.tables (
     number integer PRIMARY KEY,
@@ -305,13 +315,14 @@ CREATE TABLE IF NOT EXISTS crossfade.life (
 -- Columns that came later. ALTER TABLE would wait for whoever moves, and have all others wait behind it, also where there is nothing to add.
 --   migration.definition: what migrates, as the file of the proxy that moved says: proxies of other files refuse to serve while writes are mirrored.
 --   proxies.holding: sessions of the proxy that may have a cursor WITH HOLD, or listen.
+--   proxies.ready: the epoch for whose end its sessions have logged in on the other side.
 --   migration.taken: of a pointer: somebody is about to write the claim. From then on the move cannot be withdrawn.
 DO $$
 DECLARE
     wanted record;
 BEGIN
     FOR wanted IN SELECT * FROM (VALUES ('migration', 'definition', 'text'), ('migration', 'taken', 'boolean NOT NULL DEFAULT false'),
-        ('verified', 'equal_owings', 'bigint'), ('proxies', 'holding', 'bigint NOT NULL DEFAULT 0')) AS v(relation, name, kind)
+        ('verified', 'equal_owings', 'bigint'), ('proxies', 'holding', 'bigint NOT NULL DEFAULT 0'), ('proxies', 'ready', 'bigint')) AS v(relation, name, kind)
     LOOP
         IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = format('crossfade.%I', wanted.relation)::regclass AND attname = wanted.name) THEN
             EXECUTE format('ALTER TABLE crossfade.%I ADD COLUMN %I %s', wanted.relation, wanted.name, wanted.kind);

@@ -193,6 +193,15 @@ impl MirrorConn {
         Ok(conn)
     }
 
+    /// For other definitions, or another epoch, than it was opened for. No transaction is open.
+    pub async fn adopt(&mut self, generation: u64, epoch: u64) -> Result<(), Failure> {
+        self.statements = Statements::new(self.side, Some(epoch));
+        self.backend = self.identify(Some(epoch)).await?;
+        self.forget().await?;
+        self.generation = generation;
+        Ok(())
+    }
+
     /// Who this session is on the mirror.
     pub fn backend(&self) -> Backend {
         self.backend

@@ -5,14 +5,19 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tracing::debug;
 
 use super::conn::{Failure, MirrorConn};
 use crate::config::Database;
 use crate::phase::Side;
 
+/// The generation of sessions that were opened for none yet.
+const NOT_YET: u64 = u64::MAX;
+
 /// The sessions of one worker on one side.
 pub struct Pool {
     side: Side,
+    limit: usize,
     idle: RefCell<Vec<MirrorConn>>,
     places: std::sync::Arc<Semaphore>,
 }
@@ -28,14 +33,16 @@ pub struct Lease {
 impl Pool {
     /// At most `limit` sessions.
     pub fn new(side: Side, limit: usize) -> Rc<Pool> {
+        let limit = limit.max(1);
         Rc::new(Pool {
             side,
+            limit,
             idle: RefCell::new(Vec::new()),
-            places: std::sync::Arc::new(Semaphore::new(limit.max(1))),
+            places: std::sync::Arc::new(Semaphore::new(limit)),
         })
     }
 
-    /// A session. A place and a connection may take the time-out each: what was spent on waiting for a place is not the mirror's fault. `generation` is that of the catalog: statements prepared for another one are not used.
+    /// A session. A place and a connection may take the time-out each: what was spent on waiting for a place is not the mirror's fault. `generation` is that of the catalog: statements prepared for another one are forgotten.
     /// Each epoch has generations of its own.
     pub async fn lease(
         self: &Rc<Self>,
@@ -49,8 +56,14 @@ impl Pool {
             .map_err(|_| Failure::Down)?;
         let take = async {
             let idle = loop {
-                match self.idle.borrow_mut().pop() {
-                    Some(conn) if conn.generation != generation => drop(conn),
+                let found = self.idle.borrow_mut().pop();
+                match found {
+                    Some(mut conn) if conn.generation != generation => {
+                        if conn.adopt(generation, epoch).await.is_ok() {
+                            break Some(conn);
+                        }
+                        // It may have been idle for long, and be dead.
+                    }
                     found => break found,
                 }
             };
@@ -61,6 +74,21 @@ impl Pool {
             Ok(Lease { conn, pool: self.clone(), place })
         };
         tokio::time::timeout(timeout, take).await.map_err(|_| Failure::Timeout(timeout))?
+    }
+
+    /// Sessions that there are, in use or not.
+    pub fn sessions(&self) -> usize {
+        self.limit - self.places.available_permits() + self.idle.borrow().len()
+    }
+
+    /// Opens sessions until so many are not in use: they will be wanted all at once, for an epoch that has not begun.
+    pub async fn fill(&self, db: &Database, wanted: usize) {
+        while self.idle.borrow().len() < wanted.min(self.limit) {
+            match MirrorConn::open(db, self.side, NOT_YET, None).await {
+                Ok(conn) => self.idle.borrow_mut().push(conn),
+                Err(error) => return debug!(side = %self.side, %error, "no sessions are opened beforehand"),
+            }
+        }
     }
 
     /// Closes the sessions that are not in use (the mirror failed: they may be dead without knowing it).

@@ -143,7 +143,8 @@ async fn drained(shared: &Shared) {
     let _ = tokio::time::timeout(FAREWELL, rest).await;
 }
 
-/// Calls one thread's sessions, whenever there is a reason. Each that moves to another authority logs in there: not all at once.
+/// Calls one thread's sessions, whenever there is a reason. Each that moves to another authority logs in there: not all at once. Where the authority is about to
+/// change, sessions that will mirror are opened, too.
 async fn call(worker: Rc<Worker>) {
     let mut calls = worker.shared.calls.subscribe();
     while calls.changed().await.is_ok() {
@@ -152,6 +153,14 @@ async fn call(worker: Rc<Worker>) {
             if !worker.shared.gate.is_shut() {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
+        }
+        if let Some(side) = worker.shared.ahead.side() {
+            let worker = worker.clone();
+            tokio::task::spawn_local(async move {
+                let config = worker.shared.config.load_full();
+                let wanted = worker.pools.get(side).sessions();
+                worker.pools.get(side.other()).fill(Shared::database(&config, side.other()), wanted).await;
+            });
         }
     }
 }

@@ -17,6 +17,7 @@ use crate::wire::conn::Conn;
 use crate::wire::frame::{self, Report};
 use crate::wire::stream::Stream;
 
+const STUCK_NAME: &[u8] = b"crossfade_stuck";
 /// State that cannot move: whoever has it is ended, and connects again.
 const STUCK: &[u8] = b"SELECT CASE \
     WHEN EXISTS (SELECT FROM pg_catalog.pg_listening_channels()) THEN 'LISTEN' \
@@ -25,6 +26,7 @@ const STUCK: &[u8] = b"SELECT CASE \
     WHEN EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND pid = pg_catalog.pg_backend_pid()) THEN 'a session advisory lock' \
     END";
 
+const SETTINGS_NAME: &[u8] = b"crossfade_settings";
 /// What SET and set_config have left behind.
 const SETTINGS: &[u8] = b"SELECT name, setting FROM pg_catalog.pg_settings WHERE source = 'session' \
     AND name NOT IN ('transaction_isolation', 'transaction_read_only', 'transaction_deferrable', 'session_authorization', 'role', 'is_superuser')";
@@ -110,14 +112,19 @@ impl Session {
         debug!(user = %self.user(), %side, "a session moves to another authority");
         let (settings, mut prepared) = self.what_moves().await?;
         prepared.extend(std::mem::take(&mut self.legs.named).into_iter().map(|(_, text)| text));
-        let connected =
-            connect(&self.shared, side, &self.login, &self.parameters, self.minor).await.map_err(End::Refused)?;
+        let (server, address) = match self.ahead_on(side).await {
+            Some(seat) => (seat.conn, seat.address),
+            None => {
+                let connected = connect(&self.shared, side, &self.login, &self.parameters, self.minor).await;
+                let connected = connected.map_err(End::Refused)?;
+                (Conn::new(connected.stream, connected.buf), connected.address)
+            }
+        };
         frame::terminate(&mut self.server.out);
         let _ = tokio::time::timeout(std::time::Duration::from_secs(1), self.server.flush()).await;
         self.shared.metrics.servers(self.side).dec();
         self.shared.metrics.servers(side).inc();
-        self.server = Conn::new(connected.stream, connected.buf);
-        self.address = connected.address;
+        (self.server, self.address) = (server, address);
         self.side = side;
         self.queue = Queue::default();
         self.ours_prepared.clear();
@@ -156,7 +163,8 @@ impl Session {
     async fn what_moves(&mut self) -> Result<(Vec<(String, String)>, Vec<Bytes>), End> {
         self.check_stuck().await?;
         self.settings.stays = false;
-        let settings = self.what_is_set(SETTINGS).await?;
+        self.ask_prepared(SETTINGS_NAME, SETTINGS).await?;
+        let settings = self.listed_and_more().await?;
         let mut prepared = Vec::new();
         if self.settings.sql_prepared {
             self.ask_ours(PREPARED).await?;
@@ -165,9 +173,15 @@ impl Session {
         Ok((settings, prepared))
     }
 
+    /// Asks what will be asked when the session moves, so that its server has prepared it.
+    pub(super) async fn ask_what_moves(&mut self) -> Result<(), End> {
+        self.ask_prepared(STUCK_NAME, STUCK).await?;
+        self.ask_prepared(SETTINGS_NAME, SETTINGS).await
+    }
+
     /// State that cannot move ends the session.
     pub(super) async fn check_stuck(&mut self) -> Result<(), End> {
-        self.ask_ours(STUCK).await?;
+        self.ask_prepared(STUCK_NAME, STUCK).await?;
         let stuck = self.first();
         if let Some(what) = stuck {
             return Err(End::Refused(Report::fatal(
@@ -185,6 +199,11 @@ impl Session {
     /// Settings by name: what this query says, those that no server lists, and the role.
     pub(super) async fn what_is_set(&mut self, query: &[u8]) -> Result<Vec<(String, String)>, End> {
         self.ask_ours(query).await?;
+        self.listed_and_more().await
+    }
+
+    /// The same, where the query was answered.
+    async fn listed_and_more(&mut self) -> Result<Vec<(String, String)>, End> {
         let mut settings: Vec<(String, String)> =
             self.kept.rows.iter().filter_map(|row| Some((text(row, 0)?, text(row, 1)?))).collect();
         for name in self.settings.custom.clone() {
@@ -206,6 +225,14 @@ impl Session {
 
     pub(super) fn first(&self) -> Option<String> {
         self.kept.rows.first().and_then(|row| text(row, 0))
+    }
+
+    /// A statement of ours that takes nothing away from a client whose session stays: a Query would drop its unnamed statement. Outside any block; its rows or
+    /// its error are in `kept`.
+    pub(super) async fn ask_prepared(&mut self, name: &'static [u8], query: &'static [u8]) -> Result<(), End> {
+        self.kept = Kept::default();
+        self.put_ours(name, query, &[], &[], To::Us);
+        self.sync_ours().await
     }
 
     /// A Query of ours; its rows or its error are in `kept`.

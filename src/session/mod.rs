@@ -6,6 +6,7 @@
 //! Nothing here reads a catalog or opens a transaction on the mirror by itself: that is `mirror`.
 
 mod acknowledge;
+mod ahead;
 mod answer;
 mod audit;
 mod books;
@@ -200,6 +201,8 @@ pub struct Session {
     ours_prepared: Vec<&'static [u8]>,
     settings: books::Settings,
     holding: Option<carry::Holding>,
+    /// Logged in where the authority is about to be.
+    ahead: Option<ahead::Ahead>,
     sampling: sampled::Sampling,
     serving: served::Serving,
     legs: legs::Legs,
@@ -281,6 +284,7 @@ impl Session {
             ours_prepared: Vec::new(),
             settings: books::Settings::default(),
             holding: None,
+            ahead: None,
             sampling: sampled::Sampling::new(),
             serving: served::Serving::new(),
             legs: legs::Legs::default(),
@@ -382,6 +386,9 @@ impl Session {
         if self.aside.is_none() && self.shared.world.load().phase.authority() != self.side {
             self.begin().await?;
             self.rest();
+        }
+        if self.aside.is_none() && self.at_rest() {
+            self.look_ahead().await?;
         }
         Ok(())
     }

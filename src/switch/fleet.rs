@@ -12,6 +12,7 @@ use tokio_postgres::{Client, Statement};
 use tracing::{debug, warn};
 
 use super::mover::MoveError;
+use crate::catalog::Sides;
 use crate::config::Config;
 use crate::phase::{Phase, Side};
 use crate::shared::Shared;
@@ -45,13 +46,16 @@ const ENTER: &str = "INSERT INTO crossfade.sessions AS s (pid, start, proxy) \
 pub struct Registry {
     /// Random, of this process.
     id: String,
-    open: tokio::sync::Mutex<Option<(Side, Arc<Client>, Statement)>>,
+    open: Sides<tokio::sync::Mutex<Option<Enters>>>,
 }
+
+/// A connection, and the statement that enters a session.
+type Enters = (Arc<Client>, Statement);
 
 impl Registry {
     /// Of a process that has just begun.
     pub fn new() -> Registry {
-        Registry { id: format!("{:032x}", rand::random::<u128>()), open: tokio::sync::Mutex::default() }
+        Registry { id: format!("{:032x}", rand::random::<u128>()), open: Sides::default() }
     }
 
     /// Its name.
@@ -61,27 +65,29 @@ impl Registry {
 
     /// Enters a server session, before its first transaction. Gives the epoch that holds; None: no schema is installed there, so that nobody can move.
     pub async fn enter(&self, config: &Config, side: Side, pid: i32) -> Result<Option<u64>, String> {
-        let known = self.open.lock().await.clone().filter(|(of, client, _)| *of == side && !client.is_closed());
-        let (client, statement) = match known {
-            Some((_, client, statement)) => (client, statement),
-            None => {
-                let client = Shared::database(config, side).connect("crossfade sessions").await;
-                let client = Arc::new(client.map_err(|error| error.to_string())?);
-                let settings = "SET synchronous_commit = off";
-                client.batch_execute(settings).await.map_err(|error| error.to_string())?;
-                let statement = match client.prepare(ENTER).await {
-                    Ok(statement) => statement,
-                    Err(error) if missing(&error) => return Ok(None),
-                    Err(error) => return Err(error.to_string()),
-                };
-                *self.open.lock().await = Some((side, client.clone(), statement.clone()));
-                (client, statement)
-            }
-        };
+        let Some((client, statement)) = self.ready(config, side).await? else { return Ok(None) };
         match client.query_opt(&statement, &[&pid, &self.id]).await {
             Ok(row) => Ok(row.map(|row| row.get::<_, i64>(0) as u64)),
             Err(error) => Err(error.to_string()),
         }
+    }
+
+    /// The connection by which sessions are entered on that side: one, however many ask for it at once. None: no schema is installed there.
+    pub async fn ready(&self, config: &Config, side: Side) -> Result<Option<Enters>, String> {
+        let mut open = self.open.get(side).lock().await;
+        if let Some((client, statement)) = open.as_ref().filter(|(client, _)| !client.is_closed()) {
+            return Ok(Some((client.clone(), statement.clone())));
+        }
+        let client = Shared::database(config, side).connect("crossfade sessions").await;
+        let client = Arc::new(client.map_err(|error| error.to_string())?);
+        client.batch_execute("SET synchronous_commit = off").await.map_err(|error| error.to_string())?;
+        let statement = match client.prepare(ENTER).await {
+            Ok(statement) => statement,
+            Err(error) if missing(&error) => return Ok(None),
+            Err(error) => return Err(error.to_string()),
+        };
+        *open = Some((client.clone(), statement.clone()));
+        Ok(Some((client, statement)))
     }
 }
 
@@ -100,6 +106,8 @@ pub struct Seen {
     pub epoch: u64,
     /// Another proxy is about to leave this epoch.
     pub announced: bool,
+    /// ... and to make this side the authority.
+    pub coming: Option<Side>,
 }
 
 /// Stands for this proxy on the side that is authority. With its connection it is gone.
@@ -107,7 +115,7 @@ pub async fn appear(shared: &Shared, eye: &Client) -> Result<(), MoveError> {
     let listen = shared.config.load().listen.to_string();
     let sql = "INSERT INTO crossfade.proxies AS p (id, listen, pid, start) \
         SELECT $1, $2, pid, backend_start FROM pg_catalog.pg_stat_activity WHERE pid = pg_catalog.pg_backend_pid() \
-        ON CONFLICT (id) DO UPDATE SET pid = excluded.pid, start = excluded.start, heard = NULL, still = NULL, holding = 0";
+        ON CONFLICT (id) DO UPDATE SET pid = excluded.pid, start = excluded.start, heard = NULL, still = NULL, holding = 0, ready = NULL";
     let gone = "DELETE FROM crossfade.sessions s WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_stat_activity a \
         WHERE a.pid = s.pid AND a.backend_start IS NOT DISTINCT FROM s.start)";
     match eye.execute(sql, &[&shared.registry.id, &listen]).await {
@@ -128,6 +136,13 @@ pub async fn holds(shared: &Shared, eye: &Client, sessions: i64) -> Result<(), M
     }
 }
 
+/// Says that the sessions of this proxy have logged in on the other side.
+pub async fn is_ready(shared: &Shared, eye: &Client, epoch: u64) -> Result<(), MoveError> {
+    let sql = "UPDATE crossfade.proxies SET ready = $2 WHERE id = $1";
+    eye.execute(sql, &[&shared.registry.id, &(epoch as i64)]).await?;
+    Ok(())
+}
+
 /// Sessions of all proxies that are there and may have a cursor WITH HOLD or listen. Schema crossfade is there.
 pub async fn holding(authority: &Client) -> Result<i64, tokio_postgres::Error> {
     let sql = "SELECT coalesce(sum(p.holding), 0)::bigint FROM crossfade.proxies p \
@@ -138,10 +153,16 @@ pub async fn holding(authority: &Client) -> Result<i64, tokio_postgres::Error> {
 /// Looks at the phase row, and whether somebody has announced a move. None: nothing is installed.
 pub async fn look(shared: &Shared, eye: &Client) -> Result<Option<Seen>, MoveError> {
     let sql = "SELECT coalesce(m.epoch, 0), EXISTS (SELECT FROM crossfade.announced v JOIN pg_catalog.pg_stat_activity a ON a.pid = v.pid \
+        WHERE v.epoch = coalesce(m.epoch, 0) AND a.backend_start IS NOT DISTINCT FROM v.start AND v.proxy <> $1), \
+        (SELECT v.side FROM crossfade.coming v JOIN pg_catalog.pg_stat_activity a ON a.pid = v.pid \
         WHERE v.epoch = coalesce(m.epoch, 0) AND a.backend_start IS NOT DISTINCT FROM v.start AND v.proxy <> $1) \
         FROM (SELECT 1) AS one LEFT JOIN crossfade.migration m ON true";
     match eye.query_one(sql, &[&shared.registry.id]).await {
-        Ok(row) => Ok(Some(Seen { epoch: row.get::<_, i64>(0) as u64, announced: row.get(1) })),
+        Ok(row) => {
+            let coming =
+                row.get::<_, Option<&str>>(2).and_then(|side| Side::BOTH.into_iter().find(|one| one.name() == side));
+            Ok(Some(Seen { epoch: row.get::<_, i64>(0) as u64, announced: row.get(1), coming }))
+        }
         Err(error) if missing(&error) => Ok(None),
         Err(error) => Err(error.into()),
     }

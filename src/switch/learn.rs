@@ -8,11 +8,11 @@ use serde_json::json;
 use tokio_postgres::Client;
 use tracing::{debug, info, warn};
 
-use super::epoch;
 use super::fleet::{self, Seen};
 use super::mover::{self, MoveError, next};
 use super::record;
 use super::rows::{self, Holds, Verdict};
+use super::{ahead, epoch};
 use crate::catalog::{Catalog, Sides};
 use crate::config::Config;
 use crate::migrate;
@@ -31,25 +31,37 @@ const SILENT: Duration = Duration::from_secs(10);
 
 /// Reads both rows, finishes a move that was cut short, and makes the world what they say. Whoever calls holds `switching`, or serves nobody yet.
 pub async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
+    learn_over(shared, Sides::default()).await
+}
+
+/// The same, over connections that are open already.
+async fn learn_over(shared: &Arc<Shared>, open: Sides<Option<Client>>) -> Result<(), MoveError> {
     let config = shared.config.load_full();
     let world = shared.world.load_full();
-    let Believed { holds, life } = believed(&config).await?;
+    let Believed { holds, life, client } = believed(&config, open).await?;
     let authority = holds.phase.authority();
+    let client = match client {
+        Some(client) => client,
+        None => Shared::database(&config, authority).connect("crossfade").await?,
+    };
+    // From one phase with a mirror to another whoever has moved has seen to both sides, and clients wait.
+    let mut installs = world.generation == 0 || world.phase.mirror().is_none();
     if let Some(life) = life {
         // Before debts are numbered, and before the row is believed without the other side.
-        let client = Shared::database(&config, authority).connect("crossfade").await?;
         let mirrored = holds.phase.mirror().is_some();
         let begun = lives::authority(&client, authority, &life, holds.epoch, mirrored).await?;
         if begun.is_some_and(|begun| begun != Begun::First) {
             shared.metrics.new_lives.with_label_values(&[authority.name()]).inc();
         }
+        installs |= begun.is_some();
     }
     if world.generation > 0 && holds.epoch <= world.epoch {
         return Ok(());
     }
-    let client = Shared::database(&config, authority).connect("crossfade").await?;
     let catalog = if holds.phase.mirror().is_some() {
-        migrate::install(&client, authority).await?;
+        if installs {
+            migrate::install(&client, authority).await?;
+        }
         epoch::same(&client, authority, &config.definition()).await?;
         client.execute("SELECT crossfade.open_epoch($1)", &[&(holds.epoch as i64)]).await?;
         definitions(shared, &config, &world, holds).await?
@@ -59,7 +71,9 @@ pub async fn learn(shared: &Arc<Shared>) -> Result<(), MoveError> {
         Arc::new(Catalog::default())
     };
     // Before any debt is written in this world: the numbers of another side's ledger may be taken in this one.
-    draw_debt_numbers(shared, &client, authority).await;
+    if !installs || installed(&client, authority).await {
+        draw_debt_numbers(shared, &client).await;
+    }
     let generation = world.generation + 1;
     shared.world.store(Arc::new(World { epoch: holds.epoch, phase: holds.phase, generation, catalog }));
     shared.metrics.set_phase(holds.phase, holds.epoch);
@@ -72,10 +86,16 @@ struct Believed {
     holds: Holds,
     /// The life of the authority in which both sides have said so; None: one of them was not heard, or its schema has no place for it.
     life: Option<Life>,
+    /// To the authority.
+    client: Option<Client>,
 }
 
-async fn believed(config: &Config) -> Result<Believed, MoveError> {
-    let (old, new) = tokio::join!(config.old.connect("crossfade"), config.new.connect("crossfade"));
+async fn believed(config: &Config, open: Sides<Option<Client>>) -> Result<Believed, MoveError> {
+    let connect = async |open: Option<Client>, side| match open {
+        Some(client) if !client.is_closed() => Ok(client),
+        _ => Shared::database(config, side).connect("crossfade").await,
+    };
+    let (old, new) = tokio::join!(connect(open.old, Side::Old), connect(open.new, Side::New));
     // The life first: the row is no older.
     let read = async |client: &Result<Client, _>, side| match client {
         Ok(client) => Ok::<_, MoveError>(Some((lives::read(client, side).await?, rows::read(client, side).await?))),
@@ -94,12 +114,13 @@ async fn believed(config: &Config) -> Result<Believed, MoveError> {
         Verdict::Fresh => {
             let holds = Holds { epoch: 0, phase: Phase::Old };
             alone(holds, heard.old.clone().filter(|_| !both).and_then(|(life, _)| life))?;
-            Ok(Believed { holds, life: life(Side::Old) })
+            Ok(Believed { holds, life: life(Side::Old), client: old.ok() })
         }
         Verdict::Holds(holds) => {
             let side = holds.phase.authority();
             alone(holds, heard.get(side).as_ref().filter(|_| !both).and_then(|(life, _)| life.clone()))?;
-            Ok(Believed { holds, life: life(side) })
+            let client = if side == Side::Old { old.ok() } else { new.ok() };
+            Ok(Believed { holds, life: life(side), client })
         }
         Verdict::Unclaimed(holds) => {
             let side = holds.phase.authority();
@@ -123,7 +144,7 @@ async fn believed(config: &Config) -> Result<Believed, MoveError> {
                 // It was not heard in time, so that nothing is known of its row.
                 None => None,
             };
-            Ok(Believed { holds, life })
+            Ok(Believed { holds, life, client: None })
         }
     }
 }
@@ -182,13 +203,18 @@ async fn staying(config: &Config) -> Result<Arc<Catalog>, MoveError> {
     }
 }
 
-/// Numbers of debts are drawn at each start of a proxy, and again by each move. Where the schema cannot be had (a control role without rights, in
-/// phase old) the move to a phase with a mirror is the first to draw.
-async fn draw_debt_numbers(shared: &Shared, authority: &Client, side: Side) {
-    if let Err(error) = migrate::install(authority, side).await {
+/// The schema that ledger and numbers stand in. Where it cannot be had (a control role without rights, in phase old) the move to a phase with a mirror is
+/// the first to draw numbers.
+async fn installed(authority: &Client, side: Side) -> bool {
+    let installed = migrate::install(authority, side).await;
+    if let Err(error) = &installed {
         warn!(%error, "schema crossfade is not installed; phases with a mirror need it");
-        return;
     }
+    installed.is_ok()
+}
+
+/// Numbers of debts are drawn at each start of a proxy, and again by each move.
+async fn draw_debt_numbers(shared: &Shared, authority: &Client) {
     match mover::draw_block(authority).await {
         Ok(block) => shared.next_debt.store(block, Ordering::SeqCst),
         Err(error) => warn!(%error, "no numbers for debts could be drawn"),
@@ -203,6 +229,10 @@ pub struct Follower {
     still: Option<u64>,
     /// So many sessions may have a cursor WITH HOLD or listen, as the others know.
     holding: i64,
+    /// Another proxy has said that the authority will change; whether it knows that our sessions have logged in there.
+    coming: Option<(Side, bool)>,
+    /// Connections for when it has.
+    open: Sides<Option<Client>>,
 }
 
 /// Follows other proxies for as long as this one runs.
@@ -210,7 +240,7 @@ pub async fn follow(shared: Arc<Shared>, mut follower: Follower) {
     loop {
         tokio::select! {
             () = shared.overtaken.notified() => {}
-            () = tokio::time::sleep(if follower.still.is_some() { STILL } else { LOOK }) => {}
+            () = tokio::time::sleep(if follower.hurries() { STILL } else { LOOK }) => {}
         }
         let quiet = |seen: &Seen| seen.epoch <= shared.world.load().epoch && !seen.announced;
         match follower.look(&shared).await {
@@ -266,7 +296,28 @@ impl Follower {
             self.holding = holding;
         }
         let seen = tokio::time::timeout(SILENT, fleet::look(shared, eye)).await;
-        seen.map_err(|_| MoveError::Closed(format!("{side} does not answer")))?
+        let seen = seen.map_err(|_| MoveError::Closed(format!("{side} does not answer")))??;
+        let coming = seen.as_ref().and_then(|seen| seen.coming);
+        // Of an epoch that is over it is not heard any more; sessions have yet to follow.
+        let follows = seen.as_ref().is_some_and(|seen| seen.epoch > shared.world.load().epoch);
+        if coming != self.coming.map(|(side, _)| side) && !follows {
+            self.coming = coming.map(|side| (side, false));
+            let config = shared.config.load_full();
+            ahead::hear(shared, &config, coming).await;
+            self.open = if coming.is_some() { open(&config).await } else { Sides::default() };
+        }
+        if let (Some((side, false)), Some((_, eye)), Some(seen)) = (self.coming, &self.eye, &seen)
+            && ahead::all_have_tried(shared)
+        {
+            fleet::is_ready(shared, eye, seen.epoch).await?;
+            self.coming = Some((side, true));
+        }
+        Ok(seen)
+    }
+
+    /// Somebody waits for what it does next.
+    fn hurries(&self) -> bool {
+        self.still.is_some() || self.coming.is_some_and(|(_, told)| !told)
     }
 
     async fn act(&mut self, shared: &Arc<Shared>) -> Result<(), MoveError> {
@@ -274,10 +325,10 @@ impl Follower {
         let seen = match self.look(shared).await {
             Ok(seen) => seen.unwrap_or_default(),
             // The side that was authority may be gone for good: then the other is asked.
-            Err(_) => return go_along(shared).await,
+            Err(_) => return self.go_along(shared).await,
         };
         if seen.epoch > before.epoch {
-            go_along(shared).await?;
+            self.go_along(shared).await?;
         } else if seen.announced && self.still.is_none() {
             let Some((_, eye)) = &self.eye else { return Ok(()) };
             if fleet::fall_still(shared, eye, seen.epoch).await? {
@@ -298,18 +349,34 @@ impl Follower {
             fleet::stir(shared, eye).await?;
         }
         if self.look(shared).await?.is_some_and(|seen| seen.epoch > shared.world.load().epoch) {
-            go_along(shared).await?;
+            self.go_along(shared).await?;
         }
         self.still = None;
         shared.gate.open();
         Ok(())
     }
+
+    async fn go_along(&mut self, shared: &Arc<Shared>) -> Result<(), MoveError> {
+        go_along(shared, std::mem::take(&mut self.open)).await
+    }
+}
+
+/// Connections to both sides on which what a proxy looks at when the phase has moved was looked at before.
+async fn open(config: &Config) -> Sides<Option<Client>> {
+    let connect = async |side| {
+        let client = Shared::database(config, side).connect("crossfade").await.ok()?;
+        lives::read(&client, side).await.ok()?;
+        rows::read(&client, side).await.ok()?;
+        Some(client)
+    };
+    let (old, new) = tokio::join!(connect(Side::Old), connect(Side::New));
+    Sides { old, new }
 }
 
 /// Another proxy has moved the phase.
-async fn go_along(shared: &Arc<Shared>) -> Result<(), MoveError> {
+async fn go_along(shared: &Arc<Shared>, open: Sides<Option<Client>>) -> Result<(), MoveError> {
     let before = shared.world.load_full();
-    learn(shared).await?;
+    learn_over(shared, open).await?;
     let now = shared.world.load_full();
     if now.epoch == before.epoch {
         return Ok(());

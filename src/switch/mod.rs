@@ -1,6 +1,7 @@
 //! Moving between phases: the gate that transactions pass, the gates that a move must meet, the bell that calls idle sessions, the rows that say what
 //! holds, the mover.
 
+pub mod ahead;
 pub mod bell;
 mod copies;
 mod end;

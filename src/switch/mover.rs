@@ -16,7 +16,7 @@ use super::gates::{self, Gate};
 use super::ready::{Hands, Jobs, Ready, ready};
 use super::record::{self, Ask};
 use super::rows::{Holds, RowError};
-use super::{end, epoch, writers};
+use super::{ahead, end, epoch, writers};
 use crate::catalog::{self, Catalog, CatalogError};
 use crate::config::{Commit, Config};
 use crate::migrate;
@@ -194,6 +194,9 @@ pub async fn step(shared: &Arc<Shared>, want: Phase, ask: &Ask) -> Result<Phase,
         plan.leave_mirror(done).await;
     }
     hands.let_go().await;
+    if step.gains().is_some() {
+        ahead::over(shared, &config, ready.eyes.on(step.from.authority())).await;
+    }
     if let Some(announcement) = &plan.announcement {
         announcement.end().await;
     }

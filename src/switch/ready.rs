@@ -13,7 +13,7 @@ use super::gates::rules::{self, Step};
 use super::gates::{self, Gate, Name, Standing};
 use super::mover::{MoveError, Stays, draw_block};
 use super::record::Ask;
-use super::{epoch, fleet};
+use super::{ahead, epoch, fleet};
 use crate::catalog::{self, Catalog};
 use crate::config::Config;
 use crate::migrate;
@@ -152,13 +152,19 @@ pub(super) async fn ready(
             None => None,
         };
         let jobs = Jobs::open(config, step, &catalog).await?;
+        if let Some(gains) = step.gains() {
+            ahead::announce(shared, config, (eyes.must(from.authority())?, world.epoch), gains).await?;
+        }
         // The last before anybody is held.
         fleet::awake(shared, eyes.must(from.authority())?).await?;
         Ok((block, jobs))
     };
     match opened.await {
         Ok((block, jobs)) => Ok((Ready { catalog, block, eyes, facts, gates }, jobs)),
-        Err(error) => Err(Stays::at_once(error, gates)),
+        Err(error) => {
+            ahead::over(shared, config, None).await;
+            Err(Stays::at_once(error, gates))
+        }
     }
 }
 
