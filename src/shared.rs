@@ -173,6 +173,8 @@ pub struct Shared {
     pub registry: Registry,
     /// Sessions that may have a cursor WITH HOLD, or listen.
     pub holding: AtomicI64,
+    /// This process has run the schema's script there.
+    pub installed: Sides<AtomicBool>,
     /// An authority that is about to change.
     pub ahead: Ahead,
     /// Server processes that were cancelled because of a deadlock across both sides.

@@ -148,6 +148,9 @@ async fn a_login_before_a_move_may_come_to_nothing() {
     first.request_phase("new-primary");
     until("both have logged in on new", async || on_new("2").await).await;
     until("they leave when the move is given up", async || on_new("0").await).await;
+    // What was prepared for the move goes, and what was set must move all the same.
+    a.batch_execute("SET application_name = 'kept'").await.expect("sets");
+    a.batch_execute("DEALLOCATE ALL").await.expect("forgets");
     // The move is tried again and again: now the server ends what has logged in, and then the transaction ends.
     until("both have logged in on new again", async || on_new("2").await).await;
     let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'app' AND backend_type = 'client backend'";
@@ -158,6 +161,7 @@ async fn a_login_before_a_move_may_come_to_nothing() {
     for (id, client) in [(2, &a), (3, &b), (4, &holder)] {
         client.execute("INSERT INTO notes VALUES ($1)", &[&id]).await.expect("goes on");
     }
+    assert_eq!(a.query_one("SHOW application_name", &[]).await.expect("shows").get::<_, String>(0), "kept");
     first.settle().await;
     assert!(only_on_one(&databases).await.is_empty());
     assert_eq!(databases.new.run(DATABASE, "SELECT count(*) FROM notes").await.unwrap().trim(), "4");

@@ -83,12 +83,20 @@ impl Pool {
 
     /// Opens sessions until so many are not in use: they will be wanted all at once, for an epoch that has not begun.
     pub async fn fill(&self, db: &Database, wanted: usize) {
-        while self.idle.borrow().len() < wanted.min(self.limit) {
-            match MirrorConn::open(db, self.side, NOT_YET, None).await {
-                Ok(conn) => self.idle.borrow_mut().push(conn),
-                Err(error) => return debug!(side = %self.side, %error, "no sessions are opened beforehand"),
+        while self.idle.borrow().len() < wanted && self.sessions() < self.limit {
+            let open = MirrorConn::open(db, self.side, NOT_YET, None);
+            match tokio::time::timeout(db.connect_timeout, open).await {
+                Ok(Ok(conn)) if self.sessions() < self.limit => self.idle.borrow_mut().push(conn),
+                Ok(Ok(_)) => return,
+                Ok(Err(error)) => return debug!(side = %self.side, %error, "no sessions are opened beforehand"),
+                Err(_) => return debug!(side = %self.side, "no sessions are opened beforehand: it does not answer"),
             }
         }
+    }
+
+    /// The epoch for which they were opened has not come.
+    pub fn empty(&self) {
+        self.idle.borrow_mut().retain(|conn| conn.generation != NOT_YET);
     }
 
     /// Closes the sessions that are not in use (the mirror failed: they may be dead without knowing it).

@@ -154,7 +154,12 @@ async fn call(worker: Rc<Worker>) {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         }
-        if let Some(side) = worker.shared.ahead.side() {
+        let phase = worker.shared.world.load().phase;
+        let coming = worker.shared.ahead.side().filter(|side| *side != phase.authority());
+        if coming.is_none() {
+            worker.pools.get(phase.authority()).empty();
+        }
+        if let Some(side) = coming {
             let worker = worker.clone();
             tokio::task::spawn_local(async move {
                 let config = worker.shared.config.load_full();

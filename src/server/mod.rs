@@ -130,6 +130,7 @@ pub fn share(config: Config) -> Result<Shared, RunError> {
         renewed: Notify::new(),
         registry: crate::switch::fleet::Registry::new(),
         deadlocked: Default::default(),
+        installed: Default::default(),
         ahead: Default::default(),
         holding: AtomicI64::new(0),
         overtaken: Notify::new(),

@@ -163,7 +163,7 @@ impl Session {
     async fn what_moves(&mut self) -> Result<(Vec<(String, String)>, Vec<Bytes>), End> {
         self.check_stuck().await?;
         self.settings.stays = false;
-        self.ask_prepared(SETTINGS_NAME, SETTINGS).await?;
+        self.ask_at_last(SETTINGS_NAME, SETTINGS).await?;
         let settings = self.listed_and_more().await?;
         let mut prepared = Vec::new();
         if self.settings.sql_prepared {
@@ -181,7 +181,7 @@ impl Session {
 
     /// State that cannot move ends the session.
     pub(super) async fn check_stuck(&mut self) -> Result<(), End> {
-        self.ask_prepared(STUCK_NAME, STUCK).await?;
+        self.ask_at_last(STUCK_NAME, STUCK).await?;
         let stuck = self.first();
         if let Some(what) = stuck {
             return Err(End::Refused(Report::fatal(
@@ -233,6 +233,16 @@ impl Session {
         self.kept = Kept::default();
         self.put_ours(name, query, &[], &[], To::Us);
         self.sync_ours().await
+    }
+
+    /// The same, of a session that leaves. What was prepared may have gone unseen: a function of the client's may say DEALLOCATE ALL.
+    async fn ask_at_last(&mut self, name: &'static [u8], query: &'static [u8]) -> Result<(), End> {
+        self.ask_prepared(name, query).await?;
+        if self.kept.error.is_none() {
+            return Ok(());
+        }
+        self.ours_prepared.retain(|prepared| *prepared != name);
+        self.ask_ours(query).await
     }
 
     /// A Query of ours; its rows or its error are in `kept`.

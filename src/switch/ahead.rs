@@ -1,13 +1,13 @@
 //! Before the authority changes, with nobody held: every session of every proxy logs in to the other side beforehand, and so do the sessions that will mirror.
 //! Held clients then wait for no login. Nothing depends on it: whoever has not logged in when the move is made does so then.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio_postgres::Client;
 use tracing::debug;
 
-use crate::config::Config;
 use crate::phase::Side;
 use crate::shared::Shared;
 
@@ -41,14 +41,14 @@ impl Ahead {
     }
 
     /// One session has tried, whatever came of it, until what is returned is dropped.
-    pub fn count(shared: &std::sync::Arc<Shared>) -> Tried {
+    pub fn count(shared: &Arc<Shared>) -> Tried {
         shared.ahead.tried.fetch_add(1, Ordering::Relaxed);
         Tried(shared.clone())
     }
 }
 
 /// A session among those that have tried.
-pub struct Tried(std::sync::Arc<Shared>);
+pub struct Tried(Arc<Shared>);
 
 impl Drop for Tried {
     fn drop(&mut self) {
@@ -57,16 +57,20 @@ impl Drop for Tried {
 }
 
 /// This process has heard of it, or that it is over.
-pub async fn hear(shared: &Shared, config: &Config, side: Option<Side>) {
+pub fn hear(shared: &Arc<Shared>, side: Option<Side>) {
     if shared.ahead.side() == side {
         return;
     }
     shared.ahead.set(side);
     shared.call();
-    if let Some(side) = side
-        && let Err(error) = shared.registry.ready(config, side).await
-    {
-        debug!(%side, %error, "sessions cannot be entered there yet");
+    if let Some(side) = side {
+        // Beside whoever has heard: a server that does not answer holds nobody up.
+        let shared = shared.clone();
+        tokio::spawn(async move {
+            if let Err(error) = shared.registry.ready(&shared.config.load_full(), side).await {
+                debug!(%side, %error, "sessions cannot be entered there yet");
+            }
+        });
     }
 }
 
@@ -77,8 +81,7 @@ pub fn all_have_tried(shared: &Shared) -> bool {
 
 /// Says so to other proxies, by this connection to the authority, and waits until their sessions and ours have logged in.
 pub async fn announce(
-    shared: &Shared,
-    config: &Config,
+    shared: &Arc<Shared>,
     (authority, epoch): (&Client, u64),
     gains: Side,
 ) -> Result<(), tokio_postgres::Error> {
@@ -86,9 +89,11 @@ pub async fn announce(
         SELECT $1, $2, pid, backend_start, $3 FROM pg_catalog.pg_stat_activity WHERE pid = pg_catalog.pg_backend_pid() \
         ON CONFLICT (one) DO UPDATE SET epoch = excluded.epoch, side = excluded.side, pid = excluded.pid, start = excluded.start, proxy = excluded.proxy";
     let (me, epoch) = (shared.registry.id(), epoch as i64);
+    // What proxies have said before was about a move that was given up.
+    authority.execute("UPDATE crossfade.proxies SET ready = NULL WHERE ready IS NOT NULL", &[]).await?;
     authority.execute(sql, &[&epoch, &gains.name(), &me]).await?;
     let until = Instant::now() + WAITS;
-    hear(shared, config, Some(gains)).await;
+    hear(shared, Some(gains));
     let sql = "SELECT count(*) FROM crossfade.proxies p JOIN pg_catalog.pg_stat_activity a ON a.pid = p.pid AND a.backend_start IS NOT DISTINCT FROM p.start \
         WHERE p.id <> $1 AND p.ready IS DISTINCT FROM $2 AND a.query_start > clock_timestamp() - $3::text::interval";
     while Instant::now() < until {
@@ -102,8 +107,8 @@ pub async fn announce(
 }
 
 /// The move is over, or was given up.
-pub async fn over(shared: &Shared, config: &Config, losing: Option<&Client>) {
-    hear(shared, config, None).await;
+pub async fn over(shared: &Arc<Shared>, losing: Option<&Client>) {
+    hear(shared, None);
     if let Some(client) = losing {
         let sql = "DELETE FROM crossfade.coming WHERE proxy = $1";
         if let Err(error) = client.execute(sql, &[&shared.registry.id()]).await {

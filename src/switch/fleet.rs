@@ -78,16 +78,22 @@ impl Registry {
         if let Some((client, statement)) = open.as_ref().filter(|(client, _)| !client.is_closed()) {
             return Ok(Some((client.clone(), statement.clone())));
         }
+        // Others wait for it.
+        let opened = tokio::time::timeout(HEARS, Registry::connect(config, side)).await;
+        let opened = opened.map_err(|_| format!("{side} does not answer"))??;
+        open.clone_from(&opened);
+        Ok(opened)
+    }
+
+    async fn connect(config: &Config, side: Side) -> Result<Option<Enters>, String> {
         let client = Shared::database(config, side).connect("crossfade sessions").await;
         let client = Arc::new(client.map_err(|error| error.to_string())?);
         client.batch_execute("SET synchronous_commit = off").await.map_err(|error| error.to_string())?;
-        let statement = match client.prepare(ENTER).await {
-            Ok(statement) => statement,
-            Err(error) if missing(&error) => return Ok(None),
-            Err(error) => return Err(error.to_string()),
-        };
-        *open = Some((client.clone(), statement.clone()));
-        Ok(Some((client, statement)))
+        match client.prepare(ENTER).await {
+            Ok(statement) => Ok(Some((client, statement))),
+            Err(error) if missing(&error) => Ok(None),
+            Err(error) => Err(error.to_string()),
+        }
     }
 }
 

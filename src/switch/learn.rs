@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use tokio_postgres::Client;
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{debug, info, warn};
 
 use super::fleet::{self, Seen};
@@ -26,6 +27,9 @@ const LOOK: Duration = Duration::from_millis(250);
 /// ... and while clients are held for another proxy's move.
 const STILL: Duration = Duration::from_millis(20);
 
+/// A connection that was opened beforehand is used if its server answers within this time.
+const ANSWERS: Duration = Duration::from_millis(500);
+
 /// A side that does not answer for so long is taken for gone.
 const SILENT: Duration = Duration::from_secs(10);
 
@@ -44,8 +48,9 @@ async fn learn_over(shared: &Arc<Shared>, open: Sides<Option<Client>>) -> Result
         Some(client) => client,
         None => Shared::database(&config, authority).connect("crossfade").await?,
     };
-    // From one phase with a mirror to another whoever has moved has seen to both sides, and clients wait.
-    let mut installs = world.generation == 0 || world.phase.mirror().is_none();
+    // From one phase with a mirror to another clients wait: what this proxy has installed is there.
+    let known = shared.installed.get(authority).load(Ordering::Relaxed);
+    let mut installs = !known || world.phase.mirror().is_none();
     if let Some(life) = life {
         // Before debts are numbered, and before the row is believed without the other side.
         let mirrored = holds.phase.mirror().is_some();
@@ -61,6 +66,7 @@ async fn learn_over(shared: &Arc<Shared>, open: Sides<Option<Client>>) -> Result
     let catalog = if holds.phase.mirror().is_some() {
         if installs {
             migrate::install(&client, authority).await?;
+            shared.installed.get(authority).store(true, Ordering::Relaxed);
         }
         epoch::same(&client, authority, &config.definition()).await?;
         client.execute("SELECT crossfade.open_epoch($1)", &[&(holds.epoch as i64)]).await?;
@@ -176,6 +182,7 @@ async fn definitions(
     }
     if let Ok(mirror) = Shared::database(config, authority.other()).connect("crossfade").await {
         migrate::install(&mirror, authority.other()).await?;
+        shared.installed.get(authority.other()).store(true, Ordering::Relaxed);
     }
     let (catalog, whole) = mover::load_catalog(config, authority).await?;
     if !whole {
@@ -232,7 +239,7 @@ pub struct Follower {
     /// Another proxy has said that the authority will change; whether it knows that our sessions have logged in there.
     coming: Option<(Side, bool)>,
     /// Connections for when it has.
-    open: Sides<Option<Client>>,
+    open: Option<AbortOnDropHandle<Sides<Option<Client>>>>,
 }
 
 /// Follows other proxies for as long as this one runs.
@@ -272,7 +279,7 @@ pub async fn follow(shared: Arc<Shared>, mut follower: Follower) {
 
 impl Follower {
     /// Whoever moves must know of this proxy before it serves clients: one that is on no list is taken for dead, and its sessions are ended.
-    pub async fn appear(shared: &Shared) -> Follower {
+    pub async fn appear(shared: &Arc<Shared>) -> Follower {
         let mut follower = Follower::default();
         if let Err(error) = follower.look(shared).await {
             debug!(%error, "the other proxies do not know of this one yet");
@@ -281,7 +288,7 @@ impl Follower {
         follower
     }
 
-    async fn look(&mut self, shared: &Shared) -> Result<Option<Seen>, MoveError> {
+    async fn look(&mut self, shared: &Arc<Shared>) -> Result<Option<Seen>, MoveError> {
         let side = shared.world.load().phase.authority();
         if self.eye.as_ref().is_none_or(|(known, client)| *known != side || client.is_closed()) {
             let config = shared.config.load_full();
@@ -302,14 +309,15 @@ impl Follower {
         let follows = seen.as_ref().is_some_and(|seen| seen.epoch > shared.world.load().epoch);
         if coming != self.coming.map(|(side, _)| side) && !follows {
             self.coming = coming.map(|side| (side, false));
+            ahead::hear(shared, coming);
             let config = shared.config.load_full();
-            ahead::hear(shared, &config, coming).await;
-            self.open = if coming.is_some() { open(&config).await } else { Sides::default() };
+            self.open = coming.map(|_| AbortOnDropHandle::new(tokio::spawn(async move { open(&config).await })));
         }
         if let (Some((side, false)), Some((_, eye)), Some(seen)) = (self.coming, &self.eye, &seen)
             && ahead::all_have_tried(shared)
         {
-            fleet::is_ready(shared, eye, seen.epoch).await?;
+            let said = tokio::time::timeout(SILENT, fleet::is_ready(shared, eye, seen.epoch)).await;
+            said.map_err(|_| MoveError::Closed(format!("{} does not answer", side.other())))??;
             self.coming = Some((side, true));
         }
         Ok(seen)
@@ -357,7 +365,11 @@ impl Follower {
     }
 
     async fn go_along(&mut self, shared: &Arc<Shared>) -> Result<(), MoveError> {
-        go_along(shared, std::mem::take(&mut self.open)).await
+        let open = match self.open.take().filter(|open| open.is_finished()) {
+            Some(open) => answering(open.await.unwrap_or_default()).await,
+            None => Sides::default(),
+        };
+        go_along(shared, open).await
     }
 }
 
@@ -370,6 +382,17 @@ async fn open(config: &Config) -> Sides<Option<Client>> {
         Some(client)
     };
     let (old, new) = tokio::join!(connect(Side::Old), connect(Side::New));
+    Sides { old, new }
+}
+
+/// Those of which the server answers at once: it may have gone since.
+async fn answering(open: Sides<Option<Client>>) -> Sides<Option<Client>> {
+    let answers = async |client: Option<Client>| {
+        let client = client?;
+        let answer = tokio::time::timeout(ANSWERS, client.batch_execute("SELECT 1")).await;
+        answer.is_ok_and(|answer| answer.is_ok()).then_some(client)
+    };
+    let (old, new) = tokio::join!(answers(open.old), answers(open.new));
     Sides { old, new }
 }
 

@@ -195,7 +195,7 @@ pub async fn step(shared: &Arc<Shared>, want: Phase, ask: &Ask) -> Result<Phase,
     }
     hands.let_go().await;
     if step.gains().is_some() {
-        ahead::over(shared, &config, ready.eyes.on(step.from.authority())).await;
+        ahead::over(shared, ready.eyes.on(step.from.authority())).await;
     }
     if let Some(announcement) = &plan.announcement {
         announcement.end().await;

@@ -153,7 +153,7 @@ pub(super) async fn ready(
         };
         let jobs = Jobs::open(config, step, &catalog).await?;
         if let Some(gains) = step.gains() {
-            ahead::announce(shared, config, (eyes.must(from.authority())?, world.epoch), gains).await?;
+            ahead::announce(shared, (eyes.must(from.authority())?, world.epoch), gains).await?;
         }
         // The last before anybody is held.
         fleet::awake(shared, eyes.must(from.authority())?).await?;
@@ -162,7 +162,7 @@ pub(super) async fn ready(
     match opened.await {
         Ok((block, jobs)) => Ok((Ready { catalog, block, eyes, facts, gates }, jobs)),
         Err(error) => {
-            ahead::over(shared, config, None).await;
+            ahead::over(shared, None).await;
             Err(Stays::at_once(error, gates))
         }
     }
