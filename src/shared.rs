@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use bytes::Bytes;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use crate::auth::verifiers::Verifiers;
 use crate::backend::connect::Address;
@@ -175,6 +175,8 @@ pub struct Shared {
     pub holding: AtomicI64,
     /// This process has run the schema's script there.
     pub installed: Sides<AtomicBool>,
+    /// For sessions that move to another authority: so many at once.
+    pub turns: Arc<Semaphore>,
     /// An authority that is about to change.
     pub ahead: Ahead,
     /// Server processes that were cancelled because of a deadlock across both sides.

@@ -45,7 +45,7 @@ pub async fn version(client: &Client) -> Result<Option<i64>, Error> {
     let query = "SELECT pg_catalog.pg_sequence_last_value(pg_catalog.to_regclass('crossfade.version')::oid) \
         WHERE pg_catalog.to_regclass('crossfade.ddl') IS NOT NULL AND 2 = (SELECT pg_catalog.count(*) FROM pg_catalog.pg_event_trigger \
         WHERE evtname IN ('crossfade_ddl', 'crossfade_drop') AND evtenabled = 'A')";
-    Ok(client.query_opt(query, &[]).await?.and_then(|row| row.get(0)))
+    Ok(client.query_typed_opt(query, &[]).await?.and_then(|row| row.get(0)))
 }
 
 /// Version, then who is at work: whoever gave the version that was read has his lock still, or has ended and is visible to what is read later.

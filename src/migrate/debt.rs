@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
 use super::error::Error;
 use super::link::At;
@@ -53,12 +54,12 @@ pub async fn counts(authority_side: Side, authority: &Client, mirror: Option<&Cl
     let at = At { side: authority_side, client: authority, patience: PATIENCE };
     let size = "SELECT pg_total_relation_size('crossfade.ledger')";
     let mut counts =
-        Counts { ledger_bytes: at.rows("reading the ledger's size", size, &[]).await?[0].get(0), ..Counts::default() };
+        Counts { ledger_bytes: at.typed("reading the ledger's size", size, &[]).await?[0].get(0), ..Counts::default() };
     let entries = match mirror {
         Some(client) => {
             let mirror = At { side: authority_side.other(), client, patience: PATIENCE };
             let incarnation: String =
-                mirror.rows("reading the incarnation", "SELECT crossfade.incarnate()::text", &[]).await?[0].get(0);
+                mirror.typed("reading the incarnation", "SELECT crossfade.incarnate()::text", &[]).await?[0].get(0);
             payable::read(at, mirror, 0, ROWS, &incarnation).await?
         }
         None => payable::read_alone(at, ROWS).await?,
@@ -77,7 +78,7 @@ pub async fn counts(authority_side: Side, authority: &Client, mirror: Option<&Cl
     }
     if let Some(last) = entries.last() {
         let more = "SELECT EXISTS (SELECT FROM crossfade.ledger WHERE id > $1)";
-        counts.partial = at.rows("reading the ledger", more, &[&last.id]).await?[0].get(0);
+        counts.partial = at.typed("reading the ledger", more, &[(&last.id, Type::INT8)]).await?[0].get(0);
     }
     Ok(counts)
 }

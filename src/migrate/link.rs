@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio_postgres::types::ToSql;
+use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, CopyInSink, Row, Statement};
 
 use super::error::Error;
@@ -71,7 +71,25 @@ impl At<'_> {
         text: &str,
         parameters: &[Parameter<'_>],
     ) -> Result<Vec<Row>, Error> {
-        match tokio::time::timeout(self.patience, self.client.query(text, parameters)).await {
+        self.within(doing, self.client.query(text, parameters)).await
+    }
+
+    /// In one round trip: the parameters' types are known.
+    pub(crate) async fn typed(
+        &self,
+        doing: &'static str,
+        text: &str,
+        parameters: &[(Parameter<'_>, Type)],
+    ) -> Result<Vec<Row>, Error> {
+        self.within(doing, self.client.query_typed(text, parameters)).await
+    }
+
+    async fn within(
+        &self,
+        doing: &'static str,
+        answer: impl Future<Output = Result<Vec<Row>, tokio_postgres::Error>>,
+    ) -> Result<Vec<Row>, Error> {
+        match tokio::time::timeout(self.patience, answer).await {
             Ok(answer) => answer.map_err(|error| Error::from_driver(self.side, doing, &error)),
             Err(_) => Err(Error::Stalled { side: self.side, doing, after: self.patience }),
         }

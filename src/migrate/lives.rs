@@ -75,10 +75,10 @@ const DRAWN: &str = "SELECT pg_catalog.setval('crossfade.ledger_id', last_value 
 pub async fn read(client: &Client, side: Side) -> Result<Option<Life>, Error> {
     let failed = |error| Error::from_driver(side, "reading its life", &error);
     let there = "SELECT pg_catalog.to_regclass('crossfade.life') IS NOT NULL";
-    if !client.query_one(there, &[]).await.map_err(failed)?.get::<_, bool>(0) {
+    if !client.query_typed_one(there, &[]).await.map_err(failed)?.get::<_, bool>(0) {
         return Ok(None);
     }
-    let row = client.query_one(READ, &[]).await.map_err(failed)?;
+    let row = client.query_typed_one(READ, &[]).await.map_err(failed)?;
     let known = row.get::<_, Option<String>>(2).zip(row.get(3));
     Ok(Some(Life { now: (row.get(0), row.get(1)), known, doubt: row.get(4) }))
 }

@@ -2,6 +2,8 @@
 
 use std::collections::{HashMap, HashSet};
 
+use tokio_postgres::types::{ToSql, Type};
+
 use super::error::Error;
 use super::link::At;
 pub(crate) use super::rules::State;
@@ -78,9 +80,13 @@ pub(crate) async fn read(
     let found = fetch(authority, after, rows).await?;
     let asked = |row: &&Found| row.incarnation.as_deref() == Some(incarnation);
     let xids: Vec<i64> = found.iter().filter(asked).filter_map(|row| row.carrier_xid).collect();
-    let status = statuses(mirror, &xids).await?;
-    let carriers = alive(mirror, found.iter().filter_map(|row| row.carrier).collect()).await?;
-    let holders = alive(authority, found.iter().filter_map(|row| row.holder).collect()).await?;
+    // Who has not ended when it is asked for may have ended when it is looked for: it is asked first.
+    let of_mirror = async {
+        let status = statuses(mirror, &xids).await?;
+        Ok((status, alive(mirror, found.iter().filter_map(|row| row.carrier).collect()).await?))
+    };
+    let of_authority = alive(authority, found.iter().filter_map(|row| row.holder).collect());
+    let ((status, carriers), holders) = tokio::try_join!(of_mirror, of_authority)?;
     Ok(found
         .into_iter()
         .map(|row| {
@@ -133,7 +139,9 @@ pub(crate) async fn end_late(mirror: At<'_>, entries: &[Entry]) -> Result<(), Er
 }
 
 async fn fetch(authority: At<'_>, after: i64, rows: i64) -> Result<Vec<Found>, Error> {
-    let rows = authority.rows("reading the ledger", READ, &[&after, &rows, &BYTES]).await?;
+    let parameters: [(&(dyn ToSql + Sync), Type); 3] =
+        [(&after, Type::INT8), (&rows, Type::INT8), (&BYTES, Type::INT8)];
+    let rows = authority.typed("reading the ledger", READ, &parameters).await?;
     rows.iter()
         .map(|row| {
             let id = row.get(0);
@@ -179,7 +187,7 @@ pub(super) async fn statuses(mirror: At<'_>, xids: &[i64]) -> Result<HashMap<i64
     if xids.is_empty() {
         return Ok(HashMap::new());
     }
-    let rows = mirror.rows("asking for carriers", STATUS, &[&xids]).await?;
+    let rows = mirror.typed("asking for carriers", STATUS, &[(&xids, Type::INT8_ARRAY)]).await?;
     Ok(rows.iter().filter_map(|row| Some((row.get(0), row.get::<_, Option<String>>(1)?))).collect())
 }
 
@@ -201,6 +209,6 @@ async fn alive(at: At<'_>, backends: Vec<Backend>) -> Result<Alive, Error> {
     }
     let text =
         "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint FROM pg_stat_activity WHERE pid = ANY($1)";
-    let rows = at.rows("looking for backends", text, &[&pids]).await?;
+    let rows = at.typed("looking for backends", text, &[(&pids, Type::INT4_ARRAY)]).await?;
     Ok(Alive(rows.iter().map(|row| (row.get(0), row.get(1))).collect()))
 }

@@ -178,7 +178,7 @@ async fn positions((side, client): (Side, &Client)) -> Result<HashMap<Name, Posi
     let text = "SELECT n.nspname, c.relname, s.seqincrement, s.seqmin, s.seqmax, s.seqcycle FROM pg_catalog.pg_sequence s \
         JOIN pg_catalog.pg_class c ON c.oid = s.seqrelid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace \
         WHERE c.relpersistence <> 't' AND n.nspname NOT IN ('pg_catalog', 'information_schema', 'crossfade') ORDER BY 1, 2";
-    let rows = client.query(text, &[]).await.map_err(failed)?;
+    let rows = client.query_typed(text, &[]).await.map_err(failed)?;
     let mut found = HashMap::new();
     for rows in rows.chunks(200) {
         let names: Vec<Name> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
@@ -190,7 +190,7 @@ async fn positions((side, client): (Side, &Client)) -> Result<HashMap<Name, Posi
             })
             .collect();
         for (n, state) in client
-            .query(&selects.join(" UNION ALL "), &[])
+            .query_typed(&selects.join(" UNION ALL "), &[])
             .await
             .map_err(failed)?
             .iter()
@@ -222,7 +222,7 @@ async fn owners((side, client): (Side, &Client), catalog: &Catalog) -> Result<Ha
         JOIN pg_catalog.pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid \
         WHERE d.classid = 'pg_catalog.pg_class'::regclass AND d.refclassid = 'pg_catalog.pg_class'::regclass AND d.deptype IN ('a', 'i')";
     let rows = client
-        .query(text, &[])
+        .query_typed(text, &[])
         .await
         .map_err(|error| Error::from_driver(side, "reading owners of sequences", &error))?;
     Ok(rows

@@ -21,7 +21,7 @@ use std::sync::atomic::AtomicI64;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tracing::warn;
 
 use crate::auth::verifiers::Verifiers;
@@ -131,6 +131,7 @@ pub fn share(config: Config) -> Result<Shared, RunError> {
         registry: crate::switch::fleet::Registry::new(),
         deadlocked: Default::default(),
         installed: Default::default(),
+        turns: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, usize::from))),
         ahead: Default::default(),
         holding: AtomicI64::new(0),
         overtaken: Notify::new(),

@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::sync::OwnedSemaphorePermit;
 use tracing::{debug, warn};
 
 use super::books::There;
@@ -17,19 +19,33 @@ use crate::wire::conn::Conn;
 use crate::wire::frame::{self, Report};
 use crate::wire::stream::Stream;
 
-const STUCK_NAME: &[u8] = b"crossfade_stuck";
 /// State that cannot move: whoever has it is ended, and connects again.
-const STUCK: &[u8] = b"SELECT CASE \
-    WHEN EXISTS (SELECT FROM pg_catalog.pg_listening_channels()) THEN 'LISTEN' \
-    WHEN EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable) THEN 'a cursor WITH HOLD' \
-    WHEN EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace = pg_catalog.pg_my_temp_schema() AND relkind = 'r') THEN 'a temporary table' \
-    WHEN EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND pid = pg_catalog.pg_backend_pid()) THEN 'a session advisory lock' \
-    END";
+macro_rules! stuck {
+    () => {
+        "SELECT CASE \
+        WHEN EXISTS (SELECT FROM pg_catalog.pg_listening_channels()) THEN 'LISTEN' \
+        WHEN EXISTS (SELECT FROM pg_catalog.pg_cursors WHERE is_holdable) THEN 'a cursor WITH HOLD' \
+        WHEN EXISTS (SELECT FROM pg_catalog.pg_class WHERE relnamespace = pg_catalog.pg_my_temp_schema() AND relkind = 'r') THEN 'a temporary table' \
+        WHEN EXISTS (SELECT FROM pg_catalog.pg_locks WHERE locktype = 'advisory' AND pid = pg_catalog.pg_backend_pid()) THEN 'a session advisory lock' \
+        END"
+    };
+}
+const STUCK: &[u8] = stuck!().as_bytes();
 
-const SETTINGS_NAME: &[u8] = b"crossfade_settings";
-/// What SET and set_config have left behind.
-const SETTINGS: &[u8] = b"SELECT name, setting FROM pg_catalog.pg_settings WHERE source = 'session' \
-    AND name NOT IN ('transaction_isolation', 'transaction_read_only', 'transaction_deferrable', 'session_authorization', 'role', 'is_superuser')";
+const MOVES_NAME: &[u8] = b"crossfade_moves";
+/// That, without a second value, and what SET and set_config have left behind: name and value.
+const MOVES: &[u8] = concat!(
+    stuck!(),
+    ", NULL UNION ALL SELECT name, setting FROM pg_catalog.pg_settings WHERE source = 'session' AND name NOT IN \
+    ('transaction_isolation', 'transaction_read_only', 'transaction_deferrable', 'session_authorization', 'role', 'is_superuser')"
+)
+.as_bytes();
+
+/// Other sessions are let pass for no longer: a server that is far away takes its time for each, and could take many at once.
+const TURN: Duration = Duration::from_millis(50);
+
+/// The session that was left is closed this much later at most: many that end at once would hold up those that have just begun.
+const LINGERS: Duration = Duration::from_secs(1);
 
 /// What SQL PREPARE has left behind.
 const PREPARED: &[u8] = b"SELECT statement FROM pg_catalog.pg_prepared_statements WHERE from_sql";
@@ -69,6 +85,16 @@ pub(super) async fn connect(
         db = config.old.clone();
     }
     connect::connect(&db, &login.credentials, &parameters, minor).await.map_err(|error| refusal(side, &error))
+}
+
+/// Ends a server session, somewhat later.
+fn leave(mut server: Conn<Stream>) {
+    let lingers = LINGERS.mul_f64(rand::random());
+    tokio::task::spawn_local(async move {
+        tokio::time::sleep(lingers).await;
+        frame::terminate(&mut server.out);
+        let _ = tokio::time::timeout(Duration::from_secs(1), server.flush()).await;
+    });
 }
 
 fn refusal(side: Side, error: &ConnectError) -> Report {
@@ -120,11 +146,10 @@ impl Session {
                 (Conn::new(connected.stream, connected.buf), connected.address)
             }
         };
-        frame::terminate(&mut self.server.out);
-        let _ = tokio::time::timeout(std::time::Duration::from_secs(1), self.server.flush()).await;
+        leave(std::mem::replace(&mut self.server, server));
         self.shared.metrics.servers(self.side).dec();
         self.shared.metrics.servers(side).inc();
-        (self.server, self.address) = (server, address);
+        self.address = address;
         self.side = side;
         self.queue = Queue::default();
         self.ours_prepared.clear();
@@ -161,9 +186,9 @@ impl Session {
 
     /// Settings by name, and texts of SQL PREPARE.
     async fn what_moves(&mut self) -> Result<(Vec<(String, String)>, Vec<Bytes>), End> {
-        self.check_stuck().await?;
+        self.ask_at_last(MOVES_NAME, MOVES).await?;
+        self.refuse_stuck()?;
         self.settings.stays = false;
-        self.ask_at_last(SETTINGS_NAME, SETTINGS).await?;
         let settings = self.listed_and_more().await?;
         let mut prepared = Vec::new();
         if self.settings.sql_prepared {
@@ -175,15 +200,22 @@ impl Session {
 
     /// Asks what will be asked when the session moves, so that its server has prepared it.
     pub(super) async fn ask_what_moves(&mut self) -> Result<(), End> {
-        self.ask_prepared(STUCK_NAME, STUCK).await?;
-        self.ask_prepared(SETTINGS_NAME, SETTINGS).await
+        self.ask_prepared(MOVES_NAME, MOVES).await
+    }
+
+    /// Waits for a few others of this proxy that move to another authority: the first of many clients goes on sooner, and the last no later.
+    pub(super) async fn take_turn(&self) -> Option<OwnedSemaphorePermit> {
+        tokio::time::timeout(TURN, self.shared.turns.clone().acquire_owned()).await.ok()?.ok()
     }
 
     /// State that cannot move ends the session.
     pub(super) async fn check_stuck(&mut self) -> Result<(), End> {
-        self.ask_at_last(STUCK_NAME, STUCK).await?;
-        let stuck = self.first();
-        if let Some(what) = stuck {
+        self.ask_ours(STUCK).await?;
+        self.refuse_stuck()
+    }
+
+    fn refuse_stuck(&self) -> Result<(), End> {
+        if let Some(what) = self.kept.rows.iter().find(|row| text(row, 1).is_none()).and_then(|row| text(row, 0)) {
             return Err(End::Refused(Report::fatal(
                 "57P01",
                 format!(

@@ -111,10 +111,12 @@ impl Session {
             Some(Aside::Replication) => return self.may_replicate(),
         };
         let gate = gate.clone();
+        let mut turn = None;
         loop {
             if !self.known && self.aside.is_none() {
                 self.make_known().await?;
             }
+            drop(turn.take());
             let pass = match gate.try_enter() {
                 Some(pass) => pass,
                 None => gate.clone().enter().await.ok_or_else(ending)?,
@@ -136,6 +138,7 @@ impl Session {
             if self.world.phase.authority() == self.side {
                 return Ok(());
             }
+            turn = self.take_turn().await;
             self.carry_over().await?;
             // It is another server session now, which nobody knows.
             self.known = false;

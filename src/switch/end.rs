@@ -122,7 +122,7 @@ impl Eyes {
     }
 
     /// Adds to the history, on both sides if they can be reached, how long a move has held clients.
-    pub async fn paused(&self, epoch: u64, pause: record::Pause) {
+    pub async fn paused(&self, epoch: u64, pause: &record::Pause) {
         for client in Side::BOTH.into_iter().filter_map(|side| self.on(side)) {
             let noted = tokio::time::timeout(NOTED, record::paused(client, epoch, pause)).await;
             if !matches!(noted, Ok(Ok(()))) {

@@ -10,6 +10,9 @@ use super::mover::MoveError;
 use super::rows::{self, Holds, RowError};
 use crate::phase::Side;
 
+/// A mover that has written its rows and does not commit them within this time (milliseconds) is frozen, or cut off.
+const FROZEN_MS: u64 = 10_000;
+
 /// Begins a move on the side that is authority: nobody else moves until this connection's transaction ends. Its row must still be of `epoch`, and while
 /// writes are mirrored say what this proxy's file says (`definition`).
 pub async fn begin(authority: &Client, side: Side, epoch: u64, definition: Option<&str>) -> Result<(), MoveError> {
@@ -77,6 +80,12 @@ pub async fn close(
     }
 }
 
+/// Asks once, within whatever transaction is open, for what a move asks with clients held: the server then has at hand what it needs for it.
+pub async fn warm(client: &Client, epoch: u64) -> Result<(), tokio_postgres::Error> {
+    let sql = format!("SELECT crossfade.close_epochs(0); SELECT crossfade.open_epoch({epoch})");
+    client.batch_execute(&sql).await
+}
+
 /// The row of a later epoch, its table, and the end of all epochs before it; the fence goes up where the side is not the authority: in one transaction.
 pub async fn turn(
     client: &Client,
@@ -85,16 +94,36 @@ pub async fn turn(
     holds: Holds,
     event: (&str, &serde_json::Value),
 ) -> Result<(), RowError> {
+    prepare(client, side, name, holds, event).await?;
+    commit(client, side).await
+}
+
+/// All of it but the COMMIT. The server ends the transaction of a mover that goes no further.
+pub async fn prepare(
+    client: &Client,
+    side: Side,
+    name: (&str, Option<&str>),
+    holds: Holds,
+    event: (&str, &serde_json::Value),
+) -> Result<(), RowError> {
     let failed = |error| RowError::Database { side, error };
     // One that `begin` or `close` has opened goes on.
-    client.batch_execute("BEGIN; SET LOCAL synchronous_commit = on").await.map_err(failed)?;
+    let begin = format!(
+        "BEGIN; SET LOCAL synchronous_commit = on; SET LOCAL idle_in_transaction_session_timeout = {FROZEN_MS}"
+    );
+    client.batch_execute(&begin).await.map_err(failed)?;
     rows::write(client, side, name, holds, event).await?;
     let epoch = holds.epoch;
     let open =
         if holds.phase.mirror().is_some() { format!("SELECT crossfade.open_epoch({epoch});") } else { String::new() };
     let fence = format!("SELECT crossfade.fence_side({epoch}, {});", holds.phase.authority() != side);
-    let turned = format!("SELECT crossfade.close_epochs({epoch}); {open} {fence} COMMIT");
+    let turned = format!("SELECT crossfade.close_epochs({epoch}); {open} {fence}");
     client.batch_execute(&turned).await.map_err(failed)
+}
+
+/// From here on it holds.
+pub async fn commit(client: &Client, side: Side) -> Result<(), RowError> {
+    client.batch_execute("COMMIT").await.map_err(|error| RowError::Database { side, error })
 }
 
 /// Transactions that hold an epoch's lock for long and are no client's of a proxy: a dump, say. They would hold everybody up.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio_postgres::error::SqlState;
+use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Statement};
 use tracing::{debug, warn};
 
@@ -163,7 +164,7 @@ pub async fn look(shared: &Shared, eye: &Client) -> Result<Option<Seen>, MoveErr
         (SELECT v.side FROM crossfade.coming v JOIN pg_catalog.pg_stat_activity a ON a.pid = v.pid \
         WHERE v.epoch = coalesce(m.epoch, 0) AND a.backend_start IS NOT DISTINCT FROM v.start AND v.proxy <> $1) \
         FROM (SELECT 1) AS one LEFT JOIN crossfade.migration m ON true";
-    match eye.query_one(sql, &[&shared.registry.id]).await {
+    match eye.query_typed_one(sql, &[(&shared.registry.id, Type::TEXT)]).await {
         Ok(row) => {
             let coming =
                 row.get::<_, Option<&str>>(2).and_then(|side| Side::BOTH.into_iter().find(|one| one.name() == side));

@@ -15,7 +15,7 @@ use super::record;
 use super::rows::{self, Holds, Verdict};
 use super::{ahead, epoch};
 use crate::catalog::{Catalog, Sides};
-use crate::config::Config;
+use crate::config::{Config, ConnectError};
 use crate::migrate;
 use crate::migrate::lives::{self, Begun, Life};
 use crate::phase::{Phase, Side};
@@ -68,8 +68,11 @@ async fn learn_over(shared: &Arc<Shared>, open: Sides<Option<Client>>) -> Result
             migrate::install(&client, authority).await?;
             shared.installed.get(authority).store(true, Ordering::Relaxed);
         }
-        epoch::same(&client, authority, &config.definition()).await?;
-        client.execute("SELECT crossfade.open_epoch($1)", &[&(holds.epoch as i64)]).await?;
+        let open_epoch = format!("SELECT crossfade.open_epoch({})", holds.epoch);
+        let definition = config.definition();
+        tokio::try_join!(epoch::same(&client, authority, &definition), async {
+            Ok(client.batch_execute(&open_epoch).await?)
+        })?;
         definitions(shared, &config, &world, holds).await?
     } else if authority == Side::New {
         staying(&config).await?
@@ -96,18 +99,39 @@ struct Believed {
     client: Option<Client>,
 }
 
-async fn believed(config: &Config, open: Sides<Option<Client>>) -> Result<Believed, MoveError> {
-    let connect = async |open: Option<Client>, side| match open {
-        Some(client) if !client.is_closed() => Ok(client),
-        _ => Shared::database(config, side).connect("crossfade").await,
-    };
-    let (old, new) = tokio::join!(connect(open.old, Side::Old), connect(open.new, Side::New));
+/// The life of a side, and its phase row.
+type Heard = (Option<Life>, Option<Holds>);
+
+async fn hear(client: &Client, side: Side) -> Result<Heard, MoveError> {
     // The life first: the row is no older.
-    let read = async |client: &Result<Client, _>, side| match client {
-        Ok(client) => Ok::<_, MoveError>(Some((lives::read(client, side).await?, rows::read(client, side).await?))),
-        Err(_) => Ok(None),
-    };
-    let heard = Sides { old: read(&old, Side::Old).await?, new: read(&new, Side::New).await? };
+    let life = lives::read(client, side).await?;
+    Ok((life, rows::read(client, side).await?))
+}
+
+/// A side that cannot be reached is not heard. `open`: a connection that may serve, if its server answers.
+async fn ask(
+    config: &Config,
+    open: Option<Client>,
+    side: Side,
+) -> Result<(Result<Client, ConnectError>, Option<Heard>), MoveError> {
+    if let Some(client) = open
+        && let Ok(Ok(heard)) = tokio::time::timeout(ANSWERS, hear(&client, side)).await
+    {
+        return Ok((Ok(client), Some(heard)));
+    }
+    match Shared::database(config, side).connect("crossfade").await {
+        Ok(client) => {
+            let heard = hear(&client, side).await?;
+            Ok((Ok(client), Some(heard)))
+        }
+        Err(error) => Ok((Err(error), None)),
+    }
+}
+
+async fn believed(config: &Config, open: Sides<Option<Client>>) -> Result<Believed, MoveError> {
+    let both = tokio::try_join!(ask(config, open.old, Side::Old), ask(config, open.new, Side::New));
+    let ((old, of_old), (new, of_new)) = both?;
+    let heard = Sides { old: of_old, new: of_new };
     let both = heard.old.is_some() && heard.new.is_some();
     let row = |side: Side| heard.get(side).as_ref().and_then(|(_, row)| *row);
     let life = |side: Side| heard.get(side).as_ref().filter(|_| both).and_then(|(life, _)| life.clone());
@@ -366,7 +390,7 @@ impl Follower {
 
     async fn go_along(&mut self, shared: &Arc<Shared>) -> Result<(), MoveError> {
         let open = match self.open.take().filter(|open| open.is_finished()) {
-            Some(open) => answering(open.await.unwrap_or_default()).await,
+            Some(open) => open.await.unwrap_or_default(),
             None => Sides::default(),
         };
         go_along(shared, open).await
@@ -377,22 +401,10 @@ impl Follower {
 async fn open(config: &Config) -> Sides<Option<Client>> {
     let connect = async |side| {
         let client = Shared::database(config, side).connect("crossfade").await.ok()?;
-        lives::read(&client, side).await.ok()?;
-        rows::read(&client, side).await.ok()?;
+        hear(&client, side).await.ok()?;
         Some(client)
     };
     let (old, new) = tokio::join!(connect(Side::Old), connect(Side::New));
-    Sides { old, new }
-}
-
-/// Those of which the server answers at once: it may have gone since.
-async fn answering(open: Sides<Option<Client>>) -> Sides<Option<Client>> {
-    let answers = async |client: Option<Client>| {
-        let client = client?;
-        let answer = tokio::time::timeout(ANSWERS, client.batch_execute("SELECT 1")).await;
-        answer.is_ok_and(|answer| answer.is_ok()).then_some(client)
-    };
-    let (old, new) = tokio::join!(answers(open.old), answers(open.new));
     Sides { old, new }
 }
 

@@ -1,7 +1,7 @@
 //! Moving the phase: step by step, each behind the gate that transactions pass.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -15,13 +15,13 @@ use super::gates::rules::{self, Step};
 use super::gates::{self, Gate};
 use super::ready::{Hands, Jobs, Ready, ready};
 use super::record::{self, Ask};
-use super::rows::{Holds, RowError};
+use super::rows::{self, Holds, RowError};
 use super::{ahead, end, epoch, writers};
 use crate::catalog::{self, Catalog, CatalogError};
 use crate::config::{Commit, Config};
 use crate::migrate;
 use crate::phase::{Phase, Side};
-use crate::shared::{Shared, World};
+use crate::shared::{Shared, World, lock};
 
 /// Why the phase stays.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +51,7 @@ pub enum MoveError {
     #[error(transparent)]
     Job(#[from] migrate::Error),
     /// A database said no.
-    #[error("{0}")]
+    #[error("{}", rows::said(.0))]
     Database(#[from] tokio_postgres::Error),
 }
 
@@ -89,7 +89,7 @@ const ROW: Duration = Duration::from_secs(5);
 /// A block of 2^32 numbers for debts, from the sequence of the side whose ledger they stand in: nextval in a client's session would change
 /// its lastval().
 pub async fn draw_block(authority: &Client) -> Result<i64, tokio_postgres::Error> {
-    let row = authority.query_one("SELECT pg_catalog.nextval('crossfade.ledger_id')", &[]).await?;
+    let row = authority.query_typed_one("SELECT pg_catalog.nextval('crossfade.ledger_id')", &[]).await?;
     Ok(row.get::<_, i64>(0) << 32)
 }
 
@@ -179,6 +179,7 @@ pub async fn step(shared: &Arc<Shared>, want: Phase, ask: &Ask) -> Result<Phase,
         ready: &ready,
         world: &world,
         announcement,
+        laps: Mutex::default(),
     };
     shared.gate.close();
     let outcome = plan.behind_the_gate(&mut jobs).await;
@@ -227,6 +228,8 @@ struct Move<'a> {
     world: &'a World,
     /// Where other proxies hold no locks: they know.
     announcement: Option<Announcement>,
+    /// What was done with clients held, and when.
+    laps: Mutex<Vec<(&'static str, Duration)>>,
 }
 
 /// What was done with clients held.
@@ -242,7 +245,7 @@ struct Done {
 impl Move<'_> {
     /// For who wants to know what a pause was made of.
     fn lap(&self, done: &'static str) {
-        debug!(done, after_us = self.started.elapsed().as_micros() as u64, "clients are held");
+        lock(&self.laps).push((done, self.started.elapsed()));
     }
 
     /// With every client transaction ended and new ones waiting.
@@ -294,7 +297,8 @@ impl Move<'_> {
             }
         };
         info!(%from, %to, who = %self.ask.who, pause_ms = held.as_millis() as u64, "the phase has moved");
-        self.ready.eyes.paused(done.epoch, record::Pause { held, waited: done.waited }).await;
+        let laps = lock(&self.laps).clone();
+        self.ready.eyes.paused(done.epoch, &record::Pause { held, waited: done.waited, laps }).await;
         if let Some(copies) = done.copies {
             copies.run().await;
         }
@@ -375,6 +379,7 @@ impl Move<'_> {
         if let Some(side) = writers_on(from, to) {
             writers::gone(self.hands.on(side)?, catalog, side, deadline, self.terminate).await?;
         }
+        self.lap("nobody writes");
         if self.config.fence && from.authority() != to.authority() {
             let side = from.authority();
             let tables: Vec<u32> = catalog.tables.values().map(|table| *table.oid.get(side)).collect();
@@ -385,7 +390,6 @@ impl Move<'_> {
             // Nobody else owes anything yet.
             self.number_debts();
             let authority = self.hands.on(to.authority())?;
-            self.lap("nobody writes");
             copies = owe_everything(self.shared, authority, catalog, jobs.keyless.take()).await?;
             self.lap("everything is owed");
         }
@@ -399,10 +403,15 @@ impl Move<'_> {
             nothing_owed(self.shared, self.hands.on(from.authority())?, from, jobs.repair.as_mut(), deadline).await?;
             self.lap("nothing is owed");
             let losing = (from.authority(), self.hands.on(from.authority())?);
-            let gaining = (to.authority(), self.hands.on(to.authority())?);
+            // Not by the hands, whose transaction keeps this epoch closed there.
+            let gaining = (to.authority(), self.ready.eyes.must(to.authority())?);
             migrate::sequences::sequences(losing, gaining, catalog, SEQUENCE_MARGIN).await?;
             // What verify found here in an earlier stretch is not about the side that loses.
-            gaining.1.batch_execute("DELETE FROM crossfade.verified").await?;
+            let removed = gaining.1.batch_execute("DELETE FROM crossfade.verified").await;
+            removed.map_err(|error| {
+                let said = rows::said(&error);
+                MoveError::Held(format!("what verify found on {} could not be removed: {said}; clients were released and the phase stays {from}", gaining.0))
+            })?;
             self.lap("sequences are set");
         }
         Ok((copies, self.look_again().await?))
@@ -429,10 +438,15 @@ impl Move<'_> {
     async fn write_rows(&self, hands: &Hands, epoch: u64, detail: &Value) -> Result<(), MoveError> {
         let holds = Holds { epoch, phase: self.to };
         let (losing, gaining) = (self.from.authority(), self.to.authority());
-        self.write_row(hands, losing, holds, ("move", detail)).await?;
         if losing != gaining {
-            return self.write_row(hands, gaining, holds, ("move", detail)).await;
+            // What takes time comes before the first COMMIT: from then on other proxies' sessions wake up.
+            let ours = self.prepare_row(hands, losing, holds, ("move", detail));
+            tokio::try_join!(ours, self.prepare_row(hands, gaining, holds, ("move", detail)))?;
+            self.lap("the rows are prepared");
+            self.commit_row(hands, losing).await?;
+            return self.commit_row(hands, gaining).await;
         }
+        self.write_row(hands, losing, holds, ("move", detail)).await?;
         if !self.leaves_mirror() {
             self.write_other(hands, holds, detail).await;
         }
@@ -469,13 +483,24 @@ impl Move<'_> {
     }
 
     async fn write_row(&self, hands: &Hands, side: Side, holds: Holds, event: (&str, &Value)) -> Result<(), MoveError> {
+        self.prepare_row(hands, side, holds, event).await?;
+        self.commit_row(hands, side).await
+    }
+
+    async fn prepare_row(
+        &self,
+        hands: &Hands,
+        side: Side,
+        holds: Holds,
+        event: (&str, &Value),
+    ) -> Result<(), MoveError> {
         let definition = self.config.definition();
         let name = (self.config.name.as_str(), Some(definition.as_str()));
-        let write = epoch::turn(hands.on(side)?, side, name, holds, event);
-        match tokio::time::timeout(ROW, write).await {
-            Ok(written) => Ok(written?),
-            Err(_) => Err(MoveError::Held(format!("{side} has not written its phase row within {ROW:?}"))),
-        }
+        in_time(side, epoch::prepare(hands.on(side)?, side, name, holds, event)).await
+    }
+
+    async fn commit_row(&self, hands: &Hands, side: Side) -> Result<(), MoveError> {
+        in_time(side, epoch::commit(hands.on(side)?, side)).await
     }
 
     /// A row could not be written, or nobody knows whether it was: before clients go on it must be certain what holds. The move is withdrawn by a
@@ -512,6 +537,14 @@ impl Move<'_> {
     }
 }
 
+/// A phase row, or its COMMIT.
+async fn in_time(side: Side, write: impl Future<Output = Result<(), RowError>>) -> Result<(), MoveError> {
+    match tokio::time::timeout(ROW, write).await {
+        Ok(written) => Ok(written?),
+        Err(_) => Err(MoveError::Held(format!("{side} has not written its phase row within {ROW:?}"))),
+    }
+}
+
 /// Debts in flight are cleared, what is owed is paid; then nothing may be left, and no transaction under way to the mirror (`best-effort` has no
 /// debts that would show it).
 async fn nothing_owed(
@@ -522,7 +555,7 @@ async fn nothing_owed(
     deadline: Instant,
 ) -> Result<(), MoveError> {
     loop {
-        let row = ledger.query_one("SELECT count(*) FROM crossfade.ledger", &[]).await?;
+        let row = ledger.query_typed_one("SELECT count(*) FROM crossfade.ledger", &[]).await?;
         let left: i64 = row.get(0);
         if left == 0 && shared.paid.carrying.load(Ordering::SeqCst) == 0 {
             return Ok(());
@@ -534,7 +567,10 @@ async fn nothing_owed(
             )));
         }
         if let Some(repair) = &mut repair {
-            repair.pass().await?;
+            let pass = repair.pass().await?;
+            if pass.owed == 0 && pass.in_flight == 0 && pass.cleared > 0 {
+                continue;
+            }
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }

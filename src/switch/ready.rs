@@ -13,7 +13,7 @@ use super::gates::rules::{self, Step};
 use super::gates::{self, Gate, Name, Standing};
 use super::mover::{MoveError, Stays, draw_block};
 use super::record::Ask;
-use super::{ahead, epoch, fleet};
+use super::{ahead, epoch, fleet, writers};
 use crate::catalog::{self, Catalog};
 use crate::config::Config;
 use crate::migrate;
@@ -151,7 +151,10 @@ pub(super) async fn ready(
             Some(_) => Some(draw_block(hands.on(to.authority())?).await?),
             None => None,
         };
-        let jobs = Jobs::open(config, step, &catalog).await?;
+        let mut jobs = Jobs::open(config, step, &catalog).await?;
+        if from.mirror().is_some() {
+            warm(hands, world, &catalog, step, &mut jobs).await?;
+        }
         if let Some(gains) = step.gains() {
             ahead::announce(shared, (eyes.must(from.authority())?, world.epoch), gains).await?;
         }
@@ -166,6 +169,19 @@ pub(super) async fn ready(
             Err(Stays::at_once(error, gates))
         }
     }
+}
+
+/// What is asked with clients held is asked once now; and of what is in flight most is cleared, so that little is left.
+async fn warm(hands: &Hands, world: &World, catalog: &Catalog, step: Step, jobs: &mut Jobs) -> Result<(), MoveError> {
+    for side in Side::BOTH.into_iter().filter(|side| step.needs(*side)) {
+        epoch::warm(hands.on(side)?, world.epoch).await?;
+    }
+    let side = step.from.authority();
+    writers::warm(hands.on(side)?, catalog, side).await?;
+    if let Some(repair) = &mut jobs.repair {
+        repair.pass().await?;
+    }
+    Ok(())
 }
 
 /// What lazy tables need on new, while old is the authority.

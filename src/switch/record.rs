@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
 use super::gates::{Force, Gate, Standing};
 use crate::phase::{Phase, Side};
@@ -72,20 +73,24 @@ pub async fn note(client: &Client, epoch: u64, event: &str, detail: &Value) -> R
 }
 
 /// Adds how long the move to that epoch has held clients.
-pub async fn paused(client: &Client, epoch: u64, pause: Pause) -> Result<(), tokio_postgres::Error> {
-    let text = "UPDATE crossfade.history SET detail = detail || jsonb_build_object('pause_ms', $2::float8, 'waited_ms', $3::float8) \
-        WHERE epoch = $1 AND event = 'move'";
-    let ms = |time: Duration| time.as_secs_f64() * 1000.0;
-    client.execute(text, &[&(epoch as i64), &ms(pause.held), &ms(pause.waited)]).await.map(drop)
+pub async fn paused(client: &Client, epoch: u64, pause: &Pause) -> Result<(), tokio_postgres::Error> {
+    let text = "UPDATE crossfade.history SET detail = detail || $2::jsonb WHERE epoch = $1 AND event = 'move'";
+    let ms = |time: Duration| (time.as_secs_f64() * 1e6).round() / 1000.0;
+    let laps: serde_json::Map<String, Value> =
+        pause.laps.iter().map(|(done, after)| ((*done).to_owned(), ms(*after).into())).collect();
+    let detail = serde_json::json!({ "pause_ms": ms(pause.held), "waited_ms": ms(pause.waited), "laps_ms": laps });
+    client.execute(text, &[&(epoch as i64), &detail]).await.map(drop)
 }
 
 /// How long a move has held clients.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Pause {
     /// From the closing of the gate to its opening.
     pub held: Duration,
     /// Of that, until the last transaction was over that was under way on the authority.
     pub waited: Duration,
+    /// What was done meanwhile, and when each was done, since the closing.
+    pub laps: Vec<(&'static str, Duration)>,
 }
 
 /// How long the last move held clients, in milliseconds.
@@ -115,7 +120,7 @@ pub struct Backup {
 pub async fn backup(client: &Client, authority: Side) -> Result<Option<Backup>, tokio_postgres::Error> {
     let text = "SELECT extract(epoch FROM clock_timestamp() - at)::float8, coalesce(detail->>'who', ''), coalesce(detail->>'what', '') FROM crossfade.history \
         WHERE event = 'backup' AND epoch > coalesce((SELECT max(epoch) FROM crossfade.history WHERE detail->>'authority' <> $1), 0) ORDER BY id DESC LIMIT 1";
-    let row = client.query_opt(text, &[&authority.name()]).await?;
+    let row = client.query_typed_opt(text, &[(&authority.name(), Type::TEXT)]).await?;
     Ok(row.map(|row| Backup { age: row.get(0), who: row.get(1), what: row.get(2) }))
 }
 
@@ -146,7 +151,7 @@ pub async fn compared(client: &Client, within: Duration) -> Result<Option<Recent
 /// Whether that side was authority in the stretch of mirrored phases that holds: then it had all rows.
 pub async fn was_authority(client: &Client, side: Side) -> Result<bool, tokio_postgres::Error> {
     let text = "SELECT detail->>'phase' FROM crossfade.history WHERE event IN ('move', 'claim', 'withdrawn') AND detail ? 'phase' ORDER BY epoch DESC, id DESC LIMIT 1000";
-    let rows = client.query(text, &[]).await?;
+    let rows = client.query_typed(text, &[]).await?;
     let phases = rows.iter().filter_map(|row| row.get::<_, String>(0).parse::<Phase>().ok());
     Ok(stretch(phases).any(|phase| phase.authority() == side))
 }

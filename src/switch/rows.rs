@@ -67,14 +67,14 @@ impl RowError {
 pub async fn read(client: &Client, side: Side) -> Result<Option<Holds>, RowError> {
     let database = |error| RowError::Database { side, error };
     let there = client
-        .query_one("SELECT pg_catalog.to_regclass('crossfade.migration') IS NOT NULL", &[])
+        .query_typed_one("SELECT pg_catalog.to_regclass('crossfade.migration') IS NOT NULL", &[])
         .await
         .map_err(database)?;
     if !there.get::<_, bool>(0) {
         return Ok(None);
     }
-    let Some(row) = client.query_opt("SELECT epoch, phase FROM crossfade.migration", &[]).await.map_err(database)?
-    else {
+    let row = client.query_typed_opt("SELECT epoch, phase FROM crossfade.migration", &[]).await.map_err(database)?;
+    let Some(row) = row else {
         return Ok(None);
     };
     let phase: String = row.get(1);
@@ -84,7 +84,7 @@ pub async fn read(client: &Client, side: Side) -> Result<Option<Holds>, RowError
 
 /// What migrates, as the row of that side says; None: it does not say. The schema is installed there.
 pub async fn definition(client: &Client, side: Side) -> Result<Option<String>, RowError> {
-    let row = client.query_opt("SELECT definition FROM crossfade.migration", &[]).await;
+    let row = client.query_typed_opt("SELECT definition FROM crossfade.migration", &[]).await;
     Ok(row.map_err(|error| RowError::Database { side, error })?.and_then(|row| row.get(0)))
 }
 

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use tokio_postgres::Client;
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Client, Row};
 
 use super::mover::MoveError;
 use crate::catalog::Catalog;
@@ -52,7 +53,20 @@ pub async fn of_proxies(authority: &Client) -> Result<Vec<i32>, tokio_postgres::
 
 /// Names of prepared transactions that a change of the authority would leave behind.
 pub async fn prepared(authority: &Client, side: Side, catalog: &Catalog) -> Result<Vec<String>, tokio_postgres::Error> {
-    Ok(authority.query(PREPARED, &[&oids(catalog, side)]).await?.iter().map(|row| row.get(0)).collect())
+    let found = authority.query_typed(PREPARED, &[(&oids(catalog, side), Type::OID_ARRAY)]).await?;
+    Ok(found.iter().map(|row| row.get(0)).collect())
+}
+
+/// Asks once, so that the server has at hand what it needs for it.
+pub async fn warm(authority: &Client, catalog: &Catalog, side: Side) -> Result<(), tokio_postgres::Error> {
+    holder(authority, &oids(catalog, side), LONG).await.map(drop)
+}
+
+async fn holder(authority: &Client, oids: &[u32], older: &str) -> Result<Option<Row>, tokio_postgres::Error> {
+    let nobody: [i32; 0] = [];
+    let parameters: [(&(dyn ToSql + Sync), Type); 3] =
+        [(&oids, Type::OID_ARRAY), (&&nobody[..], Type::INT4_ARRAY), (&older, Type::TEXT)];
+    authority.query_typed_opt(WRITERS, &parameters).await
 }
 
 /// Transactions that write migrating tables and are not ours to hold (a proxy that died, other clients) must have ended: what they write later
@@ -69,8 +83,7 @@ pub async fn gone(
     let mut until = deadline;
     let mut ended = false;
     loop {
-        let row = authority.query_opt(WRITERS, &[&oids, &Vec::<i32>::new(), &"0 seconds"]).await?;
-        let Some(row) = row else { return Ok(()) };
+        let Some(row) = holder(authority, &oids, "0 seconds").await? else { return Ok(()) };
         if Instant::now() > until {
             let (who, name): (String, String) = (row.get(0), row.get(1));
             match row.get::<_, Option<i32>>(2).filter(|_| terminate && !ended) {

@@ -110,8 +110,9 @@ async fn a_mover_that_dies_at_its_claim_has_moved() {
     let trips: &[Trip] = if proof() { &[Trip::HoldBefore, Trip::StallAfter] } else { &[Trip::StallAfter] };
     for &trip in trips {
         writers.go_on().await;
-        // The last that the mover sends for its claim: with COMMIT.
-        let mut at_claim = link.trip(Way::ToServer, b"SELECT crossfade.close_epochs(", trip);
+        // The last that the mover sends for its claim.
+        let mut at_claim =
+            link.trip_behind(b"SELECT crossfade.fence_side(", Way::ToServer, b"Q\0\0\0\x0bCOMMIT\0", trip);
         let mut moving = mover(&file, "new-primary");
         until("the mover is at its claim", async || {
             if moving.try_wait().expect("waits").is_some() {

@@ -31,8 +31,17 @@ const STAMP: &str = "CREATE FUNCTION stamp() RETURNS trigger LANGUAGE plpgsql SE
 pub(crate) const TIMEOUT: &str = "mirror: { timeout: 15s }";
 
 /// Stepping stones: while the test holds lock 42 on a side, a row of its phase table is not written.
-const STONE: &str = "CREATE FUNCTION crossfade.stone() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_advisory_xact_lock(42); RETURN NEW; END'; \
-    CREATE TRIGGER stone BEFORE INSERT OR UPDATE ON crossfade.migration FOR EACH ROW EXECUTE FUNCTION crossfade.stone()";
+const STONE: &str = "CREATE FUNCTION crossfade.stone() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_advisory_xact_lock(42); RETURN NEW; END'";
+/// The side that loses the authority: before the row is written. The other side has its row by then, too, and neither is committed.
+const STONE_ON_OLD: &str = "CREATE TRIGGER stone BEFORE INSERT OR UPDATE ON crossfade.migration FOR EACH ROW EXECUTE FUNCTION crossfade.stone()";
+/// The side that gains it: at COMMIT, when the pointer stands.
+const STONE_ON_NEW: &str = "CREATE CONSTRAINT TRIGGER stone AFTER INSERT OR UPDATE ON crossfade.migration \
+    DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION crossfade.stone()";
+/// Movers that wait for a lock.
+const WAITS: &str = "SELECT count(*) FROM pg_stat_activity \
+    WHERE application_name IN ('crossfade move', 'crossfade gates') AND wait_event_type = 'Lock'";
+/// A mover that is killed in COMMIT: its server has not heard of it yet, and would go on.
+const ENDED: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'crossfade move' AND wait_event_type = 'Lock'";
 
 /// How a connection ended.
 pub(crate) type Ended = tokio::task::JoinHandle<Result<(), tokio_postgres::Error>>;
@@ -159,15 +168,13 @@ pub(crate) fn mover(file: &Path, phase: &str) -> tokio::process::Child {
 
 /// Starts a mover that comes to wait for a lock on that side. One that a gate keeps away (something was owed just then) is started again.
 async fn mover_at(proxy: &Proxy, side: &Cluster) -> tokio::process::Child {
-    let waits =
-        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'crossfade move' AND wait_event_type = 'Lock'";
     let mut moving = mover(&proxy.config_path(), "new-primary");
     until("the mover stands at the stepping stone", async || {
         if moving.try_wait().expect("waits").is_some() {
             moving = mover(&proxy.config_path(), "new-primary");
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
-        side.run(DATABASE, waits).await.is_ok_and(|count| count.trim() != "0")
+        side.run(DATABASE, WAITS).await.is_ok_and(|count| count.trim() != "0")
     })
     .await;
     moving
@@ -221,8 +228,8 @@ async fn assert_fenced(databases: &Databases, phase: &str) {
 #[tokio::test]
 async fn a_mover_that_dies_at_any_step_leaves_no_half_of_a_move() {
     let (databases, proxies) = fleet(1, &format!("{TIMEOUT}\nfence: true")).await;
-    for side in [&databases.old, &databases.new] {
-        side.run(DATABASE, STONE).await.expect("lays stones");
+    for (side, stone) in [(&databases.old, STONE_ON_OLD), (&databases.new, STONE_ON_NEW)] {
+        side.run(DATABASE, &format!("{STONE}; {stone}")).await.expect("lays stones");
     }
     let writers = Writers::start(&proxies.iter().collect::<Vec<_>>(), 4);
     writers.go_on().await;
@@ -243,6 +250,7 @@ async fn a_mover_that_dies_at_any_step_leaves_no_half_of_a_move() {
         ("under both locks", &databases.new, "BEGIN; LOCK TABLE crossfade.verified IN ACCESS EXCLUSIVE MODE", false),
         ("before the pointer", &databases.old, "BEGIN; SELECT pg_advisory_xact_lock(42)", false),
         ("between pointer and claim", &databases.new, "BEGIN; SELECT pg_advisory_xact_lock(42)", true),
+        ("with a claim under way", &databases.new, "BEGIN; SELECT pg_advisory_xact_lock(42)", true),
     ];
     for (what, side, stone, finished) in steps {
         eprintln!("the mover dies {what}");
@@ -252,6 +260,13 @@ async fn a_mover_that_dies_at_any_step_leaves_no_half_of_a_move() {
         held.batch_execute(&stone).await.expect(what);
         let mut moving = mover_at(&proxies[0], side).await;
         moving.kill().await.expect("kills");
+        if what == "between pointer and claim" {
+            side.run(DATABASE, ENDED).await.expect("ends");
+            until("the claim was rolled back", async || {
+                side.run(DATABASE, WAITS).await.is_ok_and(|count| count.trim() == "0")
+            })
+            .await;
+        }
         held.batch_execute("ROLLBACK").await.expect("lets go");
         let phase = if finished { "new-primary" } else { "dual-write" };
         writers.go_on().await;
@@ -260,10 +275,12 @@ async fn a_mover_that_dies_at_any_step_leaves_no_half_of_a_move() {
         }
         writers.go_on().await;
         assert_fenced(&databases, phase).await;
+        if finished {
+            // The way back, through the same proxies.
+            moves_to(&proxies[0], "dual-write").await;
+            writers.go_on().await;
+        }
     }
-    // The way back, through the same proxies.
-    moves_to(&proxies[0], "dual-write").await;
-    writers.go_on().await;
     let (acknowledged, errors) = writers.end().await;
     assert_eq!(errors, Vec::<String>::new(), "clients have only waited");
     proxies[0].settle().await;

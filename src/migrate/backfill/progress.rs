@@ -78,15 +78,15 @@ pub struct Standing {
 
 /// Reads where the backfills stand, by the table's number. Only on the authority.
 pub async fn standing(authority: &Client) -> Result<BTreeMap<u32, Standing>, tokio_postgres::Error> {
-    let there = authority.query_one("SELECT pg_catalog.to_regclass('crossfade.backfill') IS NOT NULL", &[]).await?;
-    if !there.get::<_, bool>(0) {
+    let there = "SELECT pg_catalog.to_regclass('crossfade.backfill') IS NOT NULL";
+    if !authority.query_typed_one(there, &[]).await?.get::<_, bool>(0) {
         return Ok(BTreeMap::new());
     }
     // Not those whose debts somebody else has paid, or a move has made void.
     let text = "SELECT number, part, rows, done FROM crossfade.backfill b WHERE EXISTS (SELECT FROM crossfade.ledger l WHERE l.id = ANY (b.debts)) \
         OR NOT EXISTS (SELECT FROM crossfade.backfill o WHERE o.number = b.number AND NOT o.done) ORDER BY number, part";
     let mut tables: BTreeMap<u32, (i64, Table)> = BTreeMap::new();
-    for row in authority.query(text, &[]).await? {
+    for row in authority.query_typed(text, &[]).await? {
         let (number, rows, done): (i32, i64, bool) = (row.get(0), row.get(2), row.get(3));
         let (all, table) = tables.entry(number as u32).or_default();
         *all += rows;

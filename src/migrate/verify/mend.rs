@@ -43,7 +43,7 @@ pub struct Standing {
 pub async fn standing(authority: &Client) -> Result<BTreeMap<u32, Standing>, tokio_postgres::Error> {
     let text = "SELECT v.number, v.epoch, extract(epoch FROM v.at)::float8, v.rows, v.different, v.equal_epoch, extract(epoch FROM v.equal_at)::float8, \
         coalesce(v.equal_owings = coalesce(o.times, 0), false) FROM crossfade.verified v LEFT JOIN crossfade.owings o USING (number)";
-    let rows = authority.query(text, &[]).await?;
+    let rows = authority.query_typed(text, &[]).await?;
     let standing = |row: &tokio_postgres::Row| Standing {
         epoch: row.get(1),
         at: row.get(2),

@@ -194,7 +194,7 @@ impl Eyes {
 async fn look_at(client: &Client, side: Side) -> Result<Answer, MoveError> {
     let text = "SELECT pg_catalog.to_regclass('crossfade.history') IS NOT NULL AND pg_catalog.to_regclass('crossfade.owings') IS NOT NULL, \
         pg_catalog.has_database_privilege(pg_catalog.current_database(), 'CREATE')";
-    let row = client.query_one(text, &[]).await?;
+    let row = client.query_typed_one(text, &[]).await?;
     let installed: bool = row.get(0);
     let version = if installed { catalog::version(client).await? } else { None };
     let life = lives::read(client, side).await?;
@@ -273,24 +273,34 @@ impl Question<'_> {
             facts.tables = self.tables(None).await?;
             return Ok(facts);
         };
-        let mut owed = None;
-        if step.from.mirror().is_some() {
+        let owed = async {
+            if step.from.mirror().is_none() {
+                return Ok::<_, MoveError>((None, self.tables(None).await?));
+            }
             let mirror = eyes.on(from.other());
             let counts = migrate::debt::counts(from, client, mirror).await?;
-            facts.debt = Some(debt(client, &counts, mirror.is_some()).await?);
-            owed = Some((client, counts.tables));
+            let debt = debt(client, &counts, mirror.is_some()).await?;
+            Ok((Some(debt), self.tables(Some((client, counts.tables))).await?))
+        };
+        let behind = async {
+            let Some(gaining) = step.gains() else { return Ok(None) };
+            let undecided = writers::prepared(client, from, self.catalog).await?;
+            Ok::<_, MoveError>(Some((undecided, record::was_authority(client, gaining).await?)))
+        };
+        let expected = async {
+            match eyes.both().filter(|_| step.gains() == Some(Side::New)) {
+                Some((old, new)) => check::expected(self.config, old, new).await.map(Some).map_err(closed),
+                None => Ok(None),
+            }
+        };
+        let backup = async { Ok(record::backup(client, from).await?) };
+        let ((debt, tables), behind, expected, backup) = tokio::try_join!(owed, behind, expected, backup)?;
+        (facts.tables, facts.backup) = (tables, backup);
+        facts.debt = debt.or(facts.debt);
+        facts.expected = expected.or(facts.expected);
+        if let Some((undecided, was_authority)) = behind {
+            (facts.undecided, facts.was_authority) = (Some(undecided), was_authority);
         }
-        facts.tables = self.tables(owed).await?;
-        if let Some(gaining) = step.gains() {
-            facts.undecided = Some(writers::prepared(client, from, self.catalog).await?);
-            facts.was_authority = record::was_authority(client, gaining).await?;
-        }
-        if step.gains() == Some(Side::New)
-            && let Some((old, new)) = eyes.both()
-        {
-            facts.expected = Some(check::expected(self.config, old, new).await.map_err(closed)?);
-        }
-        facts.backup = record::backup(client, from).await?;
         Ok(facts)
     }
 
@@ -410,7 +420,7 @@ async fn debt(
 ) -> Result<DebtFacts, tokio_postgres::Error> {
     // The counts are of the oldest rows only where there are many.
     let text = "SELECT count(*) FILTER (WHERE carrier_xid IS NULL), extract(epoch FROM clock_timestamp() - max(at))::float8 FROM crossfade.ledger";
-    let row = authority.query_one(text, &[]).await?;
+    let row = authority.query_typed_one(text, &[]).await?;
     let uncarried = row.get::<_, i64>(0) as u64;
     let owed = if counts.partial || !asked { counts.owed.max(uncarried) } else { counts.owed };
     let (in_flight, oldest, ledger_bytes) = (counts.in_flight, counts.oldest, counts.ledger_bytes);
