@@ -222,6 +222,33 @@ async fn rows_without_a_key_are_paid_exactly_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_token_that_another_removes_holds_nobody_up() {
+    let world = World::new(H).await;
+    let h2 = world.table("h2").await;
+    let five: &[u8] = &5i32.to_be_bytes();
+    world.on_old("INSERT INTO h2 VALUES (5)").await;
+    world.owe(&[row(h2.number, 1, &[Some(five)])]).await;
+    let mut repair = world.repair().await;
+    // What its pass of before has left: rows and token are there, and the debt.
+    let blocker = world.old().await;
+    exec(&blocker, "BEGIN; LOCK TABLE crossfade.ledger IN SHARE MODE").await;
+    let held_up = repair.try_pass().await.expect("no server has failed").expect_err("the ledger is locked");
+    assert!(held_up.to_string().contains("lock timeout"), "{held_up}");
+    let waited = repair::wait(&mut repair, Duration::ZERO).await.expect_err("the ledger is locked").to_string();
+    assert!(waited.contains("lock timeout") && waited.contains("stays in crossfade.ledger"), "{waited}");
+    exec(&blocker, "COMMIT").await;
+    let other = world.client(Side::New).await;
+    exec(&other, "BEGIN; SELECT FROM crossfade.applied FOR UPDATE").await;
+    let summary = repair.pass().await.expect("does not wait");
+    assert_eq!((summary.cleared, summary.owed), (1, 0));
+    assert_eq!(tokens::sweep(&mut repair.pair).await.expect("does not wait"), 0, "the other has it");
+    // He comes to nothing: nobody else forgets it.
+    exec(&other, "ROLLBACK").await;
+    assert_eq!(tokens::sweep(&mut repair.pair).await.expect("sweeps"), 1);
+    world.assert_equal("h2").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_table_without_a_key_is_copied_by_name_while_clients_insert() {
     let world = World::new(H).await;
     let (h, h2, t) = (world.table("h").await, world.table("h2").await, world.table("t").await);

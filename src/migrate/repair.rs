@@ -213,6 +213,14 @@ impl Repair {
         passed
     }
 
+    /// A pass. What is in the `Err` inside: somebody's lock stood in its way, and it is to be made again.
+    pub async fn try_pass(&mut self) -> Result<Result<Summary, Error>, Error> {
+        match self.pass().await {
+            Err(error) if error.meaning() == Meaning::Busy && !self.pair.is_broken() => Ok(Err(error)),
+            passed => passed.map(Ok),
+        }
+    }
+
     async fn pass_once(&mut self) -> Result<Summary, Error> {
         let mut summary = Summary::default();
         let (mut after, until) = (0, self.last_id().await?);
@@ -607,25 +615,30 @@ pub async fn wait(repair: &mut Repair, patience: Duration) -> Result<Summary, Er
     let mut pause = Duration::from_millis(20);
     repair.forget_refusals();
     loop {
-        let pass = repair.pass().await?;
-        let (owed, in_flight) = (pass.owed, pass.in_flight);
-        let refused = pass.refused.clone();
-        total.add(pass);
-        (total.owed, total.in_flight) = (owed, in_flight);
-        if owed == 0 && in_flight == 0 {
-            total.refused.clear();
-            return Ok(total);
-        }
+        let why = match repair.try_pass().await? {
+            Err(held_up) => held_up.to_string(),
+            Ok(pass) => {
+                let (owed, in_flight) = (pass.owed, pass.in_flight);
+                let refused = pass.refused.clone();
+                total.add(pass);
+                (total.owed, total.in_flight) = (owed, in_flight);
+                if owed == 0 && in_flight == 0 {
+                    total.refused.clear();
+                    return Ok(total);
+                }
+                let refused = refused.iter().chain(&total.refused);
+                let why: Vec<String> = refused.map(|(table, message)| format!("{table}: {message}")).collect();
+                let why = if why.is_empty() {
+                    "rows are locked, or transactions have not ended".to_owned()
+                } else {
+                    why.join("; ")
+                };
+                format!("{owed} ledger rows are still owed and {in_flight} in flight ({why})")
+            }
+        };
         if begun.elapsed() > patience {
-            let why: Vec<String> =
-                refused.iter().chain(&total.refused).map(|(table, message)| format!("{table}: {message}")).collect();
-            let why = if why.is_empty() {
-                "rows are locked, or transactions have not ended".to_owned()
-            } else {
-                why.join("; ")
-            };
             return Err(Error::Deadline(format!(
-                "after {patience:?} {owed} ledger rows are still owed and {in_flight} in flight ({why}); they stay in crossfade.ledger and are tried again"
+                "after {patience:?} {why}; what is owed stays in crossfade.ledger and is tried again"
             )));
         }
         tokio::time::sleep(pause).await;

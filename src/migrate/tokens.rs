@@ -72,16 +72,15 @@ pub(crate) async fn insert(pair: &mut Pair, catalog: &Catalog, rows: &[(u32, &Va
     Ok(rows.len() as u64)
 }
 
-/// Removes tokens whose ledger rows were cleared with a flush.
-pub(crate) async fn remove(mirror: &mut Link, tokens: &[[u8; 16]]) -> Result<(), Error> {
+/// Removes tokens whose ledger rows were cleared with a flush. Returns how many: those that somebody else is removing are left to him, and to the next [`sweep`].
+pub(crate) async fn remove(mirror: &mut Link, tokens: &[[u8; 16]]) -> Result<u64, Error> {
     if tokens.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
     let tokens: Vec<&[u8]> = tokens.iter().map(|token| token.as_slice()).collect();
-    let text =
-        "DELETE FROM crossfade.applied WHERE token = ANY (SELECT encode(t, 'hex')::uuid FROM unnest($1::bytea[]) t)";
-    mirror.execute("removing tokens", text, &[&tokens]).await?;
-    Ok(())
+    let text = "DELETE FROM crossfade.applied WHERE token IN (SELECT token FROM crossfade.applied \
+        WHERE token = ANY (SELECT encode(t, 'hex')::uuid FROM unnest($1::bytea[]) t) FOR UPDATE SKIP LOCKED)";
+    mirror.execute("removing tokens", text, &[&tokens]).await
 }
 
 /// Tokens looked at at once.
@@ -131,7 +130,6 @@ async fn sweep_some(pair: &mut Pair) -> Result<(usize, u64), Error> {
     }
     let flush = "BEGIN; SET LOCAL synchronous_commit = on; UPDATE crossfade.flush SET n = n + 1; COMMIT";
     pair.authority.batch("flushing", flush).await?;
-    let count = unneeded.len() as u64;
-    remove(&mut pair.mirror, &unneeded.into_iter().collect::<Vec<_>>()).await?;
-    Ok((rows.len(), count))
+    let removed = remove(&mut pair.mirror, &unneeded.into_iter().collect::<Vec<_>>()).await?;
+    Ok((rows.len(), removed))
 }

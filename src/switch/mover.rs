@@ -567,7 +567,7 @@ async fn nothing_owed(
             )));
         }
         if let Some(repair) = &mut repair {
-            let pass = repair.pass().await?;
+            let pass = repair.try_pass().await?.unwrap_or_default();
             if pass.owed == 0 && pass.in_flight == 0 && pass.cleared > 0 {
                 continue;
             }
